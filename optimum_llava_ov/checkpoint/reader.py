@@ -1,0 +1,166 @@
+"""An original LLaVA checkpoint as a whole: everything but the weights is read, and checked, when it is opened."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
+
+from optimum_llava_ov.checkpoint.config import LlavaMptConfig, check_config
+from optimum_llava_ov.checkpoint.repository import Repository
+from optimum_llava_ov.checkpoint.tokenizer import load_tokenizer
+from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower
+from optimum_llava_ov.checkpoint.weights import index_shards, map_tensors
+from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
+
+
+logger = logging.getLogger(__name__)
+
+_HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+# name of a single file, name of its index: in the order of preference
+_WEIGHT_FILES = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+
+
+@dataclass(frozen=True)
+class OriginalCheckpoint:
+    """
+    Attributes:
+        repository ([`Repository`]): where the language model and the projector are.
+        vision_repository ([`Repository`]): where the vision tower is.
+        config ([`LlavaMptConfig`]): with `vision_config` and the ids of the image tokens filled in.
+        tokenizer ([`PreTrainedTokenizerFast`]): with `<image>` added behind the checkpoint's vocabulary.
+        image_processor (`dict`): `preprocessor_config.json` of the vision tower.
+    """
+
+    repository: Repository
+    vision_repository: Repository
+    config: LlavaMptConfig
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: dict[str, Any]
+
+    @classmethod
+    def open(cls, name_or_path: str | Path, vision_tower: str | None = None, **kwargs) -> OriginalCheckpoint:
+        """Read configurations and tokenizer, and check that all of it can be converted, before any weights are downloaded.
+
+        Args:
+            name_or_path: a folder, or a model id on the Hub.
+            vision_tower: folder or model id to take the vision tower from, instead of what `mm_vision_tower` says.
+            kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+        """
+        options = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+        repository = Repository(str(name_or_path), **options)
+        config_file = repository.require("config.json", "it says what the model is")
+        repository = repository.pinned(config_file)
+
+        config = LlavaMptConfig.from_dict(_read_config(config_file))
+        check_config(config)
+        config._name_or_path = str(name_or_path)
+
+        vision_repository = find_vision_tower(repository, vision_tower or config.mm_vision_tower)
+        vision_file = vision_repository.require("config.json", "it is the vision tower's configuration")
+        vision_repository = vision_repository.pinned(vision_file)
+        config.vision_config = _vision_config(vision_repository, json.loads(vision_file.read_text()))
+        _check_vision_config(config)
+        processor_file = vision_repository.require("preprocessor_config.json", "it says how pictures are prepared")
+
+        tokenizer = load_tokenizer(repository, config)
+        return cls(repository, vision_repository, config, tokenizer, json.loads(processor_file.read_text()))
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """Paths of the language model's weights; downloads them."""
+        return _weight_files(self.repository, "the weights")
+
+    @cached_property
+    def vision_weight_files(self) -> list[Path]:
+        """Paths of the vision tower's weights; downloads them."""
+        return _weight_files(self.vision_repository, "the vision tower's weights")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The language model and the projector, by the names of the checkpoint, mapped. A tower inside is left out."""
+        tensors = _merge(self.weight_files)
+        # Fine-tuned checkpoints carry the tower along; the original code loads it from its own repository all the same.
+        return {name: tensor for name, tensor in tensors.items() if ".vision_tower." not in f".{name}"}
+
+    def vision_tensors(self) -> dict[str, torch.Tensor]:
+        """The vision tower, by the names of `CLIPVisionModel`, mapped. CLIP's text half is left out."""
+        return {name: tensor for name, tensor in _merge(self.vision_weight_files).items() if name.startswith("vision_model.")}
+
+
+def is_original_checkpoint(name_or_path: str | Path, **kwargs) -> bool:
+    """Whether `name_or_path` is an original-format LLaVA-MPT checkpoint. `False` for anything that cannot be read."""
+    options = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+    try:
+        config_file = Repository(str(name_or_path), **options).get("config.json")
+        return config_file is not None and json.loads(config_file.read_text()).get("model_type") == "llava_mpt"
+    except (ValueError, OSError, AttributeError):  # not ours to report: Optimum says what is wrong with it
+        return False
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise InvalidCheckpointError(f"{file} is not valid JSON ({error}). Download it again.") from error
+    if values.get("model_type") != "llava_mpt":
+        raise UnsupportedCheckpointError(
+            f"Found model_type {values.get('model_type')!r} in {file}, expected 'llava_mpt': this package converts original-format "
+            "LLaVA-MPT checkpoints, such as liuhaotian/LLaVA-Lightning-MPT-7B-preview."
+        )
+    return values
+
+
+def _vision_config(repository: Repository, values: dict[str, Any]) -> CLIPVisionConfig:
+    if values.get("model_type") not in ("clip", "clip_vision_model"):
+        raise UnsupportedCheckpointError(
+            f"The vision tower {repository.name!r} is a {values.get('model_type')!r} model; only CLIP towers are supported."
+        )
+    if values["model_type"] == "clip":
+        # Old configurations hold every default of that time's transformers. Ours are those of the class.
+        values = values.get("vision_config") or {}
+    known = {key: value for key, value in values.items() if key in CLIPVisionConfig().to_dict() and value is not None}
+    known.pop("torch_dtype", None)
+    return CLIPVisionConfig(**known)
+
+
+def _check_vision_config(config: LlavaMptConfig) -> None:
+    vision = config.vision_config
+    if config.mm_hidden_size is not None and config.mm_hidden_size != vision.hidden_size:
+        raise UnsupportedCheckpointError(
+            f"The checkpoint's projector takes {config.mm_hidden_size} features (mm_hidden_size), its vision tower "
+            f"{config.mm_vision_tower!r} gives {vision.hidden_size}. Name the tower it was trained with: "
+            '--model-kwargs \'{"vision_tower": "<folder or model id>"}\'.'
+        )
+    if config.projector_type == "identity" and vision.hidden_size != config.d_model:
+        raise UnsupportedCheckpointError(
+            f"mm_projector_type='identity' needs a vision tower as wide as the language model: {vision.hidden_size} != {config.d_model}."
+        )
+    if not -vision.num_hidden_layers - 1 <= config.mm_vision_select_layer <= vision.num_hidden_layers:
+        raise UnsupportedCheckpointError(
+            f"mm_vision_select_layer={config.mm_vision_select_layer}, but the vision tower has {vision.num_hidden_layers} layers."
+        )
+
+
+def _weight_files(repository: Repository, what: str) -> list[Path]:
+    for single, index in _WEIGHT_FILES:
+        if (path := repository.get(single)) is not None:
+            return [path]
+        if (path := repository.get(index)) is not None:
+            shards = index_shards(path)
+            return [repository.require(shard, f"{index} says that {what} are in {len(shards)} files") for shard in shards]
+    names = ", ".join(name for names in _WEIGHT_FILES for name in names)
+    raise InvalidCheckpointError(f"{repository.name!r} has none of {names}: {what} are not there.")
+
+
+def _merge(files: list[Path]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        logger.info("Mapping %s", file)
+        tensors.update(map_tensors(file))
+    return tensors
