@@ -1,0 +1,1 @@
+"""Stage 2: the model in torch, in the shape its export needs."""

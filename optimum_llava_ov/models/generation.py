@@ -1,0 +1,55 @@
+"""What `generate` needs to know about images, for the torch model and the OpenVINO model alike."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+
+from optimum_llava_ov.models.merge import check_image_count
+
+
+class ImageGenerationMixin(GenerationMixin):
+    """`generate` for prompts whose rows have any number of images.
+
+    The class it is mixed into has `config.image_token_id`, `get_image_features`, and a `forward` that takes `image_features` in
+    place of `pixel_values`.
+    """
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeat rows for beams and several answers, and encode each image once.
+
+        transformers would repeat each image by itself: a, a, b, b for a row with a and b.
+        """
+        pixel_values = model_kwargs.get("pixel_values")
+        if expand_size > 1 and input_ids is not None and pixel_values is not None:
+            del model_kwargs["pixel_values"]
+            features = self.get_image_features(pixel_values)
+            is_image = input_ids == self.config.image_token_id
+            check_image_count(is_image, features)
+            per_row = features.split((is_image.sum(dim=1) // features.shape[1]).tolist())
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None and "pixel_values" not in model_kwargs:
+            model_kwargs["image_features"] = torch.cat([images for images in per_row for _ in range(expand_size)])
+        return input_ids, model_kwargs
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList([_WithoutImageTokens(processors, self.config.image_token_id)]) if processors else processors
+
+
+class _WithoutImageTokens(LogitsProcessor):
+    """Lets processors such as the repetition penalty see prompts without `<image>`, for which there is no logit.
+
+    In its place they see the row's first text token, so the set of tokens that were seen stays the same.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, image_token_id: int):
+        self.processors = processors
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        is_image = input_ids == self.image_token_id
+        first_text = input_ids.gather(1, is_image.int().argmin(dim=1, keepdim=True))
+        return self.processors(torch.where(is_image, first_text, input_ids), scores)

@@ -1,0 +1,126 @@
+"""LLaVA-MPT in torch: embedding table, image encoder and decoder, loaded from an original checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+from optimum_llava_ov.models.generation import ImageGenerationMixin
+from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.models.mpt import MptLanguageModel
+from optimum_llava_ov.models.projector import build_projector
+from optimum_llava_ov.models.vision import ClipFeatures, ImageEncoder
+
+
+class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
+    """The torch model, as reference and as source of the export.
+
+    Prompts are those of the bundle: `<image>` stands `image_seq_length` times for each image, and the rows it is replaced with
+    include the borders. [`from_pretrained`] takes an original checkpoint.
+    """
+
+    config_class = LlavaMptConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _no_split_modules = ["MptBlock"]
+
+    def __init__(self, config: LlavaMptConfig):
+        super().__init__(config)
+        text_config = config.text_config
+        # One row more than the checkpoint's table: <image>, which the head cannot produce.
+        self.embed_tokens = nn.Embedding(config.image_token_id + 1, text_config.d_model)
+        self.language_model = MptLanguageModel(text_config)
+        self.image_encoder = ImageEncoder(
+            ClipFeatures(config.vision_config, config.mm_vision_select_layer, config.select_feature),
+            build_projector(config.projector_type, config.vision_config.hidden_size, text_config.d_model),
+            text_config.d_model,
+            config.num_border_tokens,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> LlavaMptForConditionalGeneration:
+        """Load an original LLaVA-MPT checkpoint without copying its weights.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): a folder, or a model id on the Hub.
+            vision_tower (`str`, *optional*): where the vision tower is, if not where `mm_vision_tower` says.
+            dtype, torch_dtype (`torch.dtype` or `str`, *optional*):
+                What to convert all weights to. As stored if not given.
+            subfolder, revision, cache_dir, token, local_files_only, force_download: as everywhere in transformers.
+
+        Raises:
+            [`UnsupportedCheckpointError`], [`InvalidCheckpointError`]: before weights are downloaded where that is possible.
+        """
+        from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
+        from optimum_llava_ov.models.loading import load_model
+
+        checkpoint = OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs)
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        return load_model(checkpoint, dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.language_model.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(images, 3, height, width)` -> `(images, image_seq_length, d_model)`, borders included."""
+        return self.image_encoder(pixel_values.to(self.image_encoder.features.embeddings.patch_embedding.weight.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: `(batch, tokens)`.
+            attention_mask: `(batch, past + tokens)`, 0 for padding. All ones if not given.
+            pixel_values: `(images, 3, height, width)`, the images of all rows in order; only with the prompt.
+            image_features: `(images, image_seq_length, d_model)`, instead of `pixel_values`.
+            logits_to_keep: compute logits for so many last positions only; 0 for all.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+            if pixel_values is not None:
+                image_features = self.get_image_features(pixel_values)
+            if image_features is not None:
+                inputs_embeds = merge_image_features(input_ids, inputs_embeds, image_features, self.config.image_token_id)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        if attention_mask is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            attention_mask = inputs_embeds.new_ones(
+                inputs_embeds.shape[0], past_length + inputs_embeds.shape[1], dtype=torch.long
+            )
+        return self.language_model(inputs_embeds, attention_mask, past_key_values=past_key_values, logits_to_keep=logits_to_keep)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, pixel_values=None, image_features=None, **kwargs
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            inputs.update(pixel_values=pixel_values, image_features=image_features)
+        return inputs
+
+
+def generation_config(config: LlavaMptConfig, tokenizer) -> GenerationConfig:
+    """Greedy by default, ending at `<|endoftext|>` or at the end of the assistant's turn, `<|im_end|>`."""
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")],
+        pad_token_id=tokenizer.pad_token_id,
+    )
