@@ -1,0 +1,43 @@
+"""Original-format LLaVA-MPT checkpoints on OpenVINO, through Optimum.
+
+Importing this package registers it with transformers and Optimum. It is light: nothing heavy is imported until it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from optimum_llava_ov import plugin
+
+
+if TYPE_CHECKING:
+    from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+    from optimum_llava_ov.errors import BundleError, InvalidCheckpointError, UnsupportedCheckpointError
+    from optimum_llava_ov.export.main import main_export
+    from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+    from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
+
+_MODULE_OF = {
+    "BundleError": "errors",
+    "InvalidCheckpointError": "errors",
+    "LlavaMptConfig": "checkpoint.config",
+    "LlavaMptForConditionalGeneration": "models.llava_mpt",
+    "OVModelForLlavaMPT": "runtime.modeling",
+    "UnsupportedCheckpointError": "errors",
+    "main_export": "export.main",
+}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+plugin.activate()

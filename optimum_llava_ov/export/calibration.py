@@ -1,0 +1,66 @@
+"""Inputs of the language model for data-aware compression, from pictures and prompts of the user's."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nncf
+import numpy as np
+import openvino
+import torch
+from tqdm.auto import tqdm
+
+from optimum_llava_ov import host
+from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.samples import Sample, read_samples
+
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+DEFAULT_NUM_SAMPLES = 32
+
+
+def calibration_dataset(
+    dataset: str | list[str], num_samples: int | None, processor: LlavaProcessor, folder: Path
+) -> nncf.Dataset:
+    """Inputs of the language model for the samples of a data set.
+
+    They are computed by the other parts as they were just written to `folder`, so that the language model sees in calibration what
+    it will see in use.
+
+    Args:
+        dataset: a name Optimum knows (downloaded), or `[path]` of a folder or JSONL file.
+        num_samples: at most so many, drawn with a fixed seed.
+    """
+    samples = _named_samples(dataset) if isinstance(dataset, str) else read_samples(dataset[0])
+    samples = random.Random(0).sample(samples, min(len(samples), num_samples or DEFAULT_NUM_SAMPLES))
+    core = openvino.Core()
+    table, encoder = (
+        core.compile_model(folder / f"openvino_{part}_model.xml", "CPU") for part in ("text_embeddings", "vision_embeddings")
+    )
+    return nncf.Dataset(
+        [_inputs(sample, processor, table, encoder) for sample in tqdm(samples, desc="Preparing calibration data")]
+    )
+
+
+def _inputs(sample: Sample, processor: LlavaProcessor, table: Any, encoder: Any) -> dict[str, np.ndarray]:
+    inputs = sample.inputs(processor)
+    embeds = torch.from_numpy(table(inputs["input_ids"].numpy())[0])
+    if "pixel_values" in inputs:
+        features = torch.from_numpy(encoder(inputs["pixel_values"].numpy())[0])
+        embeds = merge_image_features(inputs["input_ids"], embeds, features, processor.image_token_id)
+    length = embeds.shape[1]
+    return {
+        "inputs_embeds": embeds.numpy(),
+        "attention_mask": np.ones((1, length), dtype=np.int64),
+        "position_ids": np.arange(length, dtype=np.int64)[None],
+        "beam_idx": np.zeros(1, dtype=np.int32),
+    }
+
+
+def _named_samples(name: str) -> list[Sample]:
+    stream = tqdm(host.load_named_dataset(name), desc="Downloading calibration data", unit="picture")
+    return [Sample(prompt, (image,)) for prompt, image in stream]

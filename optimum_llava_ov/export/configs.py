@@ -1,0 +1,105 @@
+"""Export configurations: the three parts of LLaVA-MPT, their inputs and outputs, as Optimum wants them described."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optimum.exporters.openvino.base import OpenVINOConfig
+from optimum.exporters.openvino.config import TextDecoderWithPositionIdsOpenVINOConfig
+from optimum.exporters.openvino.model_configs import BaseVLMOpenVINOConfig, VLMConfigBehavior
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import DummyPastKeyValuesGenerator, DummyTextInputGenerator, DummyVisionInputGenerator
+from optimum.utils.normalized_config import NormalizedTextConfig, NormalizedVisionConfig
+from torch import nn
+from transformers import PretrainedConfig
+
+
+register_for_openvino = TasksManager.create_register("openvino")
+
+NormalizedMptConfig = NormalizedTextConfig.with_args(
+    num_attention_heads="n_heads", hidden_size="d_model", num_layers="n_layers", vocab_size="vocab_size"
+)
+
+
+class DummyInputsEmbedsGenerator(DummyTextInputGenerator):
+    """`inputs_embeds`: `(batch, tokens, d_model)` float."""
+
+    SUPPORTED_INPUT_NAMES = ("inputs_embeds",)
+
+    def generate(self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"):
+        shape = [self.batch_size, self.sequence_length, self.normalized_config.hidden_size]
+        return self.random_float_tensor(shape, framework=framework, dtype=float_dtype)
+
+
+class MptLanguageOpenVINOConfig(TextDecoderWithPositionIdsOpenVINOConfig):
+    """Decoder: `inputs_embeds`, `attention_mask`, `position_ids`, past keys and values -> `logits`, present ones."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedMptConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyInputsEmbedsGenerator, DummyTextInputGenerator, DummyPastKeyValuesGenerator)
+
+    def __init__(self, config: PretrainedConfig, **kwargs):
+        super().__init__(config, task="text-generation", use_past=True, use_past_in_inputs=True, **kwargs)
+        # As Optimum sets them for every language model whose weights are not quantized: head-room for f16 on GPU, and
+        # a cache that does not lose more than the weights.
+        self.runtime_options = {"ACTIVATIONS_SCALE_FACTOR": "8.0", "KV_CACHE_PRECISION": "f16"}
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        inputs = super().inputs
+        return {"inputs_embeds": inputs.pop("input_ids"), **inputs}
+
+
+class TextEmbeddingsOpenVINOConfig(OpenVINOConfig):
+    """Embedding table: token ids, named `input` as in every bundle of Optimum's, -> `inputs_embeds`."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedMptConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator,)
+    values_override = None  # the table is a plain `nn.Embedding` without a configuration
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {"input_ids": {0: "batch_size", 1: "sequence_length"}}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return {"inputs_embeds": {0: "batch_size", 1: "sequence_length"}}
+
+    def rename_ambiguous_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"input": inputs["input_ids"]}
+
+
+class ImageEncoderOpenVINOConfig(OpenVINOConfig):
+    """Tower, projector and borders: `pixel_values` -> `last_hidden_state`, in the language model's space."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {"pixel_values": {0: "batch_size"}}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return {"last_hidden_state": {0: "batch_size"}}
+
+
+@register_for_openvino("llava_mpt", "image-text-to-text", library_name="transformers")
+class LlavaMptOpenVINOConfig(BaseVLMOpenVINOConfig):
+    """The whole model, which is exported in parts; see [`with_behavior`] and [`get_model_for_behavior`]."""
+
+    def with_behavior(self, behavior: str | VLMConfigBehavior) -> OpenVINOConfig:
+        behavior = VLMConfigBehavior(behavior)
+        dtypes = {"int_dtype": self.int_dtype, "float_dtype": self.float_dtype}
+        if behavior == VLMConfigBehavior.LANGUAGE:
+            return MptLanguageOpenVINOConfig(self._config.text_config, **dtypes)
+        if behavior == VLMConfigBehavior.TEXT_EMBEDDINGS:
+            return TextEmbeddingsOpenVINOConfig(self._config.text_config, **dtypes)
+        return ImageEncoderOpenVINOConfig(self._config.vision_config, **dtypes)
+
+    def get_model_for_behavior(self, model: nn.Module, behavior: str | VLMConfigBehavior) -> nn.Module:
+        behavior = VLMConfigBehavior(behavior)
+        if behavior == VLMConfigBehavior.LANGUAGE:
+            return model.language_model
+        if behavior == VLMConfigBehavior.TEXT_EMBEDDINGS:
+            return model.embed_tokens
+        return model.image_encoder

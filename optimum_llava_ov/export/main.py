@@ -1,0 +1,208 @@
+"""The export as a whole: checkpoint -> torch model -> parts -> bundle."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import openvino
+import openvino_tokenizers
+import torch
+from optimum.exporters.openvino.convert import export
+from optimum.exporters.tasks import TasksManager
+from optimum.intel.openvino.configuration import OVConfig
+from tqdm.auto import tqdm
+from transformers import LlavaProcessor
+
+from optimum_llava_ov import host
+from optimum_llava_ov.bundle.card import write_card
+from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS
+from optimum_llava_ov.bundle.settings import build_processor, save_settings
+from optimum_llava_ov.bundle.staging import check_output, staged
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
+from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.export.calibration import calibration_dataset
+from optimum_llava_ov.export.compression import compress
+from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
+from optimum_llava_ov.export.recipes import LANGUAGE_MODEL, SMALL_PARTS, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.models.loading import load_model
+
+
+if TYPE_CHECKING:
+    from optimum.intel.openvino.configuration import OVPipelineQuantizationConfig, OVWeightQuantizationConfig
+
+    from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+
+logger = logging.getLogger(__name__)
+
+TASK = "image-text-to-text"
+ONE_BILLION = 1_000_000_000
+
+
+def main_export(
+    model_name_or_path: str | Path,
+    output: str | Path,
+    task: str = "auto",
+    ov_config: OVConfig | None = None,
+    stateful: bool = True,
+    convert_tokenizer: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs,
+) -> None:
+    """Export an original LLaVA-MPT checkpoint to a bundle. Takes Optimum's `main_export` arguments.
+
+    Nothing of the checkpoint is executed, so `trust_remote_code` has no effect.
+
+    Args:
+        model_name_or_path: folder or model id of the checkpoint.
+        output: folder of the bundle. A bundle that is there stays whole until the new one is.
+        task: `auto` or `image-text-to-text`, which is the only one there is.
+        ov_config: `OVConfig(dtype="fp16")` or `"fp32"`, or `OVConfig(quantization_config=...)`. If not given, weights keep the
+            checkpoint's precision, but those of a language model of a billion parameters or more are compressed to 8 bits: this is
+            Optimum's rule for all models.
+        convert_tokenizer: also write the tokenizer as OpenVINO models, which GenAI needs.
+        model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint.
+        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+
+    Raises:
+        [`UnsupportedCheckpointError`], [`InvalidCheckpointError`], [`BundleError`]: see there; all before weights are
+            downloaded where that is possible. The output is then as it was.
+    """
+    _check_arguments(task, stateful, model_kwargs, kwargs)
+    check_output(Path(output))
+    checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
+    recipe = recipe_of(ov_config.quantization_config) if _is_compressed(ov_config) else None
+    model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
+    processor = build_processor(checkpoint)
+    if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
+        recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: {"bits": 8, "sym": False}}})
+
+    with staged(output, tokenizers=convert_tokenizer) as folder:
+        _check_free_space(model, ov_config, recipe, folder)
+        save_settings(checkpoint, processor, model.generation_config, folder)
+        _export_parts(model, processor, folder, ov_config, recipe)
+        if convert_tokenizer:
+            export_tokenizers(processor, folder)
+        write_openvino_config(ov_config, recipe, folder)
+        write_card(checkpoint, ov_config, folder)
+        # Closes the mapped files
+        del model
+        gc.collect()
+
+
+def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwargs: dict) -> None:
+    if TasksManager.map_from_synonym(task.removesuffix("-with-past")) not in ("auto", TASK):
+        raise ValueError(f"LLaVA-MPT is exported for the task {TASK!r}, not {task!r}. Leave --task out.")
+    if not stateful:
+        raise ValueError(
+            "--disable-stateful is not available for LLaVA-MPT: OVModelForLlavaMPT, optimum-intel, GenAI and Model Server all run "
+            "the language model with its cache inside. Leave the option out."
+        )
+    if unknown := set(model_kwargs or {}) - {"vision_tower"}:
+        raise ValueError(f"--model-kwargs has {', '.join(sorted(unknown))}; LLaVA-MPT knows only `vision_tower`.")
+    for name in ("variant", "custom_export_configs", "fn_get_submodels"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is not supported for LLaVA-MPT checkpoints. Leave it out.")
+
+
+def _load_dtype(checkpoint: OriginalCheckpoint, ov_config: OVConfig | None) -> torch.dtype | None:
+    """What the weights must be converted to before tracing. `None`, which costs no memory, wherever that is possible."""
+    if ov_config is None or ov_config.dtype not in ("fp16", "fp32"):
+        return None  # NNCF compresses from whatever is stored
+    if ov_config.dtype == "fp32":
+        return torch.float32
+    # OpenVINO compresses f32 to f16 while it saves, but leaves bf16 as it is.
+    stored = {tensor.dtype for tensor in checkpoint.tensors().values()}
+    return torch.float16 if torch.bfloat16 in stored else None
+
+
+def _is_compressed(ov_config: OVConfig | None) -> bool:
+    return ov_config is not None and ov_config.quantization_config is not None
+
+
+def _check_free_space(
+    model: LlavaMptForConditionalGeneration,
+    ov_config: OVConfig | None,
+    recipe: OVPipelineQuantizationConfig | None,
+    folder: Path,
+) -> None:
+    config = LlavaMptOpenVINOConfig(model.config)
+    needed = 0.0
+    for behavior, part in _PART_NAMES.items():
+        part_recipe = recipe_for_part(recipe, part) if recipe else None
+        limit = {"fp16": 2, "fp32": 4}.get(getattr(ov_config, "dtype", None))
+        for weight in config.get_model_for_behavior(model, behavior).parameters():
+            needed += weight.numel() * (_bytes_per_weight(part_recipe) if part_recipe else limit or weight.element_size())
+    free = shutil.disk_usage(folder).free
+    logger.info("The bundle needs %.1f GB of disk; %.1f GB are free.", needed / 1e9, free / 1e9)
+    if needed > free:
+        raise BundleError(
+            f"The bundle needs {needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free in {folder.parent}. Make room, or "
+            "write to another disk."
+        )
+
+
+def _bytes_per_weight(config: OVWeightQuantizationConfig) -> float:
+    """Upper estimate: the weight itself, and its share of a scale of 2 bytes and a zero point."""
+    if config.bits == 8:
+        return 1.01
+    group_size = config.group_size if config.group_size and config.group_size > 0 else 128
+    return config.ratio * (0.5 + 2.5 / group_size) + (1 - config.ratio) * 1.01 + 0.05
+
+
+# Optimum's name of each behavior of the export configuration, in the order of export: the language model is calibrated with
+# what the others give.
+_PART_NAMES = {"vision_embeddings": SMALL_PARTS[1], "text_embeddings": SMALL_PARTS[0], "language": LANGUAGE_MODEL}
+
+
+def _export_parts(
+    model: LlavaMptForConditionalGeneration,
+    processor: LlavaProcessor,
+    folder: Path,
+    ov_config: OVConfig | None,
+    recipe: OVPipelineQuantizationConfig | None,
+) -> None:
+    """Trace, compress and write one part after the other: no part is ever on disk uncompressed, or in memory with another."""
+    config_class = TasksManager.get_exporter_config_constructor(
+        model=model, task=TASK, exporter="openvino", library_name="transformers"
+    )
+    config = config_class(model.config)
+    for behavior in tqdm(_PART_NAMES, desc="Exporting", unit="part"):
+        part, part_config = config.get_model_for_behavior(model, behavior), config.with_behavior(behavior)
+        part_recipe = recipe_for_part(recipe, _PART_NAMES[behavior]) if recipe else None
+        dataset = None
+        if behavior == "language" and needs_data(part_recipe):
+            dataset = calibration_dataset(part_recipe.dataset, part_recipe.num_samples, processor, folder)
+        with host.exporting(partial(compress, config=part_recipe, dataset=dataset) if part_recipe else None):
+            export(
+                model=part,
+                config=part_config,
+                output=folder / PARTS[f"{behavior}_model"],
+                # One picture is enough to trace with; the activations of more are only memory
+                input_shapes={"batch_size": 1} if behavior == "vision_embeddings" else None,
+                ov_config=ov_config,
+                stateful=getattr(part_config, "use_past", False),
+                # Linear layers and embeddings go into the graph as stored, without being computed or copied
+                patch_16bit_model=any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in part.parameters()),
+                library_name="transformers",
+            )
+        gc.collect()
+
+
+def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
+    """Tokenizer and detokenizer as OpenVINO models, for GenAI."""
+    models = openvino_tokenizers.convert_tokenizer(processor.tokenizer, with_detokenizer=True, skip_special_tokens=True)
+    # GenAI takes the chat template from here if it finds no better place.
+    models[0].set_rt_info(processor.chat_template, "chat_template")
+    for model, name in zip(models, TOKENIZERS):
+        openvino.save_model(model, os.fspath(folder / name))
+
+
+def write_openvino_config(ov_config: OVConfig | None, recipe: OVPipelineQuantizationConfig | None, folder: Path) -> None:
+    """`openvino_config.json`: precision, or the recipe actually used for each part; Optimum reads it, people too."""
+    (OVConfig(quantization_config=recipe) if recipe else ov_config or OVConfig()).save_pretrained(folder)

@@ -1,0 +1,34 @@
+"""The last word of an export: what each part has become, and how to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import openvino
+
+from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.export.compression import weight_bytes
+
+
+def closing_words(bundle: Path) -> str:
+    """The table, and the lines of Python that run the result."""
+    return (
+        f"{report(bundle)}\n\nTo run it:\n    from optimum_llava_ov import OVModelForLlavaMPT\n"
+        f'    model = OVModelForLlavaMPT.from_pretrained("{bundle}")'
+    )
+
+
+def report(bundle: Path) -> str:
+    """Table of part, precision mix (share of the weights' bytes) and size on disk."""
+    rows = [("part", "weights", "size")]
+    core = openvino.Core()
+    for name, file in PARTS.items():
+        sizes = weight_bytes(core.read_model(bundle / file))
+        total = sum(sizes.values()) or 1
+        mix = ", ".join(
+            f"{100 * size / total:.0f} % {precision}" for precision, size in sorted(sizes.items(), key=lambda item: -item[1])
+        )
+        rows.append((name, mix, f"{(bundle / file).with_suffix('.bin').stat().st_size / 1e6:,.1f} MB"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

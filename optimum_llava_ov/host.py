@@ -1,0 +1,188 @@
+"""Everything of Optimum that is not public and that we touch. Nothing else in this package does.
+
+`tests/test_host.py` names each of these and fails with what to do when a new version of Optimum has moved one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import sys
+from importlib.metadata import version
+
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_OPTIMUM_INTEL = ">=2.2,<2.3"
+
+
+def is_supported() -> bool:
+    """Whether this version of optimum-intel is one we know. Says what to install if not."""
+    from packaging.specifiers import SpecifierSet
+
+    found = version("optimum-intel")
+    if SpecifierSet(SUPPORTED_OPTIMUM_INTEL).contains(found, prereleases=True):
+        return True
+    logger.warning(
+        "optimum-llava-ov %s does not know optimum-intel %s and stays out of its way: LLaVA-MPT checkpoints cannot be exported. "
+        'Install a version it knows: pip install "optimum-intel%s"',
+        version("optimum-llava-ov"),
+        found,
+        SUPPORTED_OPTIMUM_INTEL,
+    )
+    return False
+
+
+def hook_exporter() -> None:
+    """Let `main_export` take LLaVA-MPT checkpoints to our export, and everything else where it always went."""
+    from optimum.exporters.openvino import __main__ as exporter
+    from transformers import AutoModelForImageTextToText
+
+    from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+    from optimum_llava_ov.export import configs  # noqa: F401  registers the export configuration
+    from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+
+    AutoModelForImageTextToText.register(LlavaMptConfig, LlavaMptForConditionalGeneration, exist_ok=True)
+    original = exporter.main_export
+    ours = _dispatching(original)
+    # Modules that were imported before us hold the function by name.
+    for module in [module for name, module in sys.modules.items() if name.startswith("optimum.")]:
+        if getattr(module, "main_export", None) is original:
+            module.main_export = ours
+
+
+def _dispatching(original):
+    @functools.wraps(original)
+    def main_export(*args, **kwargs):
+        from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+
+        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+        arguments.update(arguments.pop("kwargs_shapes", {}))
+        if not is_original_checkpoint(**{"name_or_path": arguments["model_name_or_path"], **_hub_options(arguments)}):
+            return original(*args, **kwargs)
+
+        from optimum_llava_ov.export.main import main_export as export_llava_mpt
+
+        return export_llava_mpt(**arguments)
+
+    return main_export
+
+
+def hook_command() -> None:
+    """Let `optimum-cli export openvino` take LLaVA-MPT checkpoints to our export.
+
+    Not only `main_export`: the command itself would export to `/tmp` uncompressed, and load all of it again to compress it.
+    """
+    from optimum.commands.export import openvino
+
+    original = openvino.OVExportCommand.run
+
+    @functools.wraps(original)
+    def run(self):
+        from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+
+        if not is_original_checkpoint(self.args.model, cache_dir=self.args.cache_dir) or not is_supported():
+            return original(self)
+
+        from optimum_llava_ov.export.command import run_export
+
+        return run_export(self.args)
+
+    openvino.OVExportCommand.run = run
+
+
+def hook_default_recipes() -> None:
+    """Enter the default recipes into Optimum's tables, under the model's id."""
+    from optimum.intel.openvino import configuration
+
+    from optimum_llava_ov.export.recipes import default_recipe
+
+    for model_id in DEFAULT_RECIPE_IDS:
+        configuration._DEFAULT_4BIT_WQ_CONFIGS[model_id] = default_recipe("int4")
+        configuration._DEFAULT_8BIT_WQ_CONFIGS[model_id] = default_recipe("int8")
+
+
+DEFAULT_RECIPE_IDS = ("liuhaotian/LLaVA-Lightning-MPT-7B-preview",)
+
+
+def compress_weights(model, config, dataset=None):
+    """NNCF's weight compression as Optimum configures it, runtime options of the graph included."""
+    from optimum.intel.openvino.quantization import _weight_only_quantization
+
+    return _weight_only_quantization(model, config, dataset, verify_not_optimized=False)
+
+
+@contextlib.contextmanager
+def exporting(transform=None):
+    """While Optimum exports, skip the second trace and give each graph to `transform` before it is written.
+
+    The second trace compares with the first: half of the export's time at 7B, and for graphs without branches no news.
+
+    Args:
+        transform: takes and returns an `openvino.Model`.
+    """
+    from optimum.exporters.openvino import convert
+
+    originals = convert._save_model, convert.allow_skip_tracing_check
+
+    @functools.wraps(convert._save_model)
+    def save(model, *args, **kwargs):
+        return originals[0](transform(model) if transform else model, *args, **kwargs)
+
+    convert._save_model, convert.allow_skip_tracing_check = save, lambda *args: True
+    try:
+        yield
+    finally:
+        convert._save_model, convert.allow_skip_tracing_check = originals
+
+
+def _hub_options(arguments: dict) -> dict:
+    names = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+    return {name: arguments[name] for name in names if name in arguments}
+
+
+def hook_modeling() -> None:
+    """Let `OVModelForVisualCausalLM.from_pretrained` give our class for our bundles, and its own for every other "llava"."""
+    from optimum.intel.openvino import modeling_visual_language
+
+    mapping = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING
+    mapping["llava"] = _LlavaClass(mapping["llava"])
+
+
+class _LlavaClass:
+    """Stands for the class of the model type "llava"; which one it is depends on the language model."""
+
+    def __init__(self, stock):
+        self._stock = stock
+
+    def __getattr__(self, name):
+        return getattr(self._stock, name)
+
+    def __call__(self, *args, config=None, **kwargs):
+        if config.text_config.model_type != "mpt":
+            return self._stock(*args, config=config, **kwargs)
+        from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
+
+        return OVModelForLlavaMPT(*args, config=config, **kwargs)
+
+
+def load_named_dataset(name: str):
+    """Prompts and pictures of a data set that Optimum knows by name. Needs the `datasets` package and the network."""
+    from optimum.intel.openvino.utils import PREDEFINED_VISUAL_LM_DATASETS
+
+    if name not in PREDEFINED_VISUAL_LM_DATASETS:
+        raise ValueError(
+            f"{name!r} is no data set for vision-language models. Expected {', '.join(PREDEFINED_VISUAL_LM_DATASETS)}, a folder of "
+            "pictures, or a JSONL file of {image, prompt}."
+        )
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"The data set {name!r} is loaded with `datasets`: pip install datasets") from error
+    entry = PREDEFINED_VISUAL_LM_DATASETS[name]
+    columns = entry["inputs"]
+    stream = load_dataset(entry["id"], split=entry["split"], streaming=True).take(512)
+    for item in stream:
+        yield item[columns["instruction"]], item[columns["image"]].convert("RGB")
