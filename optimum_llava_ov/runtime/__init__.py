@@ -1,0 +1,1 @@
+"""Stage 5: running a bundle from transformers code."""

@@ -1,0 +1,295 @@
+"""`OVModelForLlavaMPT`: a bundle in transformers code."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import constants
+from optimum.intel import OVConfig, OVModelForVisualCausalLM
+from transformers import AutoProcessor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from optimum_llava_ov.bundle.layout import FILES, TOKENIZERS
+from optimum_llava_ov.bundle.staging import staged
+from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.export.calibration import calibration_dataset
+from optimum_llava_ov.export.compression import compress
+from optimum_llava_ov.export.recipes import LANGUAGE_MODEL, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.models.generation import ImageGenerationMixin
+from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.runtime.prompts import canonical_prompts
+
+
+def _one_at_a_time(method):
+    """The infer requests and the cache are the model's: a call waits until another thread's call has ended."""
+
+    @functools.wraps(method)
+    def locked(self, *args, **kwargs):
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
+class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
+    """LLaVA-MPT on OpenVINO, with the interface of transformers.
+
+    [`generate`] takes what transformers' `generate` takes. Calls from several threads are served one after the other.
+
+    Example:
+        model = OVModelForLlavaMPT.from_pretrained("llava-mpt-ov")
+        processor = AutoProcessor.from_pretrained("llava-mpt-ov")
+        inputs = processor(images=image, text=prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=200)
+    """
+
+    def __init__(self, *args, **kwargs):
+        # Before the host's constructor, which compiles
+        self._lock = threading.RLock()
+        self._differs_from_files = False
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, model_id: str | Path, *args, vision_tower: str | None = None, **kwargs) -> OVModelForLlavaMPT:
+        """Load a bundle, or convert an original checkpoint on the fly.
+
+        A conversion lives in a temporary folder beside the Hub's cache; keep it with [`save_pretrained`].
+
+        Args:
+            model_id: folder or model id of a bundle, or of an original LLaVA-MPT checkpoint.
+            vision_tower: of an original checkpoint, where its vision tower is, if not where it says.
+            kwargs: those of [`OVModelForVisualCausalLM.from_pretrained`]: `device`, `ov_config`, `compile`, `cache_dir`, `token`,
+                `revision`, `subfolder`, `local_files_only`, ...
+
+        Raises:
+            [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT.
+        """
+        if is_original_checkpoint(model_id, **kwargs):
+            return cls._export(model_id, vision_tower=vision_tower, **kwargs)
+        model = super().from_pretrained(model_id, *args, **kwargs)
+        if not isinstance(model, OVModelForLlavaMPT):
+            raise BundleError(
+                f"{model_id} is a {model.config.model_type!r} model around a {model.config.text_config.model_type!r} language model, "
+                "not a LLaVA-MPT. Load it with optimum.intel.OVModelForVisualCausalLM."
+            )
+        return model
+
+    @classmethod
+    def _export(cls, model_id: str | Path, config=None, vision_tower: str | None = None, **kwargs) -> OVModelForLlavaMPT:
+        from optimum_llava_ov.export.main import main_export
+
+        hub_options = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+        options = {name: kwargs.pop(name) for name in hub_options if name in kwargs}
+        kwargs.pop("export", None)
+        quantization_config, load_in_8bit = kwargs.pop("quantization_config", None), kwargs.pop("load_in_8bit", None)
+        if load_in_8bit and not quantization_config:
+            quantization_config = {"bits": 8}
+        # As in Optimum: `load_in_8bit=False` also keeps large models as they are
+        # (and `{"bits": 4}` stands for the recipe only until OVConfig makes it something else)
+        recipe = recipe_of(quantization_config) if quantization_config else None
+        ov_config = OVConfig(quantization_config=recipe) if recipe or load_in_8bit is False else None
+        # /tmp is memory on many systems, and a 7B model does not fit there twice.
+        parent = Path(constants.HF_ASSETS_CACHE) / "optimum-llava-ov"
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix="export-", dir=parent)
+        model_kwargs = {"vision_tower": vision_tower} if vision_tower else None
+        main_export(model_id, folder.name, ov_config=ov_config, model_kwargs=model_kwargs, **options)
+        model = cls.from_pretrained(folder.name, **kwargs)
+        model._exported_to = folder  # deleted with the model
+        return model
+
+    @_one_at_a_time
+    def generate(self, inputs: torch.LongTensor | None = None, *args, images: Any = None, **kwargs):
+        """As [`~transformers.GenerationMixin.generate`]; code written for the original LLaVA or the OpenVINO notebook runs too.
+
+        Args:
+            inputs, input_ids: `(batch, tokens)`. Images may be spelled as the processor does, or as -200, one each.
+            pixel_values, images: `(images, 3, height, width)`, the images of all rows in order.
+
+        Returns:
+            As transformers: the prompt, as it was given, and what was generated.
+
+        Raises:
+            `ValueError`: another number of images than the prompts have places for.
+        """
+        prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if kwargs.get("pixel_values") is None and images is not None:
+            kwargs["pixel_values"] = _stack(images)
+        if prompt is None or kwargs.get("inputs_embeds") is not None:
+            return super().generate(prompt, *args, **kwargs)
+
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(prompt) if mask is None else mask
+        canonical, mask = self._canonical_prompts(prompt, mask)
+        output = super().generate(canonical, *args, attention_mask=mask, **kwargs)
+        return output if canonical is prompt else _with_prompt(output, prompt, canonical.shape[1])
+
+    def _canonical_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor):
+        config = self.config
+        borders = (getattr(config, "im_start_token_id", None), getattr(config, "im_end_token_id", None))
+        ids, mask = canonical_prompts(
+            input_ids,
+            attention_mask,
+            config.image_token_index,
+            config.image_seq_length,
+            None if None in borders else borders,
+            self.generation_config.pad_token_id or 0,
+        )
+        unchanged = ids.shape == input_ids.shape and torch.equal(ids * mask, input_ids * attention_mask)
+        return (input_ids, attention_mask) if unchanged else (ids, mask)
+
+    @_one_at_a_time
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: tuple | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: `(batch, tokens)`; with a cache, the new tokens only.
+            pixel_values: `(images, 3, height, width)`, the images of all rows in order; only with the prompt.
+            attention_mask: `(batch, past + tokens)`, 0 for padding. All ones if not given.
+            past_key_values: what the last call returned; `None` begins anew. The cache itself is inside the model.
+            image_features: `(images, image_seq_length, d_model)`, instead of `pixel_values`.
+            logits_to_keep: return logits of so many last positions only; 0 for all.
+
+        Returns:
+            `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32.
+        """
+        if inputs_embeds is None:
+            if pixel_values is not None:
+                image_features = self.get_image_features(pixel_values)
+            inputs_embeds = self._embed(input_ids, image_features)
+        output = self.language_model.forward(
+            input_ids=None,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
+        if logits_to_keep:
+            output.logits = output.logits[:, -logits_to_keep:]
+        return output
+
+    def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
+        inputs_embeds = torch.from_numpy(np.asarray(self.get_text_embeddings(input_ids)))
+        image_token_id = self.config.image_token_index
+        if image_features is None:
+            if input_ids.shape[1] == 1 or not (input_ids == image_token_id).any():
+                return inputs_embeds
+            image_features = inputs_embeds.new_empty(0, self.config.image_seq_length, inputs_embeds.shape[-1])
+        return merge_image_features(input_ids, inputs_embeds, image_features, image_token_id)
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(images, 3, height, width)` -> `(images, image_seq_length, d_model)` float32, borders included."""
+        return torch.from_numpy(self.vision_embeddings(pixel_values.float()).last_hidden_state)
+
+    def get_vision_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The host's name of [`get_image_features`]."""
+        return self.get_image_features(torch.as_tensor(pixel_values))
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, logits_to_keep=None, **kwargs
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        if logits_to_keep is not None:
+            inputs["logits_to_keep"] = logits_to_keep
+        if past_key_values is not None:
+            return {
+                **inputs,
+                "input_ids": input_ids[:, self.language_model._get_past_length(past_key_values) - attention_mask.shape[1] :],
+            }
+        if inputs_embeds is not None:
+            return {**inputs, "inputs_embeds": inputs_embeds}
+        images = {name: kwargs[name] for name in ("pixel_values", "image_features") if kwargs.get(name) is not None}
+        return {**inputs, **images, "input_ids": input_ids}
+
+    @staticmethod
+    def _resolve_default_quantization_config(model_name_or_path: str, quantization_config):
+        """The host looks recipes up by the model's name; ours are the same for every LLaVA-MPT."""
+        return recipe_of(quantization_config)
+
+    def _apply_quantization(
+        self, quantization_config, compile_only: bool, compile_model: bool, model_name_or_path: str, *args, **kwargs
+    ) -> None:
+        """Compress the loaded parts in memory, just as the export compresses them."""
+        if compile_only:
+            raise ValueError("A model loaded with compile_only=True cannot be compressed. Load it without.")
+        recipe = recipe_of(quantization_config)
+        for part, ov_model in self.ov_models.items():
+            config, dataset = recipe_for_part(recipe, part), None
+            if config is None:
+                continue
+            if part == LANGUAGE_MODEL and needs_data(config):
+                processor = AutoProcessor.from_pretrained(self.model_save_dir)
+                dataset = calibration_dataset(config.dataset, config.num_samples, processor, Path(self.model_save_dir))
+            compress(ov_model, config, dataset)
+        self._differs_from_files = True
+        self.clear_requests()
+        self._openvino_config = OVConfig(quantization_config=recipe)
+        self._set_ov_config_parameters()
+        if compile_model:
+            self.compile()
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """Write the whole bundle, processor, tokenizers and card included. An existing bundle stays until the new one is whole.
+
+        Parts that were not changed are copied, so loading and saving again gives the same bytes.
+
+        Raises:
+            [`BundleError`]: `save_directory` holds something else.
+        """
+        source = Path(self.model_save_dir)
+        with staged(save_directory, tokenizers=(source / TOKENIZERS[0]).exists()) as folder:
+            if self._differs_from_files:
+                self._save_pretrained(folder)
+            self.generation_config.save_pretrained(folder)
+            for name in FILES:
+                if (source / name).exists() and not (folder / name).exists():
+                    shutil.copyfile(source / name, folder / name)
+
+    def half(self) -> OVModelForLlavaMPT:
+        self._differs_from_files = True
+        return super().half()
+
+    @staticmethod
+    def preprocess_inputs(text: str, image=None, processor=None, tokenizer=None, config=None, video=None, audio=None):
+        """One user turn as model inputs, as the host's calibration and evaluation code asks for it."""
+        if processor is None or video is not None or audio is not None:
+            raise ValueError("LLaVA-MPT takes text and pictures, and needs its processor for them.")
+        content = ([{"type": "image"}] if image is not None else []) + [{"type": "text", "text": text}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return processor(images=image, text=prompt, return_tensors="pt")
+
+
+def _stack(images: Any) -> torch.Tensor:
+    """A list of image tensors, or one with a dimension for rows, as `(images, 3, height, width)`."""
+    if isinstance(images, (list, tuple)):
+        images = torch.stack([torch.as_tensor(image).squeeze(0) for image in images])
+    return images.flatten(0, 1) if images.ndim == 5 else images
+
+
+def _with_prompt(output: Any, prompt: torch.LongTensor, length: int) -> Any:
+    """Put the caller's prompt back in front of what was generated; `length` is that of the canonical prompt."""
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    repeats = sequences.shape[0] // prompt.shape[0]
+    sequences = torch.cat([prompt.repeat_interleave(repeats, dim=0), sequences[:, length:]], dim=1)
+    if isinstance(output, torch.Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
