@@ -1,0 +1,1 @@
+"""`optimum-cli llava-ov ...`. Light to import: this is read at every start of `optimum-cli`."""

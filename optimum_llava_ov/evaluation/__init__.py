@@ -1,0 +1,1 @@
+"""Stage 6: what a conversion costs in quality, measured against the checkpoint or another bundle."""

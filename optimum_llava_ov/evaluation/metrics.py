@@ -1,0 +1,112 @@
+"""Numbers from recordings."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.samples import Sample
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How a bundle compares with its reference.
+
+    Attributes:
+        kl_mean, kl_p95 (`float`): Kullback-Leibler divergence from the reference's distribution to the bundle's, in nats per token
+            of the reference's answers: mean and 95th percentile.
+        top1_agreement (`float`): share of these tokens at which both find the same token most likely.
+        identical (`float`): share of samples with the same greedy answer.
+        first_divergence (`float` or `None`): mean index of the first token that differs, over answers that do.
+        accuracy, reference_accuracy (`float` or `None`): share of exact answers, where the data has answers.
+        num_samples, num_tokens (`int`): what this was measured on.
+        size (`dict[str, int]`): bytes of each part, and `total`.
+    """
+
+    kl_mean: float
+    kl_p95: float
+    top1_agreement: float
+    identical: float
+    first_divergence: float | None
+    accuracy: float | None
+    reference_accuracy: float | None
+    num_samples: int
+    num_tokens: int
+    size: dict[str, int]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def measure(samples: list[Sample], reference: Path, recording: Path, bundle: Path, tokenizer) -> Quality:
+    """
+    Args:
+        reference, recording: folders written by `record_reference` and `record_bundle`.
+        bundle: for the sizes of its parts.
+    """
+    kl, same_top1, divergences, right, reference_right = [], [], [], [], []
+    for index, sample in enumerate(samples):
+        with np.load(reference / f"{index:05d}.npz") as recorded:
+            expected = recorded["tokens"].tolist()
+        with np.load(recording / f"{index:05d}.npz") as recorded:
+            found = recorded["tokens"].tolist()
+            kl.append(recorded["kl"])
+            same_top1.append(recorded["same_top1"])
+        divergences.append(first_difference(expected, found))
+        if sample.answer is not None:
+            texts = (tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in (found, expected))
+            for text, results in zip(texts, (right, reference_right)):
+                results.append(text == sample.answer.strip())
+    kl = np.concatenate(kl)
+    different = [index for index in divergences if index is not None]
+    return Quality(
+        kl_mean=float(kl.mean()),
+        kl_p95=float(np.quantile(kl, 0.95)),
+        top1_agreement=float(np.concatenate(same_top1).mean()),
+        identical=1 - len(different) / len(samples),
+        first_divergence=float(np.mean(different)) if different else None,
+        accuracy=float(np.mean(right)) if right else None,
+        reference_accuracy=float(np.mean(reference_right)) if right else None,
+        num_samples=len(samples),
+        num_tokens=len(kl),
+        size=part_sizes(bundle),
+    )
+
+
+def first_difference(expected: list[int], found: list[int]) -> int | None:
+    """Index of the first token that differs, or `None`; an answer that ends early differs where it ends."""
+    for index, (left, right) in enumerate(zip(expected, found)):
+        if left != right:
+            return index
+    return None if len(expected) == len(found) else min(len(expected), len(found))
+
+
+def part_sizes(bundle: Path) -> dict[str, int]:
+    sizes = {name: (bundle / file).with_suffix(".bin").stat().st_size for name, file in PARTS.items()}
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def table(qualities: dict[str, Quality]) -> str:
+    """The numbers as text, a line for each bundle."""
+    header = ("bundle", "size", "KL mean", "KL p95", "top-1", "same answers", "first difference", "exact answers")
+    rows = [header]
+    for name, quality in qualities.items():
+        divergence = "-" if quality.first_divergence is None else f"token {quality.first_divergence:.1f}"
+        accuracy = "-" if quality.accuracy is None else f"{quality.accuracy:.1%} (reference {quality.reference_accuracy:.1%})"
+        rows.append(
+            (
+                name,
+                f"{quality.size['total'] / 1e6:,.1f} MB",
+                f"{quality.kl_mean:.5f}",
+                f"{quality.kl_p95:.5f}",
+                f"{quality.top1_agreement:.1%}",
+                f"{quality.identical:.1%}",
+                divergence,
+                accuracy,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,0 +1,37 @@
+"""Quality against size, as a picture for a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optimum_llava_ov.evaluation.metrics import Quality
+
+
+def plot(qualities: dict[str, Quality], file: Path) -> None:
+    """Draw the bundles: size to the right, divergence from the reference upwards; down and left is better.
+
+    Raises:
+        `ImportError`: matplotlib is not installed; says how to install it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The picture needs matplotlib: pip install optimum-llava-ov[eval]") from error
+
+    figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    sizes = [quality.size["total"] / 1e6 for quality in qualities.values()]
+    # An unchanged model has no divergence at all, which a logarithmic axis cannot show.
+    divergences = [max(quality.kl_mean, 1e-7) for quality in qualities.values()]
+    axes.scatter(sizes, divergences, s=70, color="#0068b5", zorder=3)
+    for (name, quality), size, divergence in zip(qualities.items(), sizes, divergences):
+        label = name if quality.accuracy is None else f"{name}\n{quality.accuracy:.1%} exact answers"
+        axes.annotate(label, (size, divergence), xytext=(8, 6), textcoords="offset points", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlim(left=0, right=max(sizes) * 1.3)
+    axes.margins(y=0.2)
+    axes.set_xlabel("size of the weights, MB")
+    axes.set_ylabel("KL divergence from the reference, nats per token")
+    axes.grid(True, which="major", color="#e5e7eb", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file)

@@ -1,0 +1,108 @@
+"""What a model answers, and how sure it is of each token, written to disk sample by sample.
+
+The reference is recorded first and freed before a bundle is loaded, so the two never share memory. A recording that was
+interrupted continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, LlavaProcessor
+
+from optimum_llava_ov.bundle.settings import build_processor
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, is_original_checkpoint
+from optimum_llava_ov.models.loading import load_model
+from optimum_llava_ov.samples import Sample
+
+
+def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
+    """A bundle as `OVModelForLlavaMPT`, or an original checkpoint in torch: in float32 if that fits, else in bfloat16."""
+    if is_original_checkpoint(name):
+        checkpoint = OriginalCheckpoint.open(name)
+        size = sum(file.stat().st_size for file in checkpoint.weight_files)
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        model = load_model(checkpoint, dtype=torch.float32 if 2.5 * size < available else torch.bfloat16)
+        return model, build_processor(checkpoint)
+    from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
+
+    return OVModelForLlavaMPT.from_pretrained(name, device=device), AutoProcessor.from_pretrained(name)
+
+
+def record_reference(model: Any, processor: LlavaProcessor, samples: list[Sample], folder: Path, max_new_tokens: int) -> None:
+    """Write, for each sample, the greedy answer and the log-probabilities of all tokens at each of its positions."""
+    for index, sample in _missing(samples, folder, "Reference"):
+        inputs = sample.inputs(processor)
+        tokens = _greedy(model, inputs, max_new_tokens)
+        _write(folder / f"{index:05d}.npz", tokens=tokens, log_probs=_log_probs(model, inputs, tokens).astype(np.float16))
+
+
+def record_bundle(
+    model: Any, processor: LlavaProcessor, samples: list[Sample], reference: Path, folder: Path, max_new_tokens: int
+) -> None:
+    """Write, for each sample, the bundle's greedy answer, and how far it is from the reference on the reference's answer."""
+    for index, sample in _missing(samples, folder, "Bundle"):
+        with np.load(reference / f"{index:05d}.npz") as recorded:
+            expected = recorded["log_probs"].astype(np.float32)
+            reference_tokens = recorded["tokens"]
+        inputs = sample.inputs(processor)
+        found = _log_probs(model, inputs, reference_tokens)
+        expected = expected - _logsumexp(expected)  # float16 has cost some digits
+        kl = (np.exp(expected) * (expected - found)).sum(axis=-1)
+        _write(
+            folder / f"{index:05d}.npz",
+            tokens=_greedy(model, inputs, max_new_tokens),
+            kl=np.maximum(kl, 0),
+            same_top1=expected.argmax(axis=-1) == found.argmax(axis=-1),
+        )
+
+
+def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Begin a recording, or continue one that was made with the same settings; another one is deleted."""
+    file = folder / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != settings:
+        for old in folder.glob("*.npz"):
+            old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings))
+
+
+def _missing(samples: list[Sample], folder: Path, what: str):
+    todo = [(index, sample) for index, sample in enumerate(samples) if not (folder / f"{index:05d}.npz").exists()]
+    return tqdm(todo, desc=what, initial=len(samples) - len(todo), total=len(samples), unit="sample")
+
+
+def _greedy(model: Any, inputs: Any, max_new_tokens: int) -> np.ndarray:
+    with torch.no_grad():
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    return output[0, inputs["input_ids"].shape[1] :].numpy()
+
+
+def _log_probs(model: Any, inputs: Any, tokens: np.ndarray) -> np.ndarray:
+    """`(tokens, vocab_size)` float32: log-probabilities where each token of the answer was to be chosen."""
+    answer = torch.from_numpy(tokens[:-1])[None]
+    full = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], answer], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1),
+    }
+    with torch.no_grad():
+        logits = model(**full, logits_to_keep=len(tokens)).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1).numpy()
+
+
+def _logsumexp(values: np.ndarray) -> np.ndarray:
+    return np.log(np.exp(values).sum(axis=-1, keepdims=True))
+
+
+def _write(file: Path, **arrays: np.ndarray) -> None:
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        np.savez(stream, **arrays)
+    partial.rename(file)
