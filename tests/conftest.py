@@ -1,0 +1,133 @@
+"""What the tests share: the golden checkpoints, bundles exported from them, and how to run code as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+GOLDEN = Path(__file__).parent / "golden"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# Exact arithmetic, so that tokens can be compared; the defaults trade it for speed.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Outputs of the original LLaVA code on a tiny random checkpoint (see `golden/README.md`)."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return GOLDEN / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @cached_property
+    def cases(self) -> dict[str, dict]:
+        return json.loads((self.folder / "cases.json").read_text())["cases"]
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "arrays.npz") as arrays:
+            return dict(arrays)
+
+    def image(self, name: str) -> Image.Image:
+        return Image.open(self.folder / "images" / f"{name}.png").convert("RGB")
+
+    def images(self, case: str) -> list[Image.Image] | None:
+        return [self.image(name) for name in self.cases[case]["images"]] or None
+
+
+GOLDENS = [Golden("linear_fp16_sharded"), Golden("mlp2x_fp32_pad")]
+CASES = [(golden, case) for golden in GOLDENS for case in golden.cases]
+by_case = pytest.mark.parametrize(("golden", "case"), CASES, ids=[f"{golden.name}-{case}" for golden, case in CASES])
+by_golden = pytest.mark.parametrize("golden", GOLDENS, ids=[golden.name for golden in GOLDENS])
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    """Run a program of this environment, such as `optimum-cli`, as a user would type it."""
+    installed = Path(sys.executable).parent / command[0]
+    command = [str(installed if installed.exists() else command[0]), *map(str, command[1:])]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **kwargs)
+    assert not check or result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def run_stock(code: str, *arguments: str | Path) -> str:
+    """Run Python where this package cannot be imported, as for somebody who never heard of it. Returns what it printed."""
+    guard = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'optimum_llava_ov': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    return run(sys.executable, "-c", guard + code, *arguments).stdout
+
+
+def files(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def fill_hub_cache(cache: Path, repositories: dict[str, Path]) -> None:
+    """Put folders into a cache of the Hub as if they had been downloaded.
+
+    A checkpoint among them names its tower as the real one does, by the id that is also in `repositories`.
+    """
+    for name, folder in repositories.items():
+        repository = cache / f"models--{name.replace('/', '--')}"
+        snapshot = shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        tower = next((other for other in repositories if "clip" in other), None)
+        config = json.loads((snapshot / "config.json").read_text())
+        if tower and "mm_vision_tower" in config:
+            (snapshot / "config.json").write_text(json.dumps({**config, "mm_vision_tower": tower}))
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory) -> dict[str, Path]:
+    """Bundles of the golden checkpoints, made by the real command."""
+    folder = tmp_path_factory.mktemp("bundles")
+    for golden in GOLDENS:
+        run("optimum-cli", "export", "openvino", "--model", golden.checkpoint, folder / golden.name)
+    return {golden.name: folder / golden.name for golden in GOLDENS}
+
+
+@pytest.fixture(scope="session")
+def models(bundles):
+    """The bundles, loaded in exact arithmetic."""
+    from optimum_llava_ov import OVModelForLlavaMPT
+
+    return {name: OVModelForLlavaMPT.from_pretrained(bundle, ov_config=EXACT) for name, bundle in bundles.items()}
+
+
+@pytest.fixture(scope="session")
+def processors(bundles):
+    from transformers import AutoProcessor
+
+    return {name: AutoProcessor.from_pretrained(bundle) for name, bundle in bundles.items()}
+
+
+@pytest.fixture(scope="session")
+def torch_models():
+    """The checkpoints in torch, in float32."""
+    from optimum_llava_ov import LlavaMptForConditionalGeneration
+
+    return {
+        golden.name: LlavaMptForConditionalGeneration.from_pretrained(golden.checkpoint, dtype="float32") for golden in GOLDENS
+    }

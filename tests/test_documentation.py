@@ -1,0 +1,71 @@
+"""Every command and snippet of the README and of docs/ runs.
+
+In a folder with the repository's `examples`, offline, with the shapes model standing in for the one on the Hub.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES, fill_hub_cache, run
+
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where a reader who follows the document is."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    shapes = EXAMPLES / "shapes"
+    names = {"liuhaotian/LLaVA-Lightning-MPT-7B-preview": shapes / "checkpoint", "openai/clip-vit-large-patch14": shapes / "clip"}
+    fill_hub_cache(tmp_path / "hub", names)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_snippets(document, folder):
+    blocks = BLOCK.findall(document.read_text())
+    assert {language for language, _ in blocks} <= {"bash", "python"}, "only these are run"
+    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
+    for language, code in blocks:
+        if language == "python":
+            run(sys.executable, "-c", code, env=env, cwd=folder)
+        else:
+            for line in code.replace("\\\n", " ").splitlines():
+                run("bash", "-c", f'PATH="{Path(sys.executable).parent}:$PATH" {line}', env=env, cwd=folder)
+
+
+def test_links_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_make_targets_of_the_readme_exist():
+    for target in re.findall(r"(?:`|^    )make\s(\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_wheel_holds_what_is_needed(tmp_path):
+    """Built from what git tracks, as a release is."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "examples", "benchmarks", "build", "*-ov"))
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source)
+    names = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-l", next(tmp_path.glob("*.whl"))], capture_output=True, text=True
+    ).stdout
+    for name in (
+        "optimum/commands/register/register_optimum_llava_ov.py",
+        "optimum_llava_ov/bundle/chat_template.jinja",
+        "optimum_llava_ov/bundle/card_template.md",
+        "optimum_llava_ov/runtime/modeling.py",
+    ):
+        assert name in names
+    assert "optimum/commands/__init__.py" not in names
+    assert "register/__init__.py" not in names

@@ -1,0 +1,220 @@
+"""The same conversation gives the same tokens in every engine that can run the bundle.
+
+GenAI and Model Server write the newline behind a picture themselves, so they get conversations in which a picture stands before the
+text, as `apply_chat_template` puts it, and as messages rather than as a finished prompt.
+"""
+
+import json
+
+import numpy as np
+import openvino
+import openvino_genai
+import pytest
+import torch
+from conftest import EXACT, Golden, run_stock
+
+
+GOLDEN = Golden("linear_fp16_sharded")
+MAX_NEW_TOKENS = 24
+WIDE, TALL, SQUARE = "wide_300x200", "tall_56x420", "square_224x224"
+
+
+def user(text, *pictures):
+    return {"role": "user", "content": text, "pictures": list(pictures)}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text, "pictures": []}
+
+
+CONVERSATIONS = {
+    "no_picture": [user("Write a short poem about the sea.")],
+    "one_picture": [user("What is in the picture?", SQUARE)],
+    "wide_picture": [user("What is in the picture?", WIDE)],
+    "tall_picture": [user("Count the boats.", TALL)],
+    "two_pictures": [user("Which one is red?", WIDE, TALL)],
+    "three_turns": [
+        user("What is this?", SQUARE),
+        assistant("A photo."),
+        user("What colour is it?"),
+        assistant("Red."),
+        user("Are you sure?"),
+    ],
+    "picture_in_a_later_turn": [user("Hello there"), assistant("Hi!"), user("What is this?", WIDE)],
+    "pictures_in_two_turns": [
+        user("What is this?", SQUARE),
+        assistant("A photo."),
+        user("And this?", TALL),
+    ],
+}
+
+
+def transformers_messages(conversation):
+    return [
+        {
+            "role": turn["role"],
+            "content": [{"type": "image"} for _ in turn["pictures"]] + [{"type": "text", "text": turn["content"]}],
+        }
+        for turn in conversation
+    ]
+
+
+# GenAI resamples in float, PIL rounds to grey levels between the two directions: a difference of one level in some pixels, which
+# these random models amplify. The tall picture has its final width already and is only cropped.
+PICTURES = {
+    WIDE: GOLDEN.image("img0_300x200"),
+    TALL: GOLDEN.image("img1_64x480").resize((56, 420)),
+    SQUARE: GOLDEN.image("img2_224x224"),
+}
+
+
+def pictures_of(conversation):
+    return [PICTURES[name] for turn in conversation for name in turn["pictures"]]
+
+
+@pytest.fixture(scope="module")
+def prompts(processors):
+    processor = processors[GOLDEN.name]
+    return {
+        name: processor(
+            text=processor.apply_chat_template(transformers_messages(conversation), add_generation_prompt=True),
+            images=pictures_of(conversation) or None,
+            return_tensors="pt",
+        )
+        for name, conversation in CONVERSATIONS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(prompts, models):
+    """Tokens of OVModelForLlavaMPT, which the golden tests tie to the original."""
+    model = models[GOLDEN.name]
+    return {name: answer(model, inputs) for name, inputs in prompts.items()}
+
+
+def answer(model, inputs):
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=None)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_torch(prompts, expected, torch_models):
+    assert {name: answer(torch_models[GOLDEN.name], inputs) for name, inputs in prompts.items()} == expected
+
+
+STOCK = """
+import json, sys
+import torch
+from PIL import Image
+from optimum.intel import OVModelForVisualCausalLM
+from transformers import AutoProcessor
+
+bundle, folder, conversations, exact, max_new_tokens = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+model = OVModelForVisualCausalLM.from_pretrained(bundle, ov_config=exact)
+processor = AutoProcessor.from_pretrained(bundle)
+answers = {}
+for name, conversation in conversations.items():
+    messages = [{"role": turn["role"], "content": [{"type": "image"} for _ in turn["pictures"]] + [{"type": "text", "text": turn["content"]}]} for turn in conversation]
+    images = [Image.open(f"{folder}/{picture}.png").convert("RGB") for turn in conversation for picture in turn["pictures"]]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=prompt, images=images or None, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None)
+    answers[name] = [inputs["input_ids"][0].tolist(), output[0, inputs["input_ids"].shape[1] :].tolist()]
+assert not any(module.startswith("optimum_llava_ov") for module in sys.modules)
+print(json.dumps([type(model).__name__, answers]))
+"""
+
+
+def test_stock_optimum_intel_without_this_package(bundles, prompts, expected, tmp_path):
+    for name, picture in PICTURES.items():
+        picture.save(tmp_path / f"{name}.png")
+    output = run_stock(STOCK, bundles[GOLDEN.name], tmp_path, json.dumps(CONVERSATIONS), json.dumps(EXACT), str(MAX_NEW_TOKENS))
+    class_name, answers = json.loads(output.splitlines()[-1])
+    assert class_name == "_OVLlavaForCausalLM"
+    for name, (input_ids, tokens) in answers.items():
+        assert input_ids == prompts[name]["input_ids"][0].tolist(), name
+        assert tokens == expected[name], name
+
+
+def genai_config():
+    return openvino_genai.GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, do_sample=False, ignore_eos=True)
+
+
+def genai_prompt(conversation, processor):
+    """The conversation as text with one `<image>` a picture; the newline behind it is GenAI's to write."""
+    prompt = processor.apply_chat_template(transformers_messages(conversation), add_generation_prompt=True)
+    return prompt.replace("<image>\n", "<image>")
+
+
+def tensors(conversation):
+    return [openvino.Tensor(np.array(image)[None]) for image in pictures_of(conversation)]
+
+
+@pytest.fixture(scope="module", params=["SDPA", "PA"])
+def pipeline(request, bundles):
+    return openvino_genai.VLMPipeline(bundles[GOLDEN.name], "CPU", ATTENTION_BACKEND=request.param, **EXACT)
+
+
+def decode(processor, tokens):
+    return processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_genai(pipeline, processors, expected, name):
+    processor, config = processors[GOLDEN.name], genai_config()
+    config.apply_chat_template = False
+    result = pipeline.generate(
+        genai_prompt(CONVERSATIONS[name], processor), images=tensors(CONVERSATIONS[name]), generation_config=config
+    )
+    assert result.texts[0] == decode(processor, expected[name])
+
+
+def test_genai_applies_the_chat_template(pipeline, processors, expected):
+    conversation = CONVERSATIONS["one_picture"]
+    result = pipeline.generate(conversation[0]["content"], images=tensors(conversation), generation_config=genai_config())
+    assert result.texts[0] == decode(processors[GOLDEN.name], expected["one_picture"])
+
+
+def test_genai_chat_keeps_the_picture(pipeline, models, processors):
+    """Two turns of GenAI's chat mode equal two turns of ours with the history written out."""
+    processor, model = processors[GOLDEN.name], models[GOLDEN.name]
+    pictures = [PICTURES[WIDE]]
+    pipeline.start_chat()
+    first = pipeline.generate(
+        "What is this?", images=[openvino.Tensor(np.array(pictures[0])[None])], generation_config=genai_config()
+    ).texts[0]
+    second = pipeline.generate("Which colour?", generation_config=genai_config()).texts[0]
+    pipeline.finish_chat()
+
+    history = [user("What is this?", WIDE)]
+    for text, received in ((None, first), ("Which colour?", second)):
+        history += [user(text)] if text else []
+        inputs = processor(
+            text=processor.apply_chat_template(transformers_messages(history), add_generation_prompt=True),
+            images=pictures,
+            return_tensors="pt",
+        )
+        tokens = answer(model, inputs)
+        assert received == decode(processor, tokens)
+        history.append(assistant(received))
+
+
+def test_continuous_batching_serves_all_at_once(bundles, processors, expected):
+    """What Model Server runs: several different requests in one batch, prefix caching on."""
+    processor = processors[GOLDEN.name]
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.enable_prefix_caching = 1, True
+    pipeline = openvino_genai.ContinuousBatchingPipeline(bundles[GOLDEN.name], scheduler, "CPU", EXACT)
+    config = genai_config()
+    config.apply_chat_template = False
+    names = [*CONVERSATIONS, *CONVERSATIONS]  # the second half finds its prefixes in the cache
+    handles = [
+        pipeline.add_request(
+            index, genai_prompt(CONVERSATIONS[name], processor), images=tensors(CONVERSATIONS[name]), generation_config=config
+        )
+        for index, name in enumerate(names)
+    ]
+    while pipeline.has_non_finished_requests():
+        pipeline.step()
+    for name, handle in zip(names, handles):
+        assert handle.read_all()[0].generated_ids == expected[name], name

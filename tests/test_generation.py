@@ -1,0 +1,202 @@
+"""`generate` as transformers users expect it."""
+
+import threading
+
+import pytest
+import torch
+from conftest import EXACT, Golden
+from optimum.intel import OVModelForVisualCausalLM
+from transformers import TextIteratorStreamer, TextStreamer, pipeline
+
+from optimum_llava_ov import BundleError, OVModelForLlavaMPT
+
+
+GOLDEN = Golden("linear_fp16_sharded")
+GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 16}
+ROWS = {
+    "two_images": ["img0_300x200", "img2_224x224"],
+    "text_only": [],
+    "image_start": ["img1_64x480"],
+    "short": [],
+}
+
+
+def prompt_of(row):
+    if row == "short":
+        return "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n"
+    return GOLDEN.cases[row]["prompt"].replace("<im_start><image><im_end>", "<image>")
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models[GOLDEN.name]
+
+
+@pytest.fixture(scope="module")
+def processor(processors):
+    return processors[GOLDEN.name]
+
+
+@pytest.fixture(scope="module")
+def inputs_of(processor):
+    def prepare(*rows, **kwargs):
+        images = [GOLDEN.image(name) for row in rows for name in ROWS[row]]
+        return processor(
+            text=[prompt_of(row) for row in rows], images=images or None, return_tensors="pt", padding=True, **kwargs
+        )
+
+    return prepare
+
+
+def new_tokens(model, inputs, **kwargs):
+    output = model.generate(**inputs, **{**GREEDY, **kwargs})
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_batch_of_mixed_rows_equals_the_rows_alone(model, inputs_of):
+    alone = [new_tokens(model, inputs_of(row))[0] for row in ROWS]
+    assert len({tuple(tokens) for tokens in alone}) == len(ROWS)
+    assert new_tokens(model, inputs_of(*ROWS)) == alone
+
+
+def test_right_padding_gives_the_same_answers(model, inputs_of):
+    assert new_tokens(model, inputs_of(*ROWS, padding_side="right")) == new_tokens(model, inputs_of(*ROWS))
+
+
+def test_torch_model_in_batches(model, torch_models, inputs_of):
+    assert new_tokens(torch_models[GOLDEN.name], inputs_of(*ROWS)) == new_tokens(model, inputs_of(*ROWS))
+
+
+@pytest.mark.parametrize("num_beams", [2, 4])
+def test_beam_search_equals_torch(model, torch_models, inputs_of, num_beams):
+    inputs = inputs_of("two_images", "text_only")
+    expected = new_tokens(torch_models[GOLDEN.name], inputs_of("two_images"), num_beams=num_beams)[0]
+    tokens = new_tokens(model, inputs, num_beams=num_beams, num_return_sequences=2)
+    assert tokens[0] == expected
+    assert tokens[2] == new_tokens(torch_models[GOLDEN.name], inputs_of("text_only"), num_beams=num_beams)[0]
+
+
+def test_sampling_is_reproducible_and_varied(model, inputs_of):
+    inputs, options = inputs_of("image_start"), {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "num_return_sequences": 3}
+    torch.manual_seed(0)
+    first = new_tokens(model, inputs, **options)
+    torch.manual_seed(0)
+    assert new_tokens(model, inputs, **options) == first
+    assert len({tuple(tokens) for tokens in first}) == 3
+
+
+def test_several_answers_see_several_images(model, inputs_of):
+    """Each copy of a row must get the images of the row, in order."""
+    inputs = inputs_of("two_images", "image_start")
+    alone = new_tokens(model, inputs)
+    torch.manual_seed(0)
+    sampled = new_tokens(model, inputs, do_sample=True, top_k=1, num_return_sequences=2)
+    assert sampled == [alone[0], alone[0], alone[1], alone[1]]
+
+
+def test_repetition_penalty_with_images(model, inputs_of):
+    """`<image>` is no token of the head, so processors must not look for its logit."""
+    tokens = new_tokens(model, inputs_of("image_start"), repetition_penalty=5.0)[0]
+    assert len(set(tokens)) == len(tokens)
+    assert new_tokens(model, inputs_of("image_start"), no_repeat_ngram_size=1)[0] == list(
+        dict.fromkeys(new_tokens(model, inputs_of("image_start"), no_repeat_ngram_size=1)[0])
+    )
+
+
+def test_streamers(model, processor, inputs_of, capsys):
+    inputs = inputs_of("image_start")
+    expected = processor.decode(new_tokens(model, inputs)[0])
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    thread = threading.Thread(target=model.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+    model.generate(**inputs, **GREEDY, streamer=TextStreamer(processor.tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_stops_at_the_end_of_the_turn(model, inputs_of):
+    assert set(model.generation_config.eos_token_id) == {0, 458}
+    torch.manual_seed(1)
+    output = model.generate(**inputs_of("text_only"), do_sample=True, max_new_tokens=400)
+    assert output[0, -1].item() in (0, 458)
+
+
+def test_scores_and_full_logits(model, inputs_of):
+    inputs = inputs_of("image_start")
+    output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_scores=True)
+    assert len(output.scores) == 16
+    logits = model(**inputs).logits
+    assert logits.shape[1] == inputs["input_ids"].shape[1]
+    assert torch.allclose(output.scores[0][0], logits[0, -1], atol=1e-4)
+
+
+def test_threads_take_turns(model, inputs_of):
+    rows = ["two_images", "text_only", "image_start", "short"]
+    prepared = {row: inputs_of(row) for row in rows}
+    expected = {row: new_tokens(model, prepared[row]) for row in rows}
+    results = {}
+
+    def work(row):
+        results[row] = [new_tokens(model, prepared[row]) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(row,)) for row in rows]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert results == {row: [expected[row]] * 3 for row in rows}
+
+
+def test_device_config_and_late_compilation(bundles, model, inputs_of):
+    inputs = inputs_of("image_start")
+    late = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], device="cpu", ov_config=EXACT, compile=False)
+    assert late.language_model.request is None
+    expected = new_tokens(model, inputs)
+    assert new_tokens(late, inputs) == expected
+    late.to("AUTO")
+    assert late._device == "AUTO"
+    assert new_tokens(late, inputs) == expected
+
+
+def test_optimum_finds_this_class(bundles):
+    model = OVModelForVisualCausalLM.from_pretrained(bundles[GOLDEN.name], compile=False)
+    assert type(model) is OVModelForLlavaMPT
+
+
+def test_transformers_pipeline(model, processor, inputs_of):
+    chat = pipeline("image-text-to-text", model=model, processor=processor)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": GOLDEN.image("img0_300x200")}, {"type": "text", "text": "Hi"}]}
+    ]
+    result = chat(text=messages, generate_kwargs={"max_new_tokens": 8, "do_sample": False}, return_full_text=False)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=prompt, images=[GOLDEN.image("img0_300x200")], return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert result[0]["generated_text"] == processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("images", "placeholders"), [(1, 2), (2, 1), (1, 0)], ids=["fewer images", "more images", "no place for the image"]
+)
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_number_of_images(model, processor, images, placeholders, num_beams):
+    inputs = processor(text="<image>" * placeholders + "Hi", images=[GOLDEN.image("img0_300x200")] * images, return_tensors="pt")
+    with pytest.raises(ValueError, match=rf"places for {placeholders} image\(s\), but {images} image\(s\) were given"):
+        model.generate(**inputs, **GREEDY, num_beams=num_beams)
+
+
+def test_placeholder_without_image(model, processor):
+    inputs = processor(text="<image>\nHi", images=None, return_tensors="pt")
+    with pytest.raises(ValueError, match=r"places for 1 image\(s\), but 0 image\(s\) were given"):
+        model.generate(**inputs, **GREEDY)
+
+
+def test_other_models_are_refused(tmp_path, bundles):
+    import json
+    import shutil
+
+    folder = shutil.copytree(bundles[GOLDEN.name], tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BundleError, match="OVModelForVisualCausalLM"):
+        OVModelForLlavaMPT.from_pretrained(folder)

@@ -1,0 +1,79 @@
+"""The model that ships answers about pictures it has never seen, through the whole chain: checkpoint, bundle, OpenVINO."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+from conftest import EXAMPLES, run
+from PIL import Image
+from transformers import AutoProcessor
+
+from optimum_llava_ov import OVModelForLlavaMPT
+from optimum_llava_ov.evaluation.shapes import KINDS, held_out
+
+
+SHAPES = EXAMPLES / "shapes"
+NUM_CONVERSATIONS = 100
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    output = tmp_path_factory.mktemp("shapes") / "shapes-ov"
+    run("optimum-cli", "export", "openvino", "--model", SHAPES / "checkpoint", output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def ask(bundle):
+    """Answer to the last of a conversation's turns, `(question, images, answer)`."""
+    model, processor = OVModelForLlavaMPT.from_pretrained(bundle), AutoProcessor.from_pretrained(bundle)
+
+    def answer(turns):
+        messages, images = [], []
+        for question, new, reply in turns:
+            content = [{"type": "image"} for _ in new] + [{"type": "text", "text": question}]
+            messages.append({"role": "user", "content": content})
+            images += new
+            if reply is not None:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(text=prompt, images=images, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return answer
+
+
+def test_exact_answers_on_held_out_pictures(ask):
+    """At least 90 %, in conversations that contain the model's own earlier answers."""
+    asked, right = Counter(), Counter()
+    for conversation in held_out(NUM_CONVERSATIONS, seed=1):
+        turns = []
+        for turn in conversation:
+            turns.append([turn["question"], turn["images"], None])
+            turns[-1][2] = ask(turns)
+            asked[turn["kind"]] += 1
+            right[turn["kind"]] += turns[-1][2] == turn["answer"]
+    assert set(asked) == set(KINDS)
+    assert right.total() / asked.total() >= 0.90, {kind: f"{right[kind]}/{asked[kind]}" for kind in KINDS}
+
+
+def test_sample_questions(ask):
+    for sample in json.loads((SHAPES / "pictures" / "questions.json").read_text()):
+        images = [Image.open(SHAPES / "pictures" / name) for name in sample["images"]]
+        assert ask([[sample["question"], images, None]]) == sample["answer"], sample["question"]
+
+
+def test_quickstart(bundle):
+    result = run("python", EXAMPLES / "quickstart.py", bundle)
+    assert "What colour is the circle?  ->  The circle is red." in result.stdout
+
+
+def test_small_enough_to_ship():
+    files = [file for folder in ("checkpoint", "clip") for file in (SHAPES / folder).iterdir()]
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+
+
+def test_readme_tells_the_accuracy():
+    assert re.search(r"\*\*all\*\* \| \d+ \| 9\d\.\d%", (SHAPES / "README.md").read_text())
