@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: install quickstart test quality style clean
+
+# torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
+# breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
+install: $(BIN)/optimum-cli
+$(BIN)/optimum-cli: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
+quickstart: install
+	$(BIN)/optimum-cli export openvino --model examples/shapes/checkpoint shapes-ov
+	$(BIN)/python examples/quickstart.py shapes-ov
+
+test: install
+	$(BIN)/python -m pytest
+
+quality:
+	$(BIN)/python -m pip install --quiet "ruff==0.14.*"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style:
+	$(BIN)/python -m pip install --quiet "ruff==0.14.*"
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) shapes-ov build *.egg-info
