@@ -57,10 +57,12 @@ def _dispatching(original):
     @functools.wraps(original)
     def main_export(*args, **kwargs):
         from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+        from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
 
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs_shapes", {}))
-        if not is_original_checkpoint(**{"name_or_path": arguments["model_name_or_path"], **_hub_options(arguments)}):
+        hub_options = {name: arguments[name] for name in HUB_OPTIONS if name in arguments}
+        if not is_original_checkpoint(arguments["model_name_or_path"], **hub_options):
             return original(*args, **kwargs)
 
         from optimum_llava_ov.export.main import main_export as export_llava_mpt
@@ -138,11 +140,6 @@ def exporting(transform=None):
         convert._save_model, convert.allow_skip_tracing_check = originals
 
 
-def _hub_options(arguments: dict) -> dict:
-    names = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
-    return {name: arguments[name] for name in names if name in arguments}
-
-
 def hook_modeling() -> None:
     """Let `OVModelForVisualCausalLM.from_pretrained` give our class for our bundles, and its own for every other "llava"."""
     from optimum.intel.openvino import modeling_visual_language
@@ -168,21 +165,8 @@ class _LlavaClass:
         return OVModelForLlavaMPT(*args, config=config, **kwargs)
 
 
-def load_named_dataset(name: str):
-    """Prompts and pictures of a data set that Optimum knows by name. Needs the `datasets` package and the network."""
+def named_datasets() -> dict[str, dict]:
+    """Data sets for vision-language models that Optimum knows by name: for each `id`, `split`, and `inputs` with its columns."""
     from optimum.intel.openvino.utils import PREDEFINED_VISUAL_LM_DATASETS
 
-    if name not in PREDEFINED_VISUAL_LM_DATASETS:
-        raise ValueError(
-            f"{name!r} is no data set for vision-language models. Expected {', '.join(PREDEFINED_VISUAL_LM_DATASETS)}, a folder of "
-            "pictures, or a JSONL file of {image, prompt}."
-        )
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(f"The data set {name!r} is loaded with `datasets`: pip install datasets") from error
-    entry = PREDEFINED_VISUAL_LM_DATASETS[name]
-    columns = entry["inputs"]
-    stream = load_dataset(entry["id"], split=entry["split"], streaming=True).take(512)
-    for item in stream:
-        yield item[columns["instruction"]], item[columns["image"]].convert("RGB")
+    return PREDEFINED_VISUAL_LM_DATASETS

@@ -1,6 +1,7 @@
 """`optimum-cli llava-ov eval`: what a conversion costs."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ def int8(tmp_path_factory):
 
 
 def test_command(int8, bundles, tmp_path):
-    command = ["optimum-cli", "llava-ov", "eval", bundles[GOLDEN.name], int8, "--reference", GOLDEN.checkpoint]
+    fp16 = shutil.copytree(bundles[GOLDEN.name], tmp_path / GOLDEN.name)
+    command = ["optimum-cli", "llava-ov", "eval", fp16, int8, "--reference", GOLDEN.checkpoint]
     options = ["--num-samples", "4", "--max-new-tokens", "8", "--work-dir", tmp_path / "work", "--plot", tmp_path / "plot.png"]
     first = run(*command, *options)
     assert "linear_fp16_sharded" in first.stdout

@@ -13,7 +13,7 @@ import torch
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 from optimum_llava_ov.checkpoint.config import LlavaMptConfig, check_config
-from optimum_llava_ov.checkpoint.repository import Repository
+from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository
 from optimum_llava_ov.checkpoint.tokenizer import load_tokenizer
 from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower
 from optimum_llava_ov.checkpoint.weights import index_shards, map_tensors
@@ -22,7 +22,6 @@ from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpoin
 
 logger = logging.getLogger(__name__)
 
-_HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 # name of a single file, name of its index: in the order of preference
 _WEIGHT_FILES = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
@@ -53,7 +52,7 @@ class OriginalCheckpoint:
             vision_tower: folder or model id to take the vision tower from, instead of what `mm_vision_tower` says.
             kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
         """
-        options = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+        options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         repository = Repository(str(name_or_path), **options)
         config_file = repository.require("config.json", "it says what the model is")
         repository = repository.pinned(config_file)
@@ -95,7 +94,7 @@ class OriginalCheckpoint:
 
 def is_original_checkpoint(name_or_path: str | Path, **kwargs) -> bool:
     """Whether `name_or_path` is an original-format LLaVA-MPT checkpoint. `False` for anything that cannot be read."""
-    options = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     try:
         config_file = Repository(str(name_or_path), **options).get("config.json")
         return config_file is not None and json.loads(config_file.read_text()).get("model_type") == "llava_mpt"

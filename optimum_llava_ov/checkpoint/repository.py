@@ -20,6 +20,10 @@ from huggingface_hub.errors import (
 from optimum_llava_ov.errors import InvalidCheckpointError
 
 
+# What everybody who takes a model id takes besides, as in transformers
+HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
 @dataclass(frozen=True)
 class Repository:
     """A folder on disk or a model id on the Hub.

@@ -62,5 +62,20 @@ def _inputs(sample: Sample, processor: LlavaProcessor, table: Any, encoder: Any)
 
 
 def _named_samples(name: str) -> list[Sample]:
-    stream = tqdm(host.load_named_dataset(name), desc="Downloading calibration data", unit="picture")
-    return [Sample(prompt, (image,)) for prompt, image in stream]
+    """Beginning of a data set that Optimum knows by name. Needs the `datasets` package and the network."""
+    known = host.named_datasets()
+    if name not in known:
+        raise ValueError(
+            f"{name!r} is no data set for vision-language models. Expected {', '.join(known)}, a folder of pictures, or a JSONL file of "
+            "{image, prompt}."
+        )
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"The data set {name!r} is loaded with `datasets`: pip install datasets") from error
+    columns = known[name]["inputs"]
+    stream = load_dataset(known[name]["id"], split=known[name]["split"], streaming=True).take(512)
+    return [
+        Sample(item[columns["instruction"]], (item[columns["image"]].convert("RGB"),))
+        for item in tqdm(stream, desc="Downloading calibration data", unit="picture")
+    ]

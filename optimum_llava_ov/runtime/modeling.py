@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from optimum_llava_ov.bundle.layout import FILES, TOKENIZERS
 from optimum_llava_ov.bundle.staging import staged
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
@@ -86,8 +87,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     def _export(cls, model_id: str | Path, config=None, vision_tower: str | None = None, **kwargs) -> OVModelForLlavaMPT:
         from optimum_llava_ov.export.main import main_export
 
-        hub_options = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-        options = {name: kwargs.pop(name) for name in hub_options if name in kwargs}
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         kwargs.pop("export", None)
         quantization_config, load_in_8bit = kwargs.pop("quantization_config", None), kwargs.pop("load_in_8bit", None)
         if load_in_8bit and not quantization_config:
