@@ -1,7 +1,9 @@
 """NNCF through Optimum: every recipe and every option, counted node by node."""
 
 import json
+from argparse import ArgumentParser
 from collections import Counter
+from importlib.metadata import version
 
 import numpy as np
 import openvino
@@ -14,6 +16,7 @@ from optimum.intel.openvino.configuration import get_default_quantization_config
 
 from optimum_llava_ov import BundleError, OVModelForLlavaMPT, main_export
 from optimum_llava_ov.bundle.layout import FILES
+from optimum_llava_ov.export.command import ov_config_of
 from optimum_llava_ov.export.recipes import default_recipe
 from optimum_llava_ov.samples import Sample, read_samples
 
@@ -76,7 +79,10 @@ class TestRecipes:
         assert nodes(bundles[GOLDEN.name]) == FLOAT
 
     def test_recorded(self, int4):
-        recipe = json.loads((int4 / "openvino_config.json").read_text())["quantization_config"]["quantization_configs"]
+        config = json.loads((int4 / "openvino_config.json").read_text())
+        assert config["converted_from"]["model"] == "checkpoint"
+        assert config["versions"]["nncf"] == version("nncf")
+        recipe = config["quantization_config"]["quantization_configs"]
         language = recipe["lm_model"]
         assert (language["bits"], language["sym"], language["group_size"], language["ratio"]) == (4, False, 128, 0.8)
         assert {name: (config["bits"], config["sym"]) for name, config in recipe.items() if name != "lm_model"} == {
@@ -100,11 +106,7 @@ class TestRecipes:
         for part in PARTS:
             file = f"openvino_{part}_model.bin"
             assert (tmp_path / "out" / file).read_bytes() == (int4 / file).read_bytes(), part
-        recipes = [
-            json.loads((folder / "openvino_config.json").read_text())["quantization_config"]
-            for folder in (tmp_path / "out", int4)
-        ]
-        assert recipes[0] == recipes[1]
+        assert (tmp_path / "out" / "openvino_config.json").read_text() == (int4 / "openvino_config.json").read_text()
 
     def test_a_recipe_for_each_part(self, tmp_path):
         config = OVPipelineQuantizationConfig(
@@ -195,8 +197,38 @@ def test_command_with_a_data_set_and_statistics(tmp_path, pictures):
     assert nodes(tmp_path / "out")["language"] == {"u4": 10, "u8": 3}
     assert any((tmp_path / "statistics").iterdir())
     assert files(tmp_path / "out") == set(FILES)
+    assert str(tmp_path) not in (tmp_path / "out" / "openvino_config.json").read_text()  # not where the data was
     assert "language_model" in result.stdout
     assert 'OVModelForLlavaMPT.from_pretrained("' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("int4 --sym --group-size 64 --ratio 0.5", {"bits": 4, "sym": True, "group_size": 64, "ratio": 0.5}),
+        ("int4 --group-size 96 --group-size-fallback adjust", {"group_size": 96, "group_size_fallback": "adjust"}),
+        ("int4 --backup-precision none --all-layers", {"backup_precision": "none", "all_layers": True}),
+        ("int4 --dataset wikitext2 --gptq --num-samples 8", {"gptq": True, "num_samples": 8}),
+        ("int4 --dataset wikitext2 --lora-correction", {"lora_correction": True}),
+        (
+            "int4 --dataset wikitext2 --ratio 0.7 --sensitivity-metric max_activation_variance",
+            {"sensitivity_metric": "max_activation_variance"},
+        ),
+        ("int4 --dataset wikitext2 --scale-estimation --awq", {"scale_estimation": True, "quant_method": "awq"}),
+        ("int8 --sym", {"bits": 8, "sym": True}),
+        ("nf4 --group-size 64", {"dtype": "nf4", "group_size": 64}),
+        ("mxfp4", {"dtype": "mxfp4", "bits": 4}),
+        ("cb4", {"dtype": "cb4"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_options_of_the_command(options, expected):
+    from optimum.commands.export.openvino import parse_args_openvino
+
+    parser = ArgumentParser()
+    parse_args_openvino(parser)
+    config = ov_config_of(parser.parse_args(["--model", "x", "--weight-format", *options.split(), "out"])).quantization_config
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Stage 4: the folder that is the product: which files it has, what is in those that are not weights, how it gets to its place."""
+"""Stage 3: the folder that is the product: which files it has, what is in those that are not weights, how it gets to its place."""

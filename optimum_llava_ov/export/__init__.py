@@ -1,1 +1,1 @@
-"""Stage 3: from the torch model to OpenVINO IR, through Optimum."""
+"""Stage 4: from the torch model to OpenVINO IR, through Optimum."""

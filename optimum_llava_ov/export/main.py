@@ -22,7 +22,7 @@ from transformers import LlavaProcessor
 from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import write_card
 from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS
-from optimum_llava_ov.bundle.settings import build_processor, save_settings
+from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import check_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import BundleError
@@ -30,6 +30,7 @@ from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
 from optimum_llava_ov.export.recipes import LANGUAGE_MODEL, SMALL_PARTS, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.loading import load_model
 
 
@@ -88,7 +89,7 @@ def main_export(
         _export_parts(model, processor, folder, ov_config, recipe)
         if convert_tokenizer:
             export_tokenizers(processor, folder)
-        write_openvino_config(ov_config, recipe, folder)
+        openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
         write_card(checkpoint, ov_config, folder)
         # Closes the mapped files
         del model
@@ -201,8 +202,3 @@ def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
     models[0].set_rt_info(processor.chat_template, "chat_template")
     for model, name in zip(models, TOKENIZERS):
         openvino.save_model(model, os.fspath(folder / name))
-
-
-def write_openvino_config(ov_config: OVConfig | None, recipe: OVPipelineQuantizationConfig | None, folder: Path) -> None:
-    """`openvino_config.json`: precision, or the recipe actually used for each part; Optimum reads it, people too."""
-    (OVConfig(quantization_config=recipe) if recipe else ov_config or OVConfig()).save_pretrained(folder)

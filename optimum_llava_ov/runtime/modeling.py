@@ -24,6 +24,7 @@ from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.recipes import LANGUAGE_MODEL, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import merge_image_features
 from optimum_llava_ov.runtime.prompts import canonical_prompts
@@ -241,7 +242,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             compress(ov_model, config, dataset)
         self._differs_from_files = True
         self.clear_requests()
-        self._openvino_config = OVConfig(quantization_config=recipe)
+        self._openvino_config = openvino_config(None, recipe, getattr(self.config, "converted_from", {}))
         self._set_ov_config_parameters()
         if compile_model:
             self.compile()

@@ -1,0 +1,41 @@
+"""What a bundle says about how it was made: `openvino_config.json`. Optimum reads it, people too."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from optimum.intel.openvino.configuration import OVConfig, OVPipelineQuantizationConfig
+
+
+TOOLS = ("optimum-llava-ov", "optimum", "optimum-intel", "openvino", "nncf", "torch", "transformers")
+
+
+def openvino_config(
+    ov_config: OVConfig | None, recipe: OVPipelineQuantizationConfig | None, converted_from: dict[str, Any]
+) -> OVConfig:
+    """
+    Args:
+        ov_config: what was asked for; its precision counts where there is no recipe.
+        recipe: what was done to each part. Of the user's own files, only the names are kept.
+        converted_from: of the bundle's `config.json`.
+    """
+    config = (
+        OVConfig(quantization_config=_without_paths(recipe)) if recipe else OVConfig(dtype=ov_config.dtype if ov_config else None)
+    )
+    names = ("model", "revision", "vision_tower", "vision_tower_revision")
+    config.converted_from = {name: converted_from.get(name) for name in names}
+    config.versions = {tool: version(tool) for tool in TOOLS}
+    return config
+
+
+def _without_paths(recipe: OVPipelineQuantizationConfig) -> OVPipelineQuantizationConfig:
+    """A path tells strangers nothing but about its owner."""
+    recipe = recipe.clone()
+    for config in filter(None, (*recipe.quantization_configs.values(), recipe.default_config)):
+        if isinstance(config.dataset, list):
+            config.dataset = [Path(name).name for name in config.dataset]
+        if config.statistics_path is not None:
+            config.statistics_path = Path(config.statistics_path).name
+    return recipe
