@@ -23,6 +23,7 @@ def run_export(args: Namespace) -> None:
     Args:
         args: as Optimum's `parse_args_openvino` gives them.
     """
+    _show_messages()
     main_export(
         args.model,
         args.output,
@@ -35,6 +36,14 @@ def run_export(args: Namespace) -> None:
         variant=args.variant,
     )
     print(closing_words(Path(args.output)))
+
+
+def _show_messages() -> None:
+    """What the export has to say (how much disk it needs, which recipe) belongs on the terminal of who waits for it."""
+    package = logging.getLogger("optimum_llava_ov")
+    package.setLevel(logging.INFO)
+    if not package.hasHandlers():
+        package.addHandler(logging.StreamHandler())
 
 
 def ov_config_of(args: Namespace) -> OVConfig | None:

@@ -6,10 +6,12 @@ import gc
 import logging
 import os
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nncf
 import openvino
 import openvino_tokenizers
 import torch
@@ -140,7 +142,7 @@ def _check_free_space(
         for weight in config.get_model_for_behavior(model, behavior).parameters():
             needed += weight.numel() * (_bytes_per_weight(part_recipe) if part_recipe else limit or weight.element_size())
     free = shutil.disk_usage(folder).free
-    logger.info("The bundle needs %.1f GB of disk; %.1f GB are free.", needed / 1e9, free / 1e9)
+    logger.info("The bundle needs %.2f GB of disk; %.2f GB are free.", needed / 1e9, free / 1e9)
     if needed > free:
         raise BundleError(
             f"The bundle needs {needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free in {folder.parent}. Make room, or "
@@ -173,13 +175,20 @@ def _export_parts(
         model=model, task=TASK, exporter="openvino", library_name="transformers"
     )
     config = config_class(model.config)
-    for behavior in tqdm(_PART_NAMES, desc="Exporting", unit="part"):
+    progress = tqdm(_PART_NAMES.items(), unit="part")
+    for behavior, name in progress:
         part, part_config = config.get_model_for_behavior(model, behavior), config.with_behavior(behavior)
-        part_recipe = recipe_for_part(recipe, _PART_NAMES[behavior]) if recipe else None
+        part_recipe = recipe_for_part(recipe, name) if recipe else None
         dataset = None
         if behavior == "language" and needs_data(part_recipe):
             dataset = calibration_dataset(part_recipe.dataset, part_recipe.num_samples, processor, folder)
-        with host.exporting(partial(compress, config=part_recipe, dataset=dataset) if part_recipe else None):
+        progress.set_description(f"Tracing {name}")
+        with (
+            warnings.catch_warnings(),
+            host.exporting(partial(_finish, config=part_recipe, dataset=dataset, name=name, progress=progress)),
+        ):
+            # Sizes that torch reports as constants are constants here, or symbolic in what Optimum patches
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
             export(
                 model=part,
                 config=part_config,
@@ -193,6 +202,17 @@ def _export_parts(
                 library_name="transformers",
             )
         gc.collect()
+
+
+def _finish(
+    graph: openvino.Model, config: OVWeightQuantizationConfig | None, dataset: nncf.Dataset | None, name: str, progress: tqdm
+) -> openvino.Model:
+    """What happens between tracing and writing."""
+    if config is not None:
+        progress.set_description(f"Compressing {name}")
+        graph = compress(graph, config, dataset)
+    progress.set_description(f"Writing {name}")
+    return graph
 
 
 def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
