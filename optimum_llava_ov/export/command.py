@@ -10,6 +10,7 @@ from optimum.commands.export.openvino import no_compression_parameter_provided, 
 from optimum.intel.openvino.configuration import OVConfig
 
 from optimum_llava_ov.export.main import main_export
+from optimum_llava_ov.export.memory import return_what_is_freed
 from optimum_llava_ov.export.recipes import default_recipe
 from optimum_llava_ov.export.report import closing_words
 
@@ -24,6 +25,7 @@ def run_export(args: Namespace) -> None:
         args: as Optimum's `parse_args_openvino` gives them.
     """
     _show_messages()
+    return_what_is_freed()
     main_export(
         args.model,
         args.output,

@@ -31,8 +31,10 @@ from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
+from optimum_llava_ov.export.memory import free, move_to_disk, read_ahead
 from optimum_llava_ov.export.recipes import LANGUAGE_MODEL, SMALL_PARTS, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
+from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.models.loading import load_model
 
 
@@ -80,6 +82,7 @@ def main_export(
     check_output(Path(output))
     checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
     recipe = recipe_of(ov_config.quantization_config) if _is_compressed(ov_config) else None
+    read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
     model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
     processor = build_processor(checkpoint)
     if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
@@ -87,6 +90,8 @@ def main_export(
 
     with staged(output, tokenizers=convert_tokenizer) as folder:
         _check_free_space(model, ov_config, recipe, folder)
+        if os.name == "posix":
+            move_to_disk(model.embed_tokens.weight, folder)  # the checkpoint's table and a row for `<image>`
         save_settings(checkpoint, processor, model.generation_config, folder)
         _export_parts(model, processor, folder, ov_config, recipe)
         if convert_tokenizer:
@@ -183,10 +188,9 @@ def _export_parts(
         if behavior == "language" and needs_data(part_recipe):
             dataset = calibration_dataset(part_recipe.dataset, part_recipe.num_samples, processor, folder)
         progress.set_description(f"Tracing {name}")
-        with (
-            warnings.catch_warnings(),
-            host.exporting(partial(_finish, config=part_recipe, dataset=dataset, name=name, progress=progress)),
-        ):
+        spill = Spill(folder / ".weights")
+        finish = partial(_finish, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress)
+        with warnings.catch_warnings(), host.exporting(finish, spill.save):
             # Sizes that torch reports as constants are constants here, or symbolic in what Optimum patches
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             export(
@@ -201,16 +205,22 @@ def _export_parts(
                 patch_16bit_model=any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in part.parameters()),
                 library_name="transformers",
             )
-        gc.collect()
+        free(part)
 
 
 def _finish(
-    graph: openvino.Model, config: OVWeightQuantizationConfig | None, dataset: nncf.Dataset | None, name: str, progress: tqdm
+    graph: openvino.Model,
+    config: OVWeightQuantizationConfig | None,
+    dataset: nncf.Dataset | None,
+    spill: Spill,
+    name: str,
+    progress: tqdm,
 ) -> openvino.Model:
     """What happens between tracing and writing."""
     if config is not None:
         progress.set_description(f"Compressing {name}")
-        graph = compress(graph, config, dataset)
+        with host.compressed_constants(spill.constant):
+            graph = compress(graph, config, dataset)
     progress.set_description(f"Writing {name}")
     return graph
 
