@@ -76,7 +76,7 @@ def two_passes(checkpoint: Path, output: Path) -> Measurement:
     output.mkdir(parents=True, exist_ok=True)
     evict(checkpoint.parent)
     first = _run([sys.executable, "-c", FIRST_PASS, checkpoint, output], output, output.parent / "first.log")
-    second = _run([sys.executable, "-c", SECOND_PASS, output], output.parent, output.parent / "second.log")
+    second = _run([sys.executable, "-c", SECOND_PASS, output], output, output.parent / "second.log")
     return Measurement(
         seconds=first.seconds + second.seconds,
         cpu_seconds=first.cpu_seconds + second.cpu_seconds,
