@@ -71,6 +71,7 @@ class Fault:
     Attributes:
         status: answer so instead.
         cut: close the connection after so many bytes of the body, of the request for an upload and of the answer for a download.
+        dies: after a cut, hang up on whoever calls, until [`HubServer.live`].
         damage: change a byte on the way.
         shorten: leave out the last so many bytes, as if the file were no longer.
     """
@@ -80,6 +81,7 @@ class Fault:
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
+    dies: bool = False
     damage: bool = False
     shorten: int = 0
 
@@ -109,6 +111,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str, int, int]] = []
         self.faults: list[Fault] = []
+        self.is_dead = False
         self.lock = threading.RLock()
         self._http = _HttpServer(("127.0.0.1", port), _Handler)
         self._http.hub = self
@@ -136,6 +139,11 @@ class HubServer:
 
     def fail(self, pattern: str, **kwargs) -> None:
         self.faults.append(Fault(pattern, **kwargs))
+
+    def live(self) -> None:
+        """Back from the dead."""
+        self.is_dead = False
+        self.faults.clear()
 
     def add(self, name: str, files: Path | dict[str, bytes], private: bool = False, subfolder: str = "") -> Repo:
         """Put a repository there, with the files of a folder, as if somebody had pushed it."""
@@ -225,6 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.received = 0
         self.fault = self._take_fault()
         try:
+            if self.hub.is_dead:
+                self._hang_up()
             if self.fault and self.fault.status:
                 raise _with_headers(AnswerError(self.fault.status, message="It was told to"), self.fault.headers)
             for methods, pattern, handle in _ROUTES:
@@ -267,6 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
             yield chunk
 
     def _hang_up(self) -> None:
+        self.hub.is_dead = self.hub.is_dead or bool(self.fault and self.fault.dies)
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         raise ConnectionError("cut")

@@ -83,7 +83,7 @@ def card_text(folder: Path, license: str | None = None, previous: str | None = N
     written = _written(body)
     model_id = model_id or written.get("model_id") or THIS_MODEL
     facts = BundleFacts.read(folder)
-    license = license or metadata.get("license") or UNKNOWN_LICENSE
+    source, license = license, _license(license, metadata, written)
     card = ModelCard.from_template(
         _card_data(facts, license, model_id),
         template_path=str(TEMPLATE),
@@ -101,6 +101,8 @@ def card_text(folder: Path, license: str | None = None, previous: str | None = N
         body = body.replace(THIS_MODEL, model_id)
     metadata = _merge(metadata, new_metadata, written)
     hashes = {key: _hash(value) for key, value in new_metadata.items()} | {"model_id": model_id}
+    # Of the source's license, so that another one is known to be the user's
+    hashes["license"] = _hash(source) if source else written.get("license", hashes["license"])
     body = _METADATA.sub("", body).strip("\n")
     note = f"<!-- optimum-llava-ov metadata: {json.dumps(hashes, sort_keys=True)} -->"
     return _join(metadata, f"{body}\n\n{note}\n")
@@ -148,6 +150,12 @@ def _title(facts: BundleFacts, model_id: str) -> str:
     return (
         f"{facts.source.split('/')[-1]}, {facts.precision}, for OpenVINO" if model_id == THIS_MODEL else model_id.split("/")[-1]
     )
+
+
+def _license(source: str | None, metadata: dict[str, Any], written: dict[str, str]) -> str:
+    """The source's, unless the card says something else than what was written."""
+    there = metadata.get("license")
+    return there if there and (source is None or _hash(there) != written.get("license")) else source or UNKNOWN_LICENSE
 
 
 def _card_data(facts: BundleFacts, license: str, model_id: str) -> ModelCardData:

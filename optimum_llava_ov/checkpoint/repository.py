@@ -118,9 +118,11 @@ class Repository:
         try:
             yield
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            if _is_refusal(error.__cause__):  # the client says only that nothing is cached
+                raise self._refused(filename, error.__cause__) from error
             raise InvalidCheckpointError(
                 f"{filename} of {self.name!r} is not in the cache and the Hub cannot be reached. Check the connection "
-                f"(HF_ENDPOINT, proxy), or download it elsewhere and pass the folder. ({_reason(error)})"
+                f"(HF_ENDPOINT, proxy), or download it elsewhere and pass the folder. ({error.__cause__ or error})"
             ) from error
         except GatedRepoError as error:
             raise InvalidCheckpointError(
@@ -138,11 +140,17 @@ class Repository:
                 f"{self.name!r} is not a folder here, and not a valid model id either (`owner/name`). ({error})"
             ) from error
         except HfHubHTTPError as error:
-            raise InvalidCheckpointError(f"The Hub did not give {filename} of {self.name!r}: {error}") from error
+            raise self._refused(filename, error) from error
         except (httpx.TransportError, OSError) as error:
             raise InvalidCheckpointError(
                 f"{filename} of {self.name!r} did not arrive. Run it again: whole files stay in the cache. ({error})"
             ) from error
+
+    def _refused(self, filename: str, error: HfHubHTTPError) -> InvalidCheckpointError:
+        advice = (
+            "Log in with `hf auth login`, or set HF_TOKEN to a valid token. " if error.response.status_code in (401, 403) else ""
+        )
+        return InvalidCheckpointError(f"The Hub did not give {filename} of {self.name!r}. {advice}({error})")
 
     @property
     def _cache_dir(self) -> str | Path | None:
@@ -207,6 +215,6 @@ def _is_intact(path: Path) -> bool:
     return sha256.hexdigest() == path.resolve().name
 
 
-def _reason(error: BaseException) -> BaseException:
-    """What happened first, which the client hides behind that nothing is cached."""
-    return error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether the Hub was reached and said no, for a reason that will still be there tomorrow."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403)
