@@ -102,16 +102,6 @@ def on_the_hub(hub, bundle):
 
 
 @pytest.fixture(scope="module")
-def on_the_hub(hub, bundle):
-    """What the tests of downloading download."""
-    files = {name: (bundle / name).read_bytes() for name in FILES}
-    hub.add("me/bundle", {**files, "pytorch_model.bin": b"x" * 1000, "eval.png": b"x" * 1000})
-    hub.add("me/secret", files, private=True)
-    hub.add("me/many", {f"{folder}/{name}": content for folder in ("int4", "int8") for name, content in files.items()})
-    hub.add("me/llama", {"config.json": b'{"model_type": "llava", "text_config": {"model_type": "llama"}}', "model.bin": b"x"})
-
-
-@pytest.fixture(scope="module")
 def published(hub, tmp_path_factory):
     """The command of the README, then a push. Where it was done, and what the Hub was asked."""
     folder, env = tmp_path_factory.mktemp("author"), hub.env()
