@@ -13,7 +13,7 @@ from conftest import EXAMPLES, Golden, run
 from optimum.intel import OVConfig, OVPipelineQuantizationConfig, OVWeightQuantizationConfig
 
 from optimum_llava_ov import OVModelForLlavaMPT, main_export
-from optimum_llava_ov.bundle.card import add_tags, card_text, is_untouched
+from optimum_llava_ov.bundle.card import add_tags, card_text, is_untouched, update_card
 
 
 GOLDEN = Golden("linear_fp16_sharded")
@@ -124,6 +124,14 @@ class TestContent:
         assert results["dataset"]["name"] == "coloured shapes (built in)"
         metrics = {metric["type"]: metric["value"] for metric in results["metrics"]}
         assert metrics == {"kl_divergence": 0.012346, "top1_agreement": 0.97, "identical_answers": 0.75, "accuracy": 0.9}
+
+    def test_quality_is_saved_along(self, bundle, tmp_path):
+        evaluate(bundle)
+        update_card(bundle)
+        OVModelForLlavaMPT.from_pretrained(bundle, compile=False).save_pretrained(tmp_path / "saved")
+        assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()} == {
+            file.name: file.read_bytes() for file in bundle.iterdir()
+        }
 
     def test_no_paths(self, bundle):
         assert str(EXAMPLES.parent) not in (bundle / "README.md").read_text()

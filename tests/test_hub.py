@@ -13,7 +13,7 @@ import pytest
 from conftest import EXAMPLES, Golden, run, run_stock
 from hub_server import HubServer
 
-from optimum_llava_ov.bundle.layout import FILES
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES
 
 
 SOURCE, TOWER, PUBLISHED = "liuhaotian/LLaVA-Lightning-MPT-7B-preview", "openai/clip-vit-large-patch14", "me/llava-mpt-ov"
@@ -95,7 +95,7 @@ def hub(tmp_path_factory):
 def on_the_hub(hub, bundle):
     """What the tests of downloading download."""
     files = {name: (bundle / name).read_bytes() for name in FILES}
-    hub.add("me/bundle", {**files, "pytorch_model.bin": b"x" * 1000, "eval.png": b"x" * 1000})
+    hub.add("me/bundle", {**files, "pytorch_model.bin": b"x" * 1000, "notes.txt": b"x"})
     hub.add("me/secret", files, private=True)
     hub.add("me/many", {f"{folder}/{name}": content for folder in ("int4", "int8") for name, content in files.items()})
     hub.add("me/llama", {"config.json": b'{"model_type": "llava", "text_config": {"model_type": "llama"}}', "model.bin": b"x"})
@@ -174,6 +174,31 @@ class TestReadme:
         before = hub.uploaded(), hub.commits(PUBLISHED)
         client.run(f"push_bundle({str(published[0])!r}, {PUBLISHED!r})")
         assert (hub.uploaded(), hub.commits(PUBLISHED)) == before
+
+    def test_a_card_edited_on_the_hub_stays(self, hub, client, bundle, tmp_path):
+        client.run(f"push_bundle({str(bundle)!r}, 'me/edited')")
+        card = hub.files("me/edited")["README.md"].decode().replace("## Legal\n", "## Legal, as I see it\n")
+        repo = hub.repos["me/edited"]
+        hub.commit(repo, "main", "Edit", {**repo.commit("main").files, "README.md": hub.store([card.encode()])})
+        changed = shutil.copytree(bundle, tmp_path / "changed")
+        (changed / "generation_config.json").write_text((changed / "generation_config.json").read_text() + "\n")
+        client.run(f"push_bundle({str(changed)!r}, 'me/edited')")
+        assert hub.files("me/edited")["README.md"].decode() == card
+        assert len(hub.commits("me/edited")) == 3
+
+    def test_offline(self, hub, published, tmp_path):
+        """What was downloaded once is enough, for the model and for its processor."""
+        code = (
+            "from optimum_llava_ov import OVModelForLlavaMPT\n"
+            "from transformers import AutoProcessor\n"
+            f"print(type(OVModelForLlavaMPT.from_pretrained({PUBLISHED!r}, compile=False)).__name__)\n"
+            f"print(type(AutoProcessor.from_pretrained({PUBLISHED!r})).__name__)\n"
+        )
+        env = hub.env(tmp_path / "home")
+        assert run_in(code, env, tmp_path).split() == ["OVModelForLlavaMPT", "LlavaProcessor"]
+        before = len(hub.requests)
+        assert run_in(code, {**env, "HF_HUB_OFFLINE": "1"}, tmp_path).split() == ["OVModelForLlavaMPT", "LlavaProcessor"]
+        assert len(hub.requests) == before
 
     def test_changed_card_is_one_small_commit(self, hub, client, published, tmp_path):
         bundle = shutil.copytree(published[0], tmp_path / "bundle")
@@ -269,6 +294,12 @@ class TestPush:
         output = run("optimum-cli", "llava-ov", "push", bundle, "me/dry", "--dry-run", env=env).stdout
         assert all(name in output for name in FILES)
         assert "Nothing was published" in output
+
+    def test_the_command_says_what_is_wrong(self, bundle):
+        result = run("optimum-cli", "llava-ov", "push", bundle, "me/not valid", check=False)
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: 'me/not valid' is not a valid name")
+        assert "Traceback" not in result.stderr
 
     @pytest.mark.parametrize(
         ("damage", "message"),
@@ -392,7 +423,7 @@ class TestDownload:
         start = len(hub.requests)
         client.run(self.load("me/bundle", tmp_path))
         asked = {path.split("/")[-1] for method, path, *_ in hub.requests[start:] if "/resolve/" in path}
-        assert asked <= set(FILES)
+        assert asked == {*FILES, *EXTRA_FILES}
 
     def test_private(self, client, tmp_path):
         client.run(self.load("me/secret", tmp_path / "a"))

@@ -71,6 +71,12 @@ def write_card(folder: Path, license: str, previous: str | None = None) -> None:
     (folder / CARD).write_text(card_text(folder, license, previous), encoding="utf-8")
 
 
+def update_card(folder: Path) -> None:
+    """Bring the card of a bundle up to date with its files, if it has one."""
+    if (previous := read_card(folder / CARD)) is not None:
+        (folder / CARD).write_text(card_text(folder, None, previous), encoding="utf-8")
+
+
 def card_text(folder: Path, license: str | None = None, previous: str | None = None, model_id: str | None = None) -> str:
     """The card of the bundle in `folder` as it is now, measured quality included if there is an `eval.json`.
 

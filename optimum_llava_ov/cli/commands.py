@@ -28,6 +28,7 @@ class EvalCommand(BaseOptimumCLICommand):
         parser.add_argument("--plot", type=Path, help="Picture of quality against size (default: <first bundle>/eval.png).")
 
     def run(self) -> None:
+        from optimum_llava_ov.bundle.card import update_card
         from optimum_llava_ov.evaluation.main import evaluate
         from optimum_llava_ov.evaluation.metrics import table
         from optimum_llava_ov.evaluation.plot import plot
@@ -39,7 +40,9 @@ class EvalCommand(BaseOptimumCLICommand):
         print(table(qualities))
         picture = args.plot or args.bundles[0] / "eval.png"
         plot(qualities, picture)
-        print(f"\nWritten: eval.json in each bundle, {picture}")
+        for bundle in args.bundles:
+            update_card(bundle)
+        print(f"\nWritten: eval.json in each bundle and into its card, {picture}")
 
 
 class PushCommand(BaseOptimumCLICommand):

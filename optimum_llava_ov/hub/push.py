@@ -14,15 +14,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
 from optimum_llava_ov.bundle.card import CARD, add_tags, card_text, is_untouched, license_of, read_card
-from optimum_llava_ov.bundle.layout import FILES
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES
 from optimum_llava_ov.hub.check import check_publishable
 from optimum_llava_ov.hub.explain import explained
 
 
 logger = logging.getLogger(__name__)
-
-# Published with a bundle if they are there
-EXTRA_FILES = ("added_tokens.json", "eval.json", "eval.png")
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from optimum.intel import OVConfig, OVModelForVisualCausalLM
 from transformers import AutoProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from optimum_llava_ov.bundle.card import CARD, card_text, read_card
-from optimum_llava_ov.bundle.layout import FILES, TOKENIZERS, check_bundle
+from optimum_llava_ov.bundle.card import update_card
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, TOKENIZERS, check_bundle
 from optimum_llava_ov.bundle.staging import staged
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
@@ -262,11 +262,11 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             if self._differs_from_files:
                 self._save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
-            for name in FILES:
+            for name in FILES if self._differs_from_files else (*FILES, *EXTRA_FILES):  # quality is that of the files
                 if (source / name).exists() and not (folder / name).exists():
                     shutil.copyfile(source / name, folder / name)
-            if self._differs_from_files and (folder / CARD).exists():
-                (folder / CARD).write_text(card_text(folder, previous=read_card(folder / CARD)), encoding="utf-8")
+            if self._differs_from_files:
+                update_card(folder)
         if push_to_hub:
             kwargs.setdefault("repo_id", kwargs.pop("repository_id", None) or Path(save_directory).resolve().name)
             return self._push(save_directory, **kwargs)
@@ -326,7 +326,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if all((source / name).exists() for name in FILES):
             return source
         repository = repository_of_snapshot(source)
-        return repository.download(FILES) if repository else source
+        return repository.download((*FILES, *EXTRA_FILES)) if repository else source
 
     def half(self) -> OVModelForLlavaMPT:
         self._differs_from_files = True
@@ -353,7 +353,7 @@ def _download(model_id: str | Path, kwargs: dict[str, Any]) -> str | Path:
         return model_id
     config = json.loads(repository.require("config.json", "it says what the model is").read_text())
     _check_is_llava_mpt(model_id, config.get("model_type"), config.get("text_config", {}).get("model_type"))
-    folder = repository.folder if repository.is_local else repository.download(FILES)
+    folder = repository.folder if repository.is_local else repository.download((*FILES, *EXTRA_FILES))
     check_bundle(folder, tokenizers=False)
     for name in HUB_OPTIONS:
         kwargs.pop(name, None)
