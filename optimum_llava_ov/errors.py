@@ -1,6 +1,6 @@
 """What this package raises when the user, not the code, has to do something.
 
-Both derive from `ValueError`: Optimum retries a load that failed with `OSError` as if the weights were TensorFlow's, which
+All derive from `ValueError`: Optimum retries a load that failed with `OSError` as if the weights were TensorFlow's, which
 would hide the reason.
 """
 
@@ -15,3 +15,7 @@ class InvalidCheckpointError(ValueError):
 
 class BundleError(ValueError):
     """A folder cannot be used as an OpenVINO bundle, as input or as output."""
+
+
+class HubError(ValueError):
+    """The Hub refused to publish a bundle, or could not be reached. Nothing was published."""

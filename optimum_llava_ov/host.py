@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import inspect
@@ -79,20 +80,41 @@ def hook_command() -> None:
     """
     from optimum.commands.export import openvino
 
-    original = openvino.OVExportCommand.run
+    original, original_parse_args = openvino.OVExportCommand.run, openvino.OVExportCommand.parse_args
 
     @functools.wraps(original)
     def run(self):
         from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
 
-        if not is_original_checkpoint(self.args.model, cache_dir=self.args.cache_dir) or not is_supported():
+        options = {name: getattr(self.args, name) for name in _EXPORT_OPTIONS if getattr(self.args, name, None) is not None}
+        if not is_original_checkpoint(self.args.model, cache_dir=self.args.cache_dir, **options) or not is_supported():
+            if options:
+                raise ValueError(
+                    f"{', '.join('--' + name for name in options)}: only for LLaVA-MPT checkpoints. {self.args.model!r} is none, or cannot "
+                    "be read with them."
+                )
             return original(self)
 
         from optimum_llava_ov.export.command import run_export
 
         return run_export(self.args)
 
-    openvino.OVExportCommand.run = run
+    @functools.wraps(original_parse_args)
+    def parse_args(parser):
+        original_parse_args(parser)
+        group = parser.add_argument_group("Where a LLaVA-MPT checkpoint is on the Hub")
+        for name, text in _EXPORT_OPTIONS.items():
+            with contextlib.suppress(argparse.ArgumentError):  # should Optimum have it one day
+                group.add_argument(f"--{name}", help=text)
+
+    openvino.OVExportCommand.run, openvino.OVExportCommand.parse_args = run, staticmethod(parse_args)
+
+
+_EXPORT_OPTIONS = {
+    "revision": "Branch, tag or commit to export.",
+    "subfolder": "Folder of the repository that the checkpoint is in.",
+    "token": "Token for private repositories (default: that of `hf auth login`, or HF_TOKEN).",
+}
 
 
 def hook_default_recipes() -> None:

@@ -74,7 +74,7 @@ def run(*command: str | Path, env: dict[str, str] | None = None, check: bool = T
     return result
 
 
-def run_stock(code: str, *arguments: str | Path) -> str:
+def run_stock(code: str, *arguments: str | Path, **kwargs) -> str:
     """Run Python where this package cannot be imported, as for somebody who never heard of it. Returns what it printed."""
     guard = (
         "import sys\n"
@@ -83,7 +83,7 @@ def run_stock(code: str, *arguments: str | Path) -> str:
         "        if name.split('.')[0] == 'optimum_llava_ov': raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
     )
-    return run(sys.executable, "-c", guard + code, *arguments).stdout
+    return run(sys.executable, "-c", guard + code, *arguments, **kwargs).stdout
 
 
 def files(folder: Path) -> set[str]:

@@ -7,10 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import EXAMPLES, fill_hub_cache, run
+
+from optimum_llava_ov.bundle.layout import FILES
 
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +51,18 @@ def test_links_lead_somewhere():
             assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def test_model_server_page():
+    """The folder it shows is a bundle, and what it gives to Kubernetes is well-formed."""
+    page = (ROOT / "docs" / "model_server.md").read_text()
+    assert sorted(re.findall(r"^        [├└]── (\S+)$", page, re.MULTILINE)) == sorted(FILES)
+    manifest = page[page.index("    apiVersion: apps/v1") : page.index("Written to `llava-mpt.yaml`")]
+    deployment, service = yaml.safe_load_all(textwrap.dedent(manifest))
+    template = deployment["spec"]["template"]
+    assert deployment["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"] == service["spec"]["selector"]
+    volumes = {volume["name"] for volume in template["spec"]["volumes"]}
+    assert {mount["name"] for mount in template["spec"]["containers"][0]["volumeMounts"]} <= volumes
+
+
 def test_make_targets_of_the_readme_exist():
     for target in re.findall(r"(?:`|^    )make\s(\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
@@ -64,6 +80,7 @@ def test_wheel_holds_what_is_needed(tmp_path):
         "optimum/commands/register/register_optimum_llava_ov.py",
         "optimum_llava_ov/bundle/chat_template.jinja",
         "optimum_llava_ov/bundle/card_template.md",
+        "optimum_llava_ov/hub/push.py",
         "optimum_llava_ov/runtime/modeling.py",
     ):
         assert name in names

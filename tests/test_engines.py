@@ -5,6 +5,8 @@ text, as `apply_chat_template` puts it, and as messages rather than as a finishe
 """
 
 import json
+import queue
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openvino
@@ -218,3 +220,40 @@ def test_continuous_batching_serves_all_at_once(bundles, processors, expected):
         pipeline.step()
     for name, handle in zip(names, handles):
         assert handle.read_all()[0].generated_ids == expected[name], name
+
+
+def test_concurrent_clients(bundles, processors, expected):
+    """Clients in threads of their own, joining while others are being answered, get what they would get alone."""
+    processor, arrived = processors[GOLDEN.name], queue.Queue()
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.enable_prefix_caching = 1, True
+    pipeline = openvino_genai.ContinuousBatchingPipeline(bundles[GOLDEN.name], scheduler, "CPU", EXACT)
+    config = genai_config()
+    config.apply_chat_template = False
+
+    def serve(total):
+        waiting, overlapping = {}, 0
+        for number in range(total):
+            name, answer = arrived.get(timeout=60)
+            images = tensors(CONVERSATIONS[name])
+            prompt = genai_prompt(CONVERSATIONS[name], processor)
+            overlapping += pipeline.has_non_finished_requests()
+            waiting[number] = pipeline.add_request(number, prompt, images=images, generation_config=config), answer
+            pipeline.step()
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+        for handle, answer in waiting.values():
+            answer.put(handle.read_all()[0].generated_ids)
+        return overlapping
+
+    def ask(name):
+        answer = queue.Queue()
+        arrived.put((name, answer))
+        return answer.get(timeout=60)
+
+    names = [*CONVERSATIONS, *CONVERSATIONS]
+    with ThreadPoolExecutor(len(names) + 1) as threads:
+        server = threads.submit(serve, len(names))
+        answers = list(threads.map(ask, names))
+        assert server.result() > len(names) // 2
+    assert answers == [expected[name] for name in names]

@@ -21,6 +21,7 @@ ADVICE = (
 @pytest.mark.parametrize(
     "name",
     [
+        "optimum.commands.export.openvino.OVExportCommand.parse_args",
         "optimum.commands.export.openvino.OVExportCommand.run",
         "optimum.commands.export.openvino.no_compression_parameter_provided",
         "optimum.commands.export.openvino.prepare_wc_config",

@@ -31,6 +31,9 @@ FILES = (
     + SETTINGS
 )
 
+# Belong to a bundle where they are there: measured quality, tokens of fine-tuned checkpoints
+EXTRA_FILES = ("added_tokens.json", "eval.json", "eval.png")
+
 
 def check_bundle(folder: Path, tokenizers: bool = True) -> None:
     """

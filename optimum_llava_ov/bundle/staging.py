@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from optimum_llava_ov.bundle.layout import FILES, check_bundle
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, check_bundle
 from optimum_llava_ov.errors import BundleError
 
 
@@ -68,7 +68,7 @@ def _belongs(name: str) -> bool:
     return name in FILES or name in EXTRAS or name.startswith(".")
 
 
-EXTRAS = ("eval.json", "eval.png", "added_tokens.json", "model_cache")
+EXTRAS = (*EXTRA_FILES, "model_cache")
 
 
 def _take_place(staging: Path, output: Path, previous: Path) -> None:

@@ -28,6 +28,7 @@ class EvalCommand(BaseOptimumCLICommand):
         parser.add_argument("--plot", type=Path, help="Picture of quality against size (default: <first bundle>/eval.png).")
 
     def run(self) -> None:
+        from optimum_llava_ov.bundle.card import update_card
         from optimum_llava_ov.evaluation.main import evaluate
         from optimum_llava_ov.evaluation.metrics import table
         from optimum_llava_ov.evaluation.plot import plot
@@ -39,9 +40,46 @@ class EvalCommand(BaseOptimumCLICommand):
         print(table(qualities))
         picture = args.plot or args.bundles[0] / "eval.png"
         plot(qualities, picture)
-        print(f"\nWritten: eval.json in each bundle, {picture}")
+        for bundle in args.bundles:
+            update_card(bundle)
+        print(f"\nWritten: eval.json in each bundle and into its card, {picture}")
+
+
+class PushCommand(BaseOptimumCLICommand):
+    COMMAND = CommandInfo(name="push", help="Publish a bundle on the Hugging Face Hub, in one commit.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("bundle", type=Path, help="Folder of the bundle.")
+        parser.add_argument("repo_id", help="Where to: owner/name. Created if it does not exist.")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="Check the bundle and say what would be published; needs no network."
+        )
+        parser.add_argument("--private", action="store_true", default=None, help="If the repository is created, make it private.")
+        parser.add_argument("--revision", help="Branch to push to, created if it does not exist (default: main).")
+        parser.add_argument("--create-pr", action="store_true", help="Propose it as a pull request.")
+        parser.add_argument("--commit-message", help="Summary of the commit.")
+        parser.add_argument("--token", help="Token with write permission (default: that of `hf auth login`, or HF_TOKEN).")
+
+    def run(self) -> None:
+        from optimum_llava_ov.errors import BundleError, HubError
+        from optimum_llava_ov.hub.push import plan_push, push_bundle
+
+        args = self.args
+        try:
+            if args.dry_run:
+                print(f"{plan_push(args.bundle, args.repo_id)}\nNothing was published (--dry-run).")
+                return
+            options = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message", "token")}
+            commit = push_bundle(args.bundle, args.repo_id, **options)
+        except (BundleError, HubError) as error:
+            raise SystemExit(f"error: {error}") from error
+        print(f"Published: {commit.pr_url or commit}")
 
 
 class LlavaOVCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="llava-ov", help="Tools for LLaVA-MPT bundles.")
-    SUBCOMMANDS = (CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),)
+    SUBCOMMANDS = (
+        CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),
+        CommandInfo(name=PushCommand.COMMAND.name, help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
+    )

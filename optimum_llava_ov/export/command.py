@@ -36,6 +36,7 @@ def run_export(args: Namespace) -> None:
         model_kwargs=args.model_kwargs,
         cache_dir=args.cache_dir,
         variant=args.variant,
+        **{name: getattr(args, name, None) for name in ("revision", "subfolder", "token")},
     )
     print(closing_words(Path(args.output)))
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import LlavaProcessor
 
 from optimum_llava_ov import host
-from optimum_llava_ov.bundle.card import write_card
+from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
 from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import check_output, staged
@@ -80,7 +80,9 @@ def main_export(
     """
     _check_arguments(task, stateful, model_kwargs, kwargs)
     check_output(Path(output))
+    previous_card = read_card(Path(output) / CARD)
     checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
+    license = source_license(checkpoint)
     recipe = recipe_of(ov_config.quantization_config) if _is_compressed(ov_config) else None
     read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
     model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
@@ -97,7 +99,7 @@ def main_export(
         if convert_tokenizer:
             export_tokenizers(processor, folder)
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
-        write_card(checkpoint, ov_config, folder)
+        write_card(folder, license, previous_card)
         # Closes the mapped files
         del model
         gc.collect()

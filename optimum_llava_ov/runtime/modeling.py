@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import json
 import shutil
 import tempfile
 import threading
@@ -11,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import constants
+from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig, OVModelForVisualCausalLM
 from transformers import AutoProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from optimum_llava_ov.bundle.layout import FILES, TOKENIZERS
+from optimum_llava_ov.bundle.card import update_card
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, TOKENIZERS, check_bundle
 from optimum_llava_ov.bundle.staging import staged
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
-from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
+from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
@@ -76,12 +79,10 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         """
         if is_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
-        model = super().from_pretrained(model_id, *args, **kwargs)
+        folder = _download(model_id, kwargs)
+        model = super().from_pretrained(folder, *args, **kwargs)
         if not isinstance(model, OVModelForLlavaMPT):
-            raise BundleError(
-                f"{model_id} is a {model.config.model_type!r} model around a {model.config.text_config.model_type!r} language model, "
-                "not a LLaVA-MPT. Load it with optimum.intel.OVModelForVisualCausalLM."
-            )
+            _check_is_llava_mpt(model_id, model.config.model_type, model.config.text_config.model_type)
         return model
 
     @classmethod
@@ -97,10 +98,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         # (and `{"bits": 4}` stands for the recipe only until OVConfig makes it something else)
         recipe = recipe_of(quantization_config) if quantization_config else None
         ov_config = OVConfig(quantization_config=recipe) if recipe or load_in_8bit is False else None
-        # /tmp is memory on many systems, and a 7B model does not fit there twice.
-        parent = Path(constants.HF_ASSETS_CACHE) / "optimum-llava-ov"
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix="export-", dir=parent)
+        folder = _temporary_folder("export-")
         model_kwargs = {"vision_tower": vision_tower} if vision_tower else None
         main_export(model_id, folder.name, ov_config=ov_config, model_kwargs=model_kwargs, **options)
         model = cls.from_pretrained(folder.name, **kwargs)
@@ -247,22 +245,88 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if compile_model:
             self.compile()
 
-    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> CommitInfo | None:
         """Write the whole bundle, processor, tokenizers and card included. An existing bundle stays until the new one is whole.
 
         Parts that were not changed are copied, so loading and saving again gives the same bytes.
 
+        Args:
+            push_to_hub: also publish it, as `repo_id`, or by the folder's name.
+            kwargs: those of [`push_to_hub`].
+
         Raises:
             [`BundleError`]: `save_directory` holds something else.
         """
-        source = Path(self.model_save_dir)
+        source = self._whole_source()
         with staged(save_directory, tokenizers=(source / TOKENIZERS[0]).exists()) as folder:
             if self._differs_from_files:
                 self._save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
-            for name in FILES:
+            for name in FILES if self._differs_from_files else (*FILES, *EXTRA_FILES):  # quality is that of the files
                 if (source / name).exists() and not (folder / name).exists():
                     shutil.copyfile(source / name, folder / name)
+            if self._differs_from_files:
+                update_card(folder)
+        if push_to_hub:
+            kwargs.setdefault("repo_id", kwargs.pop("repository_id", None) or Path(save_directory).resolve().name)
+            return self._push(save_directory, **kwargs)
+        return None
+
+    def push_to_hub(
+        self,
+        repo_id: str | Path | None = None,
+        repository_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: list[str] | None = None,
+        save_directory: str | Path | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        """Publish the bundle in one commit. Arguments are those of transformers.
+
+        Optimum's older `push_to_hub(save_directory, repository_id)` publishes the bundle in that folder, and writes it if it is not there.
+
+        Args:
+            repo_id: `owner/name`; just `name` is yours. Created if it does not exist.
+            private: whether a repository that is created is private.
+            token: with write permission; that of `hf auth login` or HF_TOKEN if not given.
+            revision: branch, created if it does not exist.
+            create_pr: propose it as a pull request.
+            tags: more tags for the card.
+
+        Raises:
+            [`HubError`]: the Hub refused, or could not be reached; nothing is published then.
+        """
+        options = {"private": private, "token": token, "commit_message": commit_message, "revision": revision}
+        options |= {"commit_description": commit_description, "create_pr": create_pr, "tags": tags}
+        if repository_id is not None:
+            folder = Path(save_directory or repo_id)
+            if not (folder / "config.json").exists():
+                self.save_pretrained(folder)
+            return self._push(folder, repo_id=repository_id, **options)
+        with _temporary_folder("push-") as folder:
+            self.save_pretrained(Path(folder) / "bundle")
+            return self._push(Path(folder) / "bundle", repo_id=str(repo_id), **options)
+
+    @staticmethod
+    def _push(folder: str | Path, repo_id: str, **options) -> CommitInfo:
+        from optimum_llava_ov.hub.push import push_bundle
+
+        known = inspect.signature(push_bundle).parameters
+        return push_bundle(folder, repo_id, **{name: value for name, value in options.items() if name in known})
+
+    def _whole_source(self) -> Path:
+        """Folder of the files this model was loaded from, with those that running it did not need."""
+        source = Path(self.model_save_dir)
+        if all((source / name).exists() for name in FILES):
+            return source
+        repository = repository_of_snapshot(source)
+        return repository.download((*FILES, *EXTRA_FILES)) if repository else source
 
     def half(self) -> OVModelForLlavaMPT:
         self._differs_from_files = True
@@ -276,6 +340,39 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         content = ([{"type": "image"}] if image is not None else []) + [{"type": "text", "text": text}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return processor(images=image, text=prompt, return_tensors="pt")
+
+
+def _download(model_id: str | Path, kwargs: dict[str, Any]) -> str | Path:
+    """Folder of a bundle's files: all of them, so that it can be saved and published, and no others.
+
+    What was said about the Hub is taken out of `kwargs` where it has been heeded.
+    """
+    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+    repository = Repository(str(model_id), **options)
+    if repository.is_local and not repository.subfolder:
+        return model_id
+    config = json.loads(repository.require("config.json", "it says what the model is").read_text())
+    _check_is_llava_mpt(model_id, config.get("model_type"), config.get("text_config", {}).get("model_type"))
+    folder = repository.folder if repository.is_local else repository.download((*FILES, *EXTRA_FILES))
+    check_bundle(folder, tokenizers=False)
+    for name in HUB_OPTIONS:
+        kwargs.pop(name, None)
+    return folder
+
+
+def _check_is_llava_mpt(model_id: str | Path, model_type: str | None, text_model_type: str | None) -> None:
+    if (model_type, text_model_type) != ("llava", "mpt"):
+        raise BundleError(
+            f"{model_id} is a {model_type!r} model around a {text_model_type!r} language model, not a LLaVA-MPT. Load it with "
+            "optimum.intel.OVModelForVisualCausalLM."
+        )
+
+
+def _temporary_folder(prefix: str) -> tempfile.TemporaryDirectory:
+    """Beside the Hub's cache: /tmp is memory on many systems, and a 7B model does not fit there twice."""
+    parent = Path(constants.HF_ASSETS_CACHE) / "optimum-llava-ov"
+    parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=parent)
 
 
 def _stack(images: Any) -> torch.Tensor:

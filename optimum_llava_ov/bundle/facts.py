@@ -1,0 +1,181 @@
+"""What a bundle can tell about itself, read from its files: the data of its card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import openvino
+from huggingface_hub import EvalResult
+
+from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
+from optimum_llava_ov.bundle.weights import WeightShare, weight_shares
+
+
+_TITLES = {
+    "language_model": "language model",
+    "text_embeddings_model": "text embeddings",
+    "vision_embeddings_model": "image encoder",
+}
+_RECIPE_PARTS = {"lm_model": "language model", **_TITLES}
+# name in eval.json: title, format, the Hub's name of the metric
+_METRICS = {
+    "kl_mean": ("KL divergence from the reference, mean, nats per token", "{:.5f}", "kl_divergence"),
+    "kl_p95": ("KL divergence, 95th percentile", "{:.5f}", None),
+    "top1_agreement": ("same most likely token", "{:.1%}", "top1_agreement"),
+    "identical": ("same greedy answer", "{:.1%}", "identical_answers"),
+    "first_divergence": ("first token that differs, mean over answers that do", "{:.1f}", None),
+    "accuracy": ("exact answers", "{:.1%}", "accuracy"),
+    "reference_accuracy": ("exact answers of the reference", "{:.1%}", None),
+}
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """
+    Attributes:
+        config, openvino_config (`dict`): content of these files.
+        evaluation (`dict` or `None`): content of `eval.json`, if quality was measured.
+        shares (`dict[str, list[WeightShare]]`): weights by precision, for each part.
+        sizes (`dict[str, int]`): bytes of each part's weights.
+    """
+
+    config: dict[str, Any]
+    openvino_config: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    shares: dict[str, list[WeightShare]]
+    sizes: dict[str, int]
+    has_picture: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> BundleFacts:
+        core = openvino.Core()
+        evaluation = folder / "eval.json"
+        return cls(
+            config=json.loads((folder / "config.json").read_text()),
+            openvino_config=json.loads((folder / "openvino_config.json").read_text()),
+            evaluation=json.loads(evaluation.read_text()) if evaluation.is_file() else None,
+            shares={part: weight_shares(core.read_model(folder / file)) for part, file in PARTS.items()},
+            sizes={part: (folder / file).with_suffix(".bin").stat().st_size for part, file in PARTS.items()},
+            has_picture=(folder / "eval.png").is_file(),
+        )
+
+    @property
+    def _converted_from(self) -> dict[str, Any]:
+        return {"model": "a local checkpoint"} | self.config.get("converted_from", {})
+
+    @property
+    def source(self) -> str:
+        """Model id of the checkpoint; of a folder, its name."""
+        return self._converted_from["model"]
+
+    @property
+    def source_url(self) -> str | None:
+        return f"https://huggingface.co/{self.source}" if self._converted_from.get("revision") else None
+
+    @property
+    def compressed(self) -> bool:
+        return any(not share.mode.startswith(("fp", "bf")) for shares in self.shares.values() for share in shares)
+
+    @property
+    def precision(self) -> str:
+        """Of most of the language model's layers that are compressed at all: `int4`, `int8`, `fp16`, ..."""
+        modes = [share.mode for share in self.shares["language_model"]]
+        narrow = [mode for mode in modes if mode.startswith(("int4", "nf4", "mxfp4"))]
+        return (narrow or modes or ["fp32"])[0].split(",")[0].split("_")[0]
+
+    @cached_property
+    def _parameters(self) -> int:
+        return sum(share.parameters for share in self.shares["language_model"])
+
+    def values(self) -> dict[str, Any]:
+        """What the template of the card asks for."""
+        config, converted_from = self.config, self._converted_from
+        recipes = part_recipes(self.openvino_config)
+        recorded = {**self.openvino_config, "converted_from": converted_from}
+        command = export_command(recorded, self._parameters, self.source.split("/")[-1] + "-ov")
+        datasets = [recipe["dataset"] for recipe in recipes.values() if isinstance(recipe.get("dataset"), list)]
+        versions = self.openvino_config.get("versions") or {}
+        return {
+            "source": self.source,
+            "source_url": self.source_url,
+            "revision": converted_from.get("revision"),
+            "vision_tower": converted_from.get("vision_tower"),
+            "layers": config["text_config"]["n_layers"],
+            "width": config["text_config"]["d_model"],
+            "compressed": self.compressed,
+            "recipes": {_RECIPE_PARTS[part]: recipe for part, recipe in recipes.items()},
+            "weights": self._weight_rows(),
+            "versions": versions,
+            "openvino_version": ".".join(versions.get("openvino", "2026.2").split(".")[:2]),
+            "command": command,
+            "snippet": None if command else export_snippet(recorded, self.source.split("/")[-1] + "-ov"),
+            "data_aware": datasets[0][0] if datasets else None,
+            "image_seq_length": config["image_seq_length"],
+            "image_size": config["vision_config"]["image_size"],
+            "pads": converted_from.get("image_aspect_ratio") == "pad",
+            "max_seq_len": config["text_config"].get("max_seq_len", 2048),
+            "is_lightning": "lightning-mpt-7b" in self.source.lower(),
+            "quality": self._quality(),
+        }
+
+    def _weight_rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for part, shares in self.shares.items():
+            total, layers = sum(share.parameters for share in shares), sum(share.layers for share in shares)
+            for index, share in enumerate(shares):
+                percent = 100 * share.parameters / total
+                rows.append(
+                    {
+                        "part": _TITLES[part] if index == 0 else "",
+                        "mode": share.mode,
+                        "share": f"{percent:.0f}" if percent >= 1 else "< 1",
+                        "layers": share.layers,
+                        "all_layers": layers,
+                        "size": f"{self.sizes[part] / 1e6:,.1f} MB" if index == 0 else "",
+                    }
+                )
+        return rows
+
+    def _quality(self) -> dict[str, Any] | None:
+        if self.evaluation is None:
+            return None
+        settings = self.evaluation.get("settings", {})
+        versions = ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())
+        rows = [
+            (title, form.format(self.evaluation[name]))
+            for name, (title, form, _) in _METRICS.items()
+            if self.evaluation.get(name) is not None
+        ]
+        return {
+            "reference": settings.get("reference", self.source),
+            "dataset": settings.get("dataset", "its samples"),
+            "num_samples": self.evaluation["num_samples"],
+            "num_tokens": self.evaluation["num_tokens"],
+            "versions": versions,
+            "rows": rows,
+            "picture": self.has_picture,
+        }
+
+    def eval_results(self) -> list[EvalResult] | None:
+        """Measured quality as the Hub's `model-index` has it; `None` if there is none."""
+        if self.evaluation is None:
+            return None
+        dataset = self.evaluation.get("settings", {}).get("dataset", "samples")
+        results = [
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=dataset.lower().replace(" ", "-").replace("(", "").replace(")", ""),
+                dataset_name=dataset,
+                metric_type=metric,
+                metric_value=round(self.evaluation[name], 6),
+                metric_name=title,
+            )
+            for name, (title, _, metric) in _METRICS.items()
+            if metric and self.evaluation.get(name) is not None
+        ]
+        return results or None

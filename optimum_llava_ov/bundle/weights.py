@@ -1,0 +1,73 @@
+"""What precision the weights in a graph have, counted as NNCF's table of the bit width distribution counts them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import openvino
+
+
+# Of the layers NNCF compresses; its names of the precisions, for weights with and without a zero point
+_LAYERS = ("MatMul", "Gather", "Convolution")
+_ON_THE_WAY = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose")
+_NNCF_NAMES = {"u8": "int8_asym", "i8": "int8_sym", "u4": "int4_asym", "i4": "int4_sym", "f4e2m1": "mxfp4"}
+_FLOATS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
+_COMPRESSED = (*_NNCF_NAMES, "nf4", "f8e4m3", "f8e5m2")
+
+
+@dataclass(frozen=True)
+class WeightShare:
+    """
+    Attributes:
+        mode (`str`): such as `int4_asym, group size 128`, as NNCF spells it; `fp16` for what is not compressed.
+        parameters (`int`): number of weights.
+        layers (`int`): number of layers.
+    """
+
+    mode: str
+    parameters: int
+    layers: int
+
+
+def weight_shares(model: openvino.Model) -> list[WeightShare]:
+    """The weights of matrix multiplications, convolutions and embedding tables by precision, the largest share first."""
+    parameters, layers = Counter(), Counter()
+    for constant in model.get_ops():
+        if constant.get_type_name() != "Constant" or sum(side > 1 for side in constant.shape) < 2:
+            continue
+        precision = constant.get_element_type().get_type_name()
+        if (precision in _COMPRESSED or precision in _FLOATS) and not _is_scale(constant) and _is_weight(constant):
+            mode = _mode(precision, list(constant.shape))
+            parameters[mode] += _size(constant)
+            layers[mode] += 1
+    return [WeightShare(mode, count, layers[mode]) for mode, count in parameters.most_common()]
+
+
+def _mode(precision: str, shape: list[int]) -> str:
+    if precision in _FLOATS:
+        return _FLOATS[precision]
+    # groups are a dimension of their own: (rows, groups, columns of a group)
+    grouping = f"group size {shape[-1]}" if len(shape) == 3 else "per-channel"
+    return f"{_NNCF_NAMES.get(precision, precision)}, {grouping}"
+
+
+def _size(constant: openvino.Node) -> int:
+    size = 1
+    for side in constant.shape:
+        size *= side
+    return size
+
+
+def _is_scale(constant: openvino.Node) -> bool:
+    """Scales and zero points have a last dimension of 1."""
+    return constant.shape[-1] == 1
+
+
+def _is_weight(node: openvino.Node) -> bool:
+    """Whether what a constant holds goes, unpacked, into a layer."""
+    for target in node.output(0).get_target_inputs():
+        consumer = target.get_node()
+        if consumer.get_type_name() in _LAYERS or (consumer.get_type_name() in _ON_THE_WAY and _is_weight(consumer)):
+            return True
+    return False

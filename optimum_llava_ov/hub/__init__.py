@@ -1,0 +1,1 @@
+"""Stage 6: publishing a bundle on the Hub."""

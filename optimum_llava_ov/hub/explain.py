@@ -1,0 +1,82 @@
+"""What the Hub's errors mean for somebody who wants to publish."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from optimum_llava_ov.errors import HubError
+
+
+_AGAIN = "Nothing was published. Run it again: what has been uploaded is not uploaded twice."
+
+
+@contextmanager
+def explained(api: HfApi, repo_id: str) -> Iterator[None]:
+    """Turn what goes wrong inside into a [`HubError`] that says what to do."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is not a valid name for a repository. Expected `owner/name`. ({error})") from error
+    except LocalTokenNotFoundError as error:
+        raise HubError(_not_logged_in(repo_id)) from error
+    except OfflineModeIsEnabled as error:
+        raise HubError("HF_HUB_OFFLINE is set, so nothing can be published. Unset it.") from error
+    except (HfHubHTTPError, httpx.TransportError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, HubError):
+            raise
+        cause = _cause(error)
+        if isinstance(cause, HfHubHTTPError):
+            raise HubError(_meaning(cause, api, repo_id)) from error
+        raise HubError(f"Publishing {repo_id} failed: {cause} ({type(cause).__name__}, {api.endpoint}). {_AGAIN}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The client wraps what happens in an upload's thread."""
+    while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _meaning(error: HfHubHTTPError, api: HfApi, repo_id: str) -> str:
+    status, said = error.response.status_code, error.server_message or str(error)
+    if status == 401:
+        return _not_logged_in(repo_id)
+    if status == 403:
+        return _forbidden(api, repo_id, said)
+    if status == 404:
+        return f"The Hub knows no {repo_id}, or no such revision of it, or does not show it to this token. ({said})"
+    if status in (409, 412):
+        return f"Somebody else is changing {repo_id} at the same time. Look at what has changed, then run it again. ({said})"
+    if status == 429:
+        return f"The Hub asks for patience: too many requests. Wait a few minutes. {_AGAIN} ({said})"
+    if status >= 500:
+        return f"The Hub has a problem of its own (HTTP {status}). {_AGAIN} ({said})"
+    return f"The Hub refused {repo_id} (HTTP {status}): {said}. {_AGAIN}"
+
+
+def _not_logged_in(repo_id: str) -> str:
+    return (
+        f"The Hub does not know who you are, so {repo_id} cannot be published. Log in with `hf auth login`, or give a valid token with "
+        "write permission in HF_TOKEN or --token (https://huggingface.co/settings/tokens)."
+    )
+
+
+def _forbidden(api: HfApi, repo_id: str, said: str) -> str:
+    try:
+        user = api.whoami()
+    except (httpx.HTTPError, LocalTokenNotFoundError):
+        return _not_logged_in(repo_id)
+    name, owner = user["name"], repo_id.split("/")[0]
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        return f"The token of {name!r} may only read. Use one with write permission: https://huggingface.co/settings/tokens. ({said})"
+    if owner not in (name, *(organization["name"] for organization in user.get("orgs", []))):
+        return (
+            f"{repo_id} belongs to {owner!r}, and you are {name!r}. Push to `{name}/{repo_id.split('/')[-1]}`, or, if it exists, propose "
+            f"your version as a pull request (--create-pr, create_pr=True). ({said})"
+        )
+    return f"{name!r} may not write to {repo_id}. Does the token have write permission for it? ({said})"

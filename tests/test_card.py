@@ -1,0 +1,272 @@
+"""The model card: what it says, that it is true, and that what users write into it stays."""
+
+import json
+import logging
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import EXAMPLES, Golden, run
+from optimum.intel import OVConfig, OVPipelineQuantizationConfig, OVWeightQuantizationConfig
+
+from optimum_llava_ov import OVModelForLlavaMPT, main_export
+from optimum_llava_ov.bundle.card import add_tags, card_text, is_untouched, update_card
+
+
+GOLDEN = Golden("linear_fp16_sharded")
+# With an option of every kind
+RECIPE = {"bits": 4, "sym": True, "group_size": 16, "ratio": 0.6, "group_size_fallback": "adjust", "all_layers": True}
+
+
+class Messages(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """A compressed bundle, and what NNCF said meanwhile."""
+    bundle, messages, logger = tmp_path_factory.mktemp("card") / "int4", Messages(), logging.getLogger("nncf")
+    logger.addHandler(messages)
+    main_export(GOLDEN.checkpoint, bundle, ov_config=OVConfig(quantization_config=OVWeightQuantizationConfig(**RECIPE)))
+    logger.removeHandler(messages)
+    return bundle, messages.texts
+
+
+@pytest.fixture
+def bundle(compressed, tmp_path):
+    return shutil.copytree(compressed[0], tmp_path / "int4")
+
+
+def metadata_of(card: str) -> dict:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def evaluate(bundle: Path) -> None:
+    """What `optimum-cli llava-ov eval` leaves in a bundle."""
+    values = {
+        "kl_mean": 0.0123456,
+        "kl_p95": 0.1,
+        "top1_agreement": 0.97,
+        "identical": 0.75,
+        "first_divergence": 12.5,
+        "size": {"total": 1},
+    }
+    values |= {"accuracy": 0.9, "reference_accuracy": 0.95, "num_samples": 64, "num_tokens": 1234}
+    values["settings"] = {
+        "reference": "checkpoint",
+        "dataset": "coloured shapes (built in)",
+        "versions": {"openvino": "2026.4.1"},
+    }
+    (bundle / "eval.json").write_text(json.dumps(values))
+    (bundle / "eval.png").write_bytes(b"png")
+
+
+class TestContent:
+    def test_metadata(self, bundle):
+        values = metadata_of((bundle / "README.md").read_text())
+        assert values == {
+            "library_name": "openvino",
+            "license": "unknown",  # a folder, without a card
+            "pipeline_tag": "image-text-to-text",
+            "tags": ["openvino", "llava", "llava-mpt", "nncf", "int4"],
+        }
+
+    def test_relation_to_the_base_model(self, bundle):
+        config = json.loads((bundle / "config.json").read_text())
+        config["converted_from"] |= {"model": "liuhaotian/LLaVA-Lightning-MPT-7B-preview", "revision": "0" * 40}
+        (bundle / "config.json").write_text(json.dumps(config))
+        card = card_text(bundle, "cc-by-nc-sa-4.0")
+        values = metadata_of(card)
+        assert values["base_model"] == "liuhaotian/LLaVA-Lightning-MPT-7B-preview"
+        assert values["base_model_relation"] == "quantized"
+        assert "MPT-7B-Chat" in card
+        assert "**no commercial use**" in card
+
+    def test_table_is_nncfs(self, compressed):
+        """Share and number of layers for each precision, as NNCF logs them while it compresses."""
+        bundle, texts = compressed
+        cell = r"\s*│\s*(int\S+, [\w\- ]+?)\s*│\s*(\d+)% \((\d+) / (\d+)\)"
+        logged = [set(re.findall(cell, text)) for text in texts if "bitwidth distribution" in text]
+        assert len(logged) == 3
+        table = (bundle / "README.md").read_text().split("counted as NNCF counts them")[1].split("<!--")[0]
+        rows = {
+            (mode, share, layers, of)
+            for mode, share, layers, of in re.findall(r"\| (int[^|]+) \| (\d+) % \((\d+) / (\d+)\)", table)
+        }
+        assert rows == set.union(*logged)
+
+    def test_exact_parameters(self, bundle):
+        card = (bundle / "README.md").read_text()
+        for name, value in {
+            "sym": True,
+            "group_size": 16,
+            "ratio": 0.6,
+            "group_size_fallback": "adjust",
+            "all_layers": True,
+        }.items():
+            assert f"{name}: **{value}**" in card
+
+    def test_quality(self, bundle):
+        assert "## Quality" not in (bundle / "README.md").read_text()
+        evaluate(bundle)
+        card = card_text(bundle, previous=(bundle / "README.md").read_text())
+        assert "| same most likely token | 97.0% |" in card
+        assert "![Quality against size](eval.png)" in card
+        results = metadata_of(card)["model-index"][0]["results"][0]
+        assert results["dataset"]["name"] == "coloured shapes (built in)"
+        metrics = {metric["type"]: metric["value"] for metric in results["metrics"]}
+        assert metrics == {"kl_divergence": 0.012346, "top1_agreement": 0.97, "identical_answers": 0.75, "accuracy": 0.9}
+
+    def test_quality_is_saved_along(self, bundle, tmp_path):
+        evaluate(bundle)
+        update_card(bundle)
+        OVModelForLlavaMPT.from_pretrained(bundle, compile=False).save_pretrained(tmp_path / "saved")
+        assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()} == {
+            file.name: file.read_bytes() for file in bundle.iterdir()
+        }
+
+    def test_no_paths(self, bundle):
+        assert str(EXAMPLES.parent) not in (bundle / "README.md").read_text()
+
+    def test_compressing_what_was_loaded_writes_it_down(self, bundles, tmp_path):
+        recipe = OVPipelineQuantizationConfig({"lm_model": OVWeightQuantizationConfig(bits=8, sym=True)})
+        model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], quantization_config=recipe, compile=False)
+        model.save_pretrained(tmp_path / "int8")
+        card = (tmp_path / "int8" / "README.md").read_text()
+        assert metadata_of(card)["tags"] == ["openvino", "llava", "llava-mpt", "nncf", "int8"]
+        assert "int8_sym, per-channel" in card
+
+
+class TestReproduction:
+    def test_command(self, bundle, tmp_path):
+        command = re.search(r"```bash\n(optimum-cli export .*)\n```", (bundle / "README.md").read_text())[1]
+        words = shlex.split(command)
+        assert words[4:6] == ["checkpoint", "--weight-format"]
+        words[4], words[-1] = GOLDEN.checkpoint, tmp_path / "again"
+        run(*words)
+        self.assert_same(bundle, tmp_path / "again")
+
+    def test_python(self, tmp_path):
+        """A recipe that no command line can say."""
+        parts = {"lm_model": {"bits": 4, "group_size": 16}, "vision_embeddings_model": {"bits": 8, "sym": False}}
+        recipe = OVPipelineQuantizationConfig({part: OVWeightQuantizationConfig(**config) for part, config in parts.items()})
+        main_export(GOLDEN.checkpoint, tmp_path / "mixed", ov_config=OVConfig(quantization_config=recipe))
+        card = (tmp_path / "mixed" / "README.md").read_text()
+        code = next(code for code in re.findall(r"```python\n(.*?)\n```", card, re.DOTALL) if "main_export" in code)
+        code = code.replace('"checkpoint"', repr(str(GOLDEN.checkpoint))).replace(
+            '"checkpoint-ov"', repr(str(tmp_path / "again"))
+        )
+        exec(code, {})
+        self.assert_same(tmp_path / "mixed", tmp_path / "again")
+
+    def assert_same(self, bundle, again):
+        for file in bundle.glob("*.bin"):
+            assert file.read_bytes() == (again / file.name).read_bytes(), file.name
+
+
+class TestEdits:
+    """Whatever the user changed stays, whatever the user did not change is kept up to date."""
+
+    def again(self, bundle: Path, model_id: str | None = None) -> str:
+        return card_text(bundle, "unknown", (bundle / "README.md").read_text(), model_id)
+
+    def edit(self, bundle: Path, old: str, new: str) -> None:
+        card = (bundle / "README.md").read_text()
+        assert card.count(old) == 1
+        (bundle / "README.md").write_text(card.replace(old, new))
+
+    def test_unchanged(self, bundle):
+        card = (bundle / "README.md").read_text()
+        assert self.again(bundle) == card
+        assert is_untouched(bundle, card)
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("## Legal\n", "## My own words\n\nHello.\n\n## Legal\n"),
+            ("Do not\n  let it decide about people.", "Be kind."),
+            ("## How it was made", "## How I made it"),
+            ("tags:\n", "thumbnail: https://example.com/a.png\ntags:\n"),
+            ("- llava-mpt\n", "- llava-mpt\n- shapes\n"),
+            ("library_name: openvino\n", ""),
+        ],
+    )
+    def test_stays(self, bundle, old, new):
+        self.edit(bundle, old, new)
+        edited = (bundle / "README.md").read_text()
+        assert not is_untouched(bundle, edited)
+        again = self.again(bundle)
+        assert metadata_of(again) == metadata_of(edited) or sorted(metadata_of(again)["tags"]) == sorted(
+            metadata_of(edited)["tags"]
+        )
+        assert again.split("---", 2)[2] == edited.split("---", 2)[2]
+
+    def test_license(self, bundle):
+        """Also in the section about it."""
+        self.edit(bundle, "license: unknown", "license: mit")
+        assert not is_untouched(bundle, (bundle / "README.md").read_text())
+        for _ in range(2):
+            (bundle / "README.md").write_text(self.again(bundle))
+            assert metadata_of((bundle / "README.md").read_text())["license"] == "mit"
+            assert "License: **mit**" in (bundle / "README.md").read_text()
+
+    def test_text_between_sections_and_removed_sections(self, bundle):
+        card = (bundle / "README.md").read_text()
+        card = re.sub(
+            r"<!-- optimum-llava-ov: limitations.*?/optimum-llava-ov: limitations -->\n", "My limits.\n", card, flags=re.DOTALL
+        )
+        (bundle / "README.md").write_text(card)
+        evaluate(bundle)
+        again = self.again(bundle)
+        assert "My limits." in again
+        assert "## Limitations" not in again
+        assert "## Quality" in again  # what was not touched is up to date
+
+    def test_users_own_card(self, bundle):
+        (bundle / "README.md").write_text("---\nlicense: mit\nmodel-index: []\n---\n# Mine\n\nAll of it. `<this model>`\n")
+        again = self.again(bundle, "me/mine")
+        assert "# Mine\n\nAll of it. `me/mine`\n" in again
+        assert metadata_of(again)["license"] == "mit"
+        assert metadata_of(again)["library_name"] == "openvino"
+        assert "## Legal" not in again
+
+    def test_name(self, bundle):
+        self.edit(bundle, "## Run it\n", "## Run it yourself\n")
+        once = self.again(bundle, "me/once")
+        assert "<this model>" not in once
+        assert 'from_pretrained("me/once")' in once
+        assert card_text(bundle, None, once) == once
+
+    def test_moving_to_another_name(self, bundle):
+        once = self.again(bundle, "me/once")
+        assert card_text(bundle, None, once, "me/twice") == self.again(bundle, "me/twice")
+
+    def test_real_export(self, bundle):
+        """Re-exported with another precision: the user's text stays, precision and tables are new."""
+        self.edit(bundle, "## Legal\n", "## My own words\n\nHello.\n\n## Legal\n")
+        self.edit(bundle, "- llava-mpt\n", "- llava-mpt\n- shapes\n")
+        main_export(GOLDEN.checkpoint, bundle)
+        card = (bundle / "README.md").read_text()
+        assert "## My own words\n\nHello." in card
+        assert metadata_of(card)["tags"] == ["openvino", "llava", "llava-mpt", "fp16", "shapes"]
+        assert "int4" not in card
+
+    def test_metadata_that_is_no_yaml(self, bundle):
+        from optimum_llava_ov import BundleError
+
+        (bundle / "README.md").write_text("---\n: [\n---\n# Hello\n")
+        with pytest.raises(BundleError, match="is not YAML. Correct it, or delete the file"):
+            main_export(GOLDEN.checkpoint, bundle)
+        assert "# Hello" in (bundle / "README.md").read_text()
+
+    def test_tags(self, bundle):
+        card = add_tags((bundle / "README.md").read_text(), ["demo"])
+        assert metadata_of(card)["tags"][-1] == "demo"
