@@ -11,6 +11,7 @@ import html
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +35,7 @@ class Spill:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._mappings: list[np.memmap] = []
+        self._copier, self._copying = ThreadPoolExecutor(1), None
 
     def constant(self, constant: openvino.op.Constant) -> openvino.op.Constant:
         """The same constant, with its bytes in a file; a small one as it is."""
@@ -42,15 +44,26 @@ class Spill:
             return constant
         self.folder.mkdir(exist_ok=True)
         name, file = constant.get_friendly_name(), self.folder / f"{len(self._files)}.weight"
-        data.tofile(file)
         self._files[name] = file
+        with file.open("wb") as reserved:
+            os.posix_fallocate(reserved.fileno(), 0, data.nbytes)  # a full disk is an error here, and would be a crash later
         self._mappings.append(np.memmap(file, np.uint8, mode="r+"))
+        # While NNCF computes the next one; never more than one, which is memory
+        self.wait()
+        self._copying = self._copier.submit(np.copyto, self._mappings[-1], data)
         tensor = openvino.Tensor(self._mappings[-1], constant.get_output_shape(0), constant.get_element_type())
         return opset13.constant(tensor, name=name, shared_memory=True)
+
+    def wait(self) -> None:
+        """Until everything is in its file."""
+        if self._copying is not None:
+            self._copying.result()
+            self._copying = None
 
     def save(self, model: openvino.Model, path: str | os.PathLike, compress_to_fp16: bool = False) -> None:
         """Write what `openvino.save_model` writes, byte for byte."""
         path = Path(path)
+        self.wait()
         if not self._files or compress_to_fp16:
             openvino.save_model(model, path, compress_to_fp16)
             return
