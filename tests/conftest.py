@@ -124,6 +124,14 @@ def processors(bundles):
 
 
 @pytest.fixture(scope="session")
+def shapes_bundle(tmp_path_factory) -> Path:
+    """A bundle of the model that answers about coloured shapes."""
+    output = tmp_path_factory.mktemp("shapes") / "shapes-ov"
+    run("optimum-cli", "export", "openvino", "--model", EXAMPLES / "shapes" / "checkpoint", output)
+    return output
+
+
+@pytest.fixture(scope="session")
 def torch_models():
     """The checkpoints in torch, in float32."""
     from optimum_llava_ov import LlavaMptForConditionalGeneration
