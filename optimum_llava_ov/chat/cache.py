@@ -100,11 +100,13 @@ class SessionModel(OVModelForLlavaMPT):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # A request for the moment: pictures are rare, and an encoder's buffers large.
-        result = _request(self.vision_embeddings.request).infer({"pixel_values": pixel_values.float().numpy()})
-        return torch.from_numpy(result[0])
+        request = _request(self.vision_embeddings.request)
+        return torch.from_numpy(request.infer({"pixel_values": pixel_values.float().numpy()}, share_inputs=True)[0])
 
     def get_text_embeddings(self, input_ids: torch.LongTensor, **kwargs) -> np.ndarray:
-        return self._embeddings.infer({0: input_ids.numpy()})[0]
+        # `share_inputs`, as the host does: a request that copies its inputs writes them, on CPU, to where the last request that
+        # shared its own had them, and that memory is gone.
+        return self._embeddings.infer({0: input_ids.numpy()}, share_inputs=True)[0]
 
     def _process(self, inputs_embeds: torch.Tensor, keys: Sequence[int | str]) -> None:
         past, new = self.cached_tokens, inputs_embeds.shape[1]

@@ -216,4 +216,6 @@ def _listed(images: Any) -> list[Any]:
 def _check_options(options: dict[str, Any]) -> None:
     for name in ("num_beams", "num_return_sequences"):
         if (options.get(name) or 1) > 1:
-            raise ValueError(f"{name} is {options[name]}, but an answer that streams is one sequence. Use model.generate() for it.")
+            raise ValueError(
+                f"{name} is {options[name]}, but an answer that streams is one sequence. Use model.generate() for it."
+            )
