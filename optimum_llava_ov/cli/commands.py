@@ -7,6 +7,8 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum_llava_ov.cli.chat import ChatCommand, DemoCommand
+
 
 class EvalCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="eval", help="Measure what a conversion costs in quality.")
@@ -44,4 +46,8 @@ class EvalCommand(BaseOptimumCLICommand):
 
 class LlavaOVCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="llava-ov", help="Tools for LLaVA-MPT bundles.")
-    SUBCOMMANDS = (CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),)
+    SUBCOMMANDS = (
+        CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),
+        CommandInfo(name=ChatCommand.COMMAND.name, help=ChatCommand.COMMAND.help, subcommand_class=ChatCommand),
+        CommandInfo(name=DemoCommand.COMMAND.name, help=DemoCommand.COMMAND.help, subcommand_class=DemoCommand),
+    )

@@ -1,0 +1,195 @@
+"""`optimum-cli llava-ov demo`, driven in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES, run
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+
+PICTURES = EXAMPLES / "shapes" / "pictures"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """The real command, until the page answers."""
+
+    def __init__(self, bundle, log, *options):
+        self.port, self.log = free_port(), log
+        self.url = f"http://127.0.0.1:{self.port}"
+        program = Path(sys.executable).parent / "optimum-cli"
+        command = [program, "llava-ov", "demo", bundle, "--port", self.port, "--no-browser", *options]
+        with open(log, "w") as output:
+            self.process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=subprocess.STDOUT)
+        end = time.monotonic() + 90
+        while not self.answers():
+            assert self.process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+
+    def answers(self):
+        try:
+            return urllib.request.urlopen(self.url, timeout=5).status == 200
+        except urllib.error.URLError:
+            return False
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(shapes_bundle, tmp_path_factory):
+    log = tmp_path_factory.mktemp("demo") / "log"
+    server = Server(shapes_bundle, log, "--max-megapixels", 1, "--max-upload-mb", 0.5, "--title", "Coloured shapes")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Page:
+    """What a visitor does."""
+
+    def __init__(self, browser, server):
+        self.page = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()
+        self.requests = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(server.url)
+        self.box = self.page.locator("#question textarea")
+        expect(self.box).to_be_visible(timeout=30_000)
+
+    def upload(self, *files):
+        self.page.locator("#question input[type=file]").set_input_files([str(file) for file in files])
+        expect(self.page.locator("#question .thumbnail-item, #question .thumbnail-image").first).to_be_visible(timeout=15_000)
+
+    def send(self, text):
+        self.box.fill(text)
+        self.box.press("Enter")
+
+    def ask(self, text, answer):
+        self.send(text)
+        expect(self.answers.last).to_have_text(answer, timeout=20_000)
+        expect(self.page.locator("#question .stop-button")).to_have_count(0)
+
+    @property
+    def answers(self):
+        return self.page.locator("#chat .bot .message-content, #chat .bot.message").filter(visible=True)
+
+    @property
+    def questions(self):
+        return self.page.locator("#chat .user.message").filter(visible=True)
+
+    def button(self, name):
+        self.page.locator(f"#{name}").click()
+
+
+def test_two_visitors_talk_about_their_own_pictures(browser, server):
+    first, second = Page(browser, server), Page(browser, server)
+    first.upload(PICTURES / "a.png")
+    second.upload(PICTURES / "b.png")
+    first.ask("What colour is the circle?", "The circle is red.")
+    second.ask("How many shapes are there?", "There are two shapes.")
+    first.ask("Where is the star?", "The star is at the top right.")
+    second.ask("What is in the middle?", "A blue square is in the middle.")
+    if folder := os.environ.get("SCREENSHOTS"):
+        first.page.screenshot(path=f"{folder}/demo.png")
+
+    first.button("retry")
+    expect(first.answers.last).to_have_text("The star is at the top right.")
+    expect(first.answers).to_have_count(2)
+    first.button("undo")
+    expect(first.answers).to_have_count(1)
+    expect(first.box).to_have_value("Where is the star?")
+    first.ask("Where is the star?", "The star is at the top right.")
+    first.button("clear")
+    expect(first.answers).to_have_count(0)
+    expect(second.answers).to_have_count(2)
+    # A new conversation: the picture is gone too
+    first.upload(PICTURES / "c.png")
+    first.ask("Where is the purple star?", "The purple star is at the bottom left.")
+    expect(first.answers).to_have_count(1)
+
+    # With no internet: all that the page asked for came from the server
+    for page in (first, second):
+        assert page.requests
+        assert {url.split("/")[2] for url in page.requests if url.startswith("http")} == {f"127.0.0.1:{server.port}"}
+
+
+def test_limits(browser, server, tmp_path):
+    page = Page(browser, server)
+    Image.new("1", (1500, 1500)).save(tmp_path / "wide.png")
+    page.upload(tmp_path / "wide.png")
+    page.send("What is this?")
+    expect(page.page.get_by_text("1500 x 1500 pixels, and at most 1 million are accepted")).to_be_visible(timeout=15_000)
+    Image.effect_noise((1000, 1000), 100).save(tmp_path / "heavy.png")
+    assert (tmp_path / "heavy.png").stat().st_size > 500_000
+    page.page.locator("#question input[type=file]").set_input_files(str(tmp_path / "heavy.png"))
+    expect(page.page.get_by_text(re.compile("exceeds.*maximum", re.IGNORECASE)).first).to_be_visible(timeout=15_000)
+
+
+def test_addresses_are_not_fetched(server, monkeypatch):
+    """Somebody who speaks to the server without its page. The address is its own, so a fetch would show in its answer."""
+    config = json.loads(urllib.request.urlopen(f"{server.url}/config").read())
+    asking = next(item["id"] for item in config["dependencies"] if len(item["inputs"]) == 5)
+    file = {"path": f"{server.url}/theme.css", "meta": {"_type": "gradio.FileData"}}
+    data = {"fn_index": asking, "session_hash": "visitor", "data": [{"text": "Hi", "files": [file]}, 0, 0.9, 8, "CPU"]}
+    request = urllib.request.Request(
+        f"{server.url}/gradio_api/queue/join?", json.dumps(data).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request)
+    stream = urllib.request.urlopen(f"{server.url}/gradio_api/queue/data?session_hash=visitor", timeout=30)
+    events = [json.loads(line[5:]) for line in stream if line.startswith(b"data:")]
+    completed = next(event for event in events if event["msg"] == "process_completed")
+    assert not completed["success"]
+    assert "this server fetches no addresses" in server.log.read_text() + json.dumps(completed)
+
+
+def test_words_arrive_one_by_one_and_stop(browser, bundles, tmp_path):
+    """A random model talks without end."""
+    server = Server(bundles["linear_fp16_sharded"], tmp_path / "log", "--context-window", 100_000, "--max-new-tokens", 1024)
+    try:
+        page = Page(browser, server)
+        page.send("Write a short poem about the sea.")
+        expect(page.page.locator("#question .stop-button")).to_be_visible(timeout=15_000)
+        lengths = []
+        while len(set(lengths)) < 3:
+            lengths.append(len(page.answers.last.text_content(timeout=20_000)))
+        assert lengths == sorted(lengths)
+        page.page.locator("#question .stop-button").click()
+        expect(page.page.locator("#question .stop-button")).to_have_count(0, timeout=10_000)
+        said = page.answers.last.text_content()
+        assert len(said) < 6000
+        page.send("Go on.")
+        expect(page.answers).to_have_count(2, timeout=20_000)
+    finally:
+        server.stop()
+
+
+def test_a_device_that_is_not_there(shapes_bundle):
+    result = run("optimum-cli", "llava-ov", "demo", shapes_bundle, "--device", "TOASTER", check=False)
+    assert result.returncode == 1
+    assert "OpenVINO finds: CPU" in result.stderr
