@@ -19,7 +19,7 @@ from optimum_llava_ov.chat.session import ChatSession
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONOSPACE_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container main { max-width: 1180px !important; width: 100% !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.55rem; margin: 0.6rem 0 0 0; }
 #title p { margin: 0.1rem 0 0.4rem 0; color: var(--body-text-color-subdued); }
 #chat { border-radius: 14px; }
@@ -111,15 +111,17 @@ class Visitors:
             visitor.session.cancel()
 
 
-class LocalTextbox(gr.MultimodalTextbox):
-    """Takes files that were uploaded, and nothing that the server would have to fetch."""
+def only_uploads(component: gr.components.Component) -> gr.components.Component:
+    """Let a component take files that were uploaded, and nothing that the server would have to fetch."""
+    original = component.async_move_resource_to_block_cache
 
-    is_template = True  # for the page it is what it derives from
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
+    async def move(url_or_file_path):
         if url_or_file_path is not None and "://" in str(url_or_file_path):
             raise gr.Error("Pictures must be uploaded; this server fetches no addresses.")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return await original(url_or_file_path)
+
+    component.async_move_resource_to_block_cache = move
+    return component
 
 
 class Demo:
@@ -214,7 +216,7 @@ def build_page(
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# {title}\nQuestions about pictures, answered on this machine.", elem_id="title")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=4, min_width=420):
+            with gr.Column(scale=3, min_width=420):
                 chat = gr.Chatbot(
                     elem_id="chat",
                     show_label=False,
@@ -225,7 +227,7 @@ def build_page(
                     buttons=["copy"],
                     feedback_options=None,
                 )
-                question = LocalTextbox(
+                question = gr.MultimodalTextbox(
                     elem_id="question",
                     show_label=False,
                     placeholder="Ask about the picture",
@@ -235,17 +237,18 @@ def build_page(
                     max_plain_text_length=100_000,
                     autofocus=True,
                 )
-            with gr.Column(scale=1, min_width=230, elem_id="settings"):
+                only_uploads(question)
+            with gr.Column(scale=1, min_width=270, elem_id="settings"):
                 with gr.Row():
                     retry = gr.Button("Retry", elem_id="retry", size="sm", min_width=60)
                     undo = gr.Button("Undo", elem_id="undo", size="sm", min_width=60)
                     clear = gr.Button("Clear", elem_id="clear", size="sm", min_width=60, variant="stop")
                 settings = [
                     gr.Slider(0.0, 2.0, temperature, step=0.05, label="Temperature", info="0 gives the likeliest words."),
-                    gr.Slider(0.05, 1.0, top_p, step=0.05, label="Top-p", info="Used with a temperature above 0."),
+                    gr.Slider(0.05, 1.0, top_p, step=0.05, label="Top-p", info="With temperature above 0."),
                     gr.Slider(
                         1, demo.limits.max_new_tokens, min(max_new_tokens, demo.limits.max_new_tokens), step=1, label="Longest answer",
-                        info="In tokens: three quarters of a word each.",
+                        info="In tokens.",
                     ),
                     gr.Dropdown(devices, value=devices[0], label="Device", info="Another one begins a new conversation."),
                 ]  # fmt: skip
@@ -255,6 +258,7 @@ def build_page(
         retry.click(demo.retry, settings, shown, api_visibility="private", **answers)
         undo.click(demo.undo, settings[-1:], shown, queue=False, api_visibility="private")
         clear.click(demo.clear, None, shown, queue=False, api_visibility="private")
+        chat.clear(demo.clear, None, shown, queue=False, api_visibility="private")
         question.stop(demo.stop, None, None, queue=False, api_visibility="private")
         page.unload(demo.leave)
     return page

@@ -1,4 +1,4 @@
-"""Sessions for the programs: which engine and device, with messages that say what there is."""
+"""Sessions for the programs, with messages that say what there is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from optimum_llava_ov.chat.session import ChatSession
-
-
-ENGINES = ("openvino", "genai")
 
 
 def available_devices() -> list[str]:
@@ -28,34 +25,20 @@ def check_device(device: str) -> None:
         raise ValueError(f"There is no device {device!r} here. OpenVINO finds: {', '.join(found)}; or let it choose with AUTO.")
 
 
-def session_factory(
-    bundle: str, device: str = "CPU", engine: str = "openvino", ov_config: dict[str, str] | None = None
-) -> Callable[..., ChatSession]:
+def session_factory(bundle: str, device: str = "CPU", ov_config: dict[str, str] | None = None) -> Callable[..., ChatSession]:
     """Load a bundle once. What comes back makes a session each time it is called, with the arguments of [`ChatSession`].
 
     Raises:
-        `ValueError`: there is no such device or engine, or the folder is no bundle.
+        `ValueError`: there is no such device, or the folder is no bundle.
     """
     check_device(device)
     from transformers import AutoProcessor
 
-    if engine == "genai":
-        from optimum_llava_ov.chat.genai import GenAIEngine, load_pipeline
-
-        pipeline = load_pipeline(bundle, device, ov_config)
-        processor, config = AutoProcessor.from_pretrained(bundle), _config(bundle)
-        return lambda **kwargs: ChatSession(GenAIEngine(pipeline, processor, config), processor, config, **kwargs)
     from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
     model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
     processor = AutoProcessor.from_pretrained(model.model_save_dir)
     return lambda **kwargs: model.chat(processor, **kwargs)
-
-
-def _config(bundle: str) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(bundle)
 
 
 def sampling_options(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:

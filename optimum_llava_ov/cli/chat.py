@@ -14,12 +14,6 @@ def _add_common_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="CPU", help='OpenVINO device, such as CPU, GPU or AUTO; "list" shows those of this machine.'
     )
-    parser.add_argument(
-        "--engine",
-        choices=("openvino", "genai"),
-        default="openvino",
-        help="What computes the answers; genai needs openvino-genai (default: %(default)s).",
-    )
     parser.add_argument("--system", help="System prompt, instead of the model's usual one.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest words (default: %(default)s).")
     parser.add_argument("--top-p", type=float, default=0.9, help="When sampling (default: %(default)s).")
@@ -58,7 +52,7 @@ class ChatCommand(BaseOptimumCLICommand):
         from optimum_llava_ov.chat.terminal import run_chat
 
         try:
-            factory = session_factory(args.model, args.device, args.engine)
+            factory = session_factory(args.model, args.device)
             chat = factory(
                 system=args.system,
                 messages=args.load or (),
@@ -107,7 +101,7 @@ class DemoCommand(BaseOptimumCLICommand):
 
         def factory_of(device: str):
             options = {"system": args.system, "context_window": args.context_window, "when_full": args.when_full}
-            factory = session_factory(args.model, device, args.engine)
+            factory = session_factory(args.model, device)
             return lambda: factory(**options)
 
         limits = Limits(
