@@ -110,6 +110,7 @@ class DemoCommand(BaseOptimumCLICommand):
             sessions=args.max_sessions,
             max_bytes=int(args.max_upload_mb * 1e6),
             max_pixels=int(args.max_megapixels * 1e6),
+            max_new_tokens=max(args.max_new_tokens, Limits.max_new_tokens),
         )
         devices = list(dict.fromkeys([args.device, *available_devices()]))
         try:
