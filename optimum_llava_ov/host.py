@@ -1,4 +1,4 @@
-"""Everything of Optimum that is not public and that we touch. Nothing else in this package does.
+"""Everything of Optimum and NNCF that is not public and that we touch. Nothing else in this package does.
 
 `tests/test_host.py` names each of these and fails with what to do when a new version of Optimum has moved one.
 """
@@ -117,27 +117,42 @@ def compress_weights(model, config, dataset=None):
 
 
 @contextlib.contextmanager
-def exporting(transform=None):
+def compressed_constants(keep):
+    """While NNCF compresses, put each constant it makes through `keep`, which takes and returns an OpenVINO `Constant`."""
+    from nncf.quantization.algorithms.weight_compression import openvino_backend as backend
+
+    original = backend.create_ov_const_from_tensor
+    backend.create_ov_const_from_tensor = lambda *args, **kwargs: keep(original(*args, **kwargs))
+    try:
+        yield
+    finally:
+        backend.create_ov_const_from_tensor = original
+
+
+@contextlib.contextmanager
+def exporting(transform=None, save_model=None):
     """While Optimum exports, skip the second trace and give each graph to `transform` before it is written.
 
     The second trace compares with the first: half of the export's time at 7B, and for graphs without branches no news.
 
     Args:
         transform: takes and returns an `openvino.Model`.
+        save_model: writes it, in place of `openvino.save_model`.
     """
     from optimum.exporters.openvino import convert
 
-    originals = convert._save_model, convert.allow_skip_tracing_check
+    originals = convert._save_model, convert.allow_skip_tracing_check, convert.save_model
 
     @functools.wraps(convert._save_model)
     def save(model, *args, **kwargs):
         return originals[0](transform(model) if transform else model, *args, **kwargs)
 
     convert._save_model, convert.allow_skip_tracing_check = save, lambda *args: True
+    convert.save_model = save_model or convert.save_model
     try:
         yield
     finally:
-        convert._save_model, convert.allow_skip_tracing_check = originals
+        convert._save_model, convert.allow_skip_tracing_check, convert.save_model = originals
 
 
 def hook_modeling() -> None:

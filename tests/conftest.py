@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+
+os.environ["CI"] = "true"  # OpenVINO and NNCF then send no telemetry, which takes longer than a tiny model's export
 
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -50,6 +53,10 @@ class Golden:
 
     def images(self, case: str) -> list[Image.Image] | None:
         return [self.image(name) for name in self.cases[case]["images"]] or None
+
+    def pixel_values(self, name: str) -> np.ndarray:
+        """What the original's image processor gave, `(1, 3, height, width)`."""
+        return self.arrays[f"{'pixel_values_pad' if 'pad' in self.name else 'pixel_values'}/{name}"]
 
 
 GOLDENS = [Golden("linear_fp16_sharded"), Golden("mlp2x_fp32_pad")]
@@ -97,6 +104,16 @@ def fill_hub_cache(cache: Path, repositories: dict[str, Path]) -> None:
         config = json.loads((snapshot / "config.json").read_text())
         if tower and "mm_vision_tower" in config:
             (snapshot / "config.json").write_text(json.dumps({**config, "mm_vision_tower": tower}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_heap():
+    """Each export collects garbage several times. What the imports have left need not be looked through again each time."""
+
+    import optimum_llava_ov.export.main  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,8 @@ ADVICE = (
         "optimum.exporters.openvino.convert._save_model",
         "optimum.exporters.openvino.convert.allow_skip_tracing_check",
         "optimum.exporters.openvino.convert.export",
+        "optimum.exporters.openvino.convert.save_model",
+        "nncf.quantization.algorithms.weight_compression.openvino_backend.create_ov_const_from_tensor",
         "optimum.exporters.openvino.config.TextDecoderWithPositionIdsOpenVINOConfig",
         "optimum.exporters.openvino.model_configs.BaseVLMOpenVINOConfig",
         "optimum.exporters.openvino.model_configs.VLMConfigBehavior",

@@ -5,16 +5,17 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import EXAMPLES, run
+from conftest import EXAMPLES, files, run
 from PIL import Image
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.evaluation.shapes import KINDS, held_out
 
 
 SHAPES = EXAMPLES / "shapes"
-NUM_CONVERSATIONS = 100
+NUM_CONVERSATIONS = 80
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def ask(bundle):
 
 
 def test_exact_answers_on_held_out_pictures(ask):
-    """At least 90 %, in conversations that contain the model's own earlier answers."""
+    """At least 95 %, in conversations that contain the model's own earlier answers."""
     asked, right = Counter(), Counter()
     for conversation in held_out(NUM_CONVERSATIONS, seed=1):
         turns = []
@@ -56,7 +57,7 @@ def test_exact_answers_on_held_out_pictures(ask):
             asked[turn["kind"]] += 1
             right[turn["kind"]] += turns[-1][2] == turn["answer"]
     assert set(asked) == set(KINDS)
-    assert right.total() / asked.total() >= 0.90, {kind: f"{right[kind]}/{asked[kind]}" for kind in KINDS}
+    assert right.total() / asked.total() >= 0.95, {kind: f"{right[kind]}/{asked[kind]}" for kind in KINDS}
 
 
 def test_sample_questions(ask):
@@ -70,10 +71,35 @@ def test_quickstart(bundle):
     assert "What colour is the circle?  ->  The circle is red." in result.stdout
 
 
+def test_training_script(tmp_path):
+    """A few steps; what it writes can be trained further, and is a checkpoint like the one that ships."""
+    command = [
+        "python",
+        SHAPES / "train.py",
+        "--tower-minutes",
+        "0.02",
+        "--num-pairs",
+        "32",
+        "--batch-size",
+        "2",
+        "--output",
+        tmp_path,
+    ]
+    run(*command, "--minutes", "0.05")
+    run(*command, "--minutes", "0.02", "--resume")
+    for folder in ("checkpoint", "clip"):
+        assert files(tmp_path / folder) == files(SHAPES / folder)
+    shipped, trained = (OriginalCheckpoint.open(folder / "checkpoint") for folder in (SHAPES, tmp_path))
+    assert trained.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
+    assert {name: tensor.shape for name, tensor in trained.tensors().items()} == {
+        name: tensor.shape for name, tensor in shipped.tensors().items()
+    }
+
+
 def test_small_enough_to_ship():
     files = [file for folder in ("checkpoint", "clip") for file in (SHAPES / folder).iterdir()]
     assert sum(file.stat().st_size for file in files) <= 8_000_000
 
 
 def test_readme_tells_the_accuracy():
-    assert re.search(r"\*\*all\*\* \| \d+ \| 9\d\.\d%", (SHAPES / "README.md").read_text())
+    assert re.search(r"\*\*all\*\* \| \d+ \| 9[5-9]\.\d%", (SHAPES / "README.md").read_text())

@@ -37,7 +37,7 @@ class Optimizers:
 class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon), in float32 and with all matrices of one shape at once.
 
-    `torch.optim.Muon` works in bfloat16, one matrix after the other, which on a CPU takes as long as the rest of the step.
+    `torch.optim.Muon` works in bfloat16, one matrix after the other: slow on a CPU, where most of these matrices are tiny.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.05):

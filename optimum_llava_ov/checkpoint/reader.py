@@ -160,6 +160,6 @@ def _weight_files(repository: Repository, what: str) -> list[Path]:
 def _merge(files: list[Path]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        logger.info("Mapping %s", file)
+        logger.debug("Mapping %s", file)
         tensors.update(map_tensors(file))
     return tensors

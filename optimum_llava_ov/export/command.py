@@ -10,6 +10,7 @@ from optimum.commands.export.openvino import no_compression_parameter_provided, 
 from optimum.intel.openvino.configuration import OVConfig
 
 from optimum_llava_ov.export.main import main_export
+from optimum_llava_ov.export.memory import return_what_is_freed
 from optimum_llava_ov.export.recipes import default_recipe
 from optimum_llava_ov.export.report import closing_words
 
@@ -23,6 +24,8 @@ def run_export(args: Namespace) -> None:
     Args:
         args: as Optimum's `parse_args_openvino` gives them.
     """
+    _show_messages()
+    return_what_is_freed()
     main_export(
         args.model,
         args.output,
@@ -35,6 +38,14 @@ def run_export(args: Namespace) -> None:
         variant=args.variant,
     )
     print(closing_words(Path(args.output)))
+
+
+def _show_messages() -> None:
+    """What the export has to say (how much disk it needs, which recipe) belongs on the terminal of who waits for it."""
+    package = logging.getLogger("optimum_llava_ov")
+    package.setLevel(logging.INFO)
+    if not package.hasHandlers():
+        package.addHandler(logging.StreamHandler())
 
 
 def ov_config_of(args: Namespace) -> OVConfig | None:

@@ -6,10 +6,12 @@ import gc
 import logging
 import os
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nncf
 import openvino
 import openvino_tokenizers
 import torch
@@ -29,8 +31,10 @@ from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
+from optimum_llava_ov.export.memory import free, move_to_disk, read_ahead
 from optimum_llava_ov.export.recipes import LANGUAGE_MODEL, SMALL_PARTS, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
+from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.models.loading import load_model
 
 
@@ -78,6 +82,7 @@ def main_export(
     check_output(Path(output))
     checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
     recipe = recipe_of(ov_config.quantization_config) if _is_compressed(ov_config) else None
+    read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
     model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
     processor = build_processor(checkpoint)
     if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
@@ -85,6 +90,8 @@ def main_export(
 
     with staged(output, tokenizers=convert_tokenizer) as folder:
         _check_free_space(model, ov_config, recipe, folder)
+        if os.name == "posix":
+            move_to_disk(model.embed_tokens.weight, folder)  # the checkpoint's table and a row for `<image>`
         save_settings(checkpoint, processor, model.generation_config, folder)
         _export_parts(model, processor, folder, ov_config, recipe)
         if convert_tokenizer:
@@ -140,7 +147,7 @@ def _check_free_space(
         for weight in config.get_model_for_behavior(model, behavior).parameters():
             needed += weight.numel() * (_bytes_per_weight(part_recipe) if part_recipe else limit or weight.element_size())
     free = shutil.disk_usage(folder).free
-    logger.info("The bundle needs %.1f GB of disk; %.1f GB are free.", needed / 1e9, free / 1e9)
+    logger.info("The bundle needs %.2f GB of disk; %.2f GB are free.", needed / 1e9, free / 1e9)
     if needed > free:
         raise BundleError(
             f"The bundle needs {needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free in {folder.parent}. Make room, or "
@@ -173,13 +180,19 @@ def _export_parts(
         model=model, task=TASK, exporter="openvino", library_name="transformers"
     )
     config = config_class(model.config)
-    for behavior in tqdm(_PART_NAMES, desc="Exporting", unit="part"):
+    progress = tqdm(_PART_NAMES.items(), unit="part")
+    for behavior, name in progress:
         part, part_config = config.get_model_for_behavior(model, behavior), config.with_behavior(behavior)
-        part_recipe = recipe_for_part(recipe, _PART_NAMES[behavior]) if recipe else None
+        part_recipe = recipe_for_part(recipe, name) if recipe else None
         dataset = None
         if behavior == "language" and needs_data(part_recipe):
             dataset = calibration_dataset(part_recipe.dataset, part_recipe.num_samples, processor, folder)
-        with host.exporting(partial(compress, config=part_recipe, dataset=dataset) if part_recipe else None):
+        progress.set_description(f"Tracing {name}")
+        spill = Spill(folder / ".weights")
+        finish = partial(_finish, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress)
+        with warnings.catch_warnings(), host.exporting(finish, spill.save):
+            # Sizes that torch reports as constants are constants here, or symbolic in what Optimum patches
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
             export(
                 model=part,
                 config=part_config,
@@ -192,7 +205,24 @@ def _export_parts(
                 patch_16bit_model=any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in part.parameters()),
                 library_name="transformers",
             )
-        gc.collect()
+        free(part)
+
+
+def _finish(
+    graph: openvino.Model,
+    config: OVWeightQuantizationConfig | None,
+    dataset: nncf.Dataset | None,
+    spill: Spill,
+    name: str,
+    progress: tqdm,
+) -> openvino.Model:
+    """What happens between tracing and writing."""
+    if config is not None:
+        progress.set_description(f"Compressing {name}")
+        with host.compressed_constants(spill.constant):
+            graph = compress(graph, config, dataset)
+    progress.set_description(f"Writing {name}")
+    return graph
 
 
 def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:

@@ -16,12 +16,12 @@ from optimum.intel.openvino.configuration import (
 # Optimum's names of the parts. Small parts are kept in 8 bits whatever the language model gets, as Optimum does.
 LANGUAGE_MODEL = "lm_model"
 SMALL_PARTS = ("text_embeddings_model", "vision_embeddings_model")
-SMALL_PART_RECIPE = {"bits": 8, "sym": True}
+SMALL_PART_RECIPE = {"bits": 8, "sym": True, "weight_only": True}
 
 # The recipe of the OpenVINO notebook for LLaVA: 4 bits for 80 % of the layers' weights, 8 bits for those that would suffer most.
 # "adjust" changes nothing at 7B; it lets models whose width is no multiple of 128 use the same recipe.
 INT4_RECIPE = {"bits": 4, "sym": False, "group_size": 128, "ratio": 0.8, "group_size_fallback": "adjust"}
-INT8_RECIPE = {"bits": 8, "sym": False}
+INT8_RECIPE = {"bits": 8, "sym": False, "weight_only": True}
 
 
 def default_recipe(weight_format: str) -> dict[str, Any]:
