@@ -15,9 +15,14 @@ import pytest
 from conftest import EXAMPLES, run
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+from transformers import AutoProcessor
+
+from optimum_llava_ov import OVModelForLlavaMPT
+from optimum_llava_ov.chat.demo import Visitors
 
 
 PICTURES = EXAMPLES / "shapes" / "pictures"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
@@ -55,9 +60,10 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(shapes_bundle, tmp_path_factory):
+def server(shapes_bundle, website, tmp_path_factory):
     log = tmp_path_factory.mktemp("demo") / "log"
-    server = Server(shapes_bundle, log, "--max-megapixels", 1, "--max-upload-mb", 0.5, "--title", "Coloured shapes")
+    limits = ("--max-megapixels", 1, "--max-upload-mb", 0.5, "--allow-host", website.removeprefix("http://"))
+    server = Server(shapes_bundle, log, "--title", "Coloured shapes", *limits)
     yield server
     server.stop()
 
@@ -65,7 +71,8 @@ def server(shapes_bundle, tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        program = next(filter(None, map(shutil.which, BROWSERS)), None)  # else the one that `playwright install` fetched
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield browser
         browser.close()
 
@@ -83,7 +90,7 @@ class Page:
 
     def upload(self, *files):
         self.page.locator("#question input[type=file]").set_input_files([str(file) for file in files])
-        expect(self.page.locator("#question .thumbnail-item, #question .thumbnail-image").first).to_be_visible(timeout=15_000)
+        expect(self.pictures).to_be_visible(timeout=15_000)
 
     def send(self, text):
         self.box.fill(text)
@@ -93,6 +100,10 @@ class Page:
         self.send(text)
         expect(self.answers.last).to_have_text(answer, timeout=20_000)
         expect(self.page.locator("#question .stop-button")).to_have_count(0)
+
+    @property
+    def pictures(self):
+        return self.page.locator("#question .thumbnail-item, #question .thumbnail-image").first
 
     @property
     def answers(self):
@@ -128,6 +139,11 @@ def test_two_visitors_talk_about_their_own_pictures(browser, server):
     first.ask("Where is the purple star?", "The purple star is at the bottom left.")
     expect(first.answers).to_have_count(1)
 
+    # Nothing that would hand a picture on
+    expect(second.page.locator("#chat img").first).to_be_visible()
+    for label in ("Share", "Download"):
+        expect(second.page.locator(f"#chat [aria-label={label}]").filter(visible=True)).to_have_count(0)
+
     # With no internet: all that the page asked for came from the server
     for page in (first, second):
         assert page.requests
@@ -142,6 +158,38 @@ def test_limits(browser, server, tmp_path):
     expect(page.page.get_by_text("1500 x 1500 pixels, and at most 1 million are accepted")).to_be_visible(timeout=15_000)
 
 
+def test_pictures_from_hosts_that_the_operator_allows(browser, server, website):
+    page = Page(browser, server)
+    page.page.get_by_label("Picture from").fill(f"{website}/elsewhere")
+    page.button("fetch")
+    expect(page.page.get_by_text("Pictures from 'localhost' are not fetched here")).to_be_visible(timeout=15_000)
+    page.page.get_by_label("Picture from").fill(f"{website}/b.png")
+    page.button("fetch")
+    expect(page.pictures).to_be_visible(timeout=15_000)
+    page.ask("How many shapes are there?", "There are two shapes.")
+
+
+def test_sessions_that_are_too_many_or_idle_go(shapes_bundle):
+    model, processor = OVModelForLlavaMPT.from_pretrained(shapes_bundle), AutoProcessor.from_pretrained(shapes_bundle)
+    visitors = Visitors(lambda device: lambda: model.chat(processor), limit=2, idle_seconds=3600)
+    first = visitors.get("first", "CPU")
+    for name in ("second", "first", "third"):
+        visitors.get(name, "CPU")
+    assert visitors.find("second") is None
+    assert visitors.find("first") is first
+    assert not first.was_evicted
+    assert visitors.get("second", "CPU").was_evicted
+    first.session.send("Where is the star?", PICTURES / "a.png").result()
+
+    idle = Visitors(lambda device: lambda: model.chat(processor), limit=2, idle_seconds=0.2)
+    idle.get("first", "CPU").session.send("Where is the star?")
+    assert len(idle) == 1
+    end = time.monotonic() + 10
+    while len(idle) and time.monotonic() < end:
+        idle.evict()
+    assert len(idle) == 0
+
+
 def test_size_of_uploads(server):
     boundary = "x"
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
@@ -152,16 +200,21 @@ def test_size_of_uploads(server):
     assert error.value.code == 413
 
 
-def test_addresses_are_not_fetched(server, monkeypatch):
-    """Somebody who speaks to the server without its page. The address is its own, so a fetch would show in its answer."""
+def join_queue(server, files=()):
+    """Ask as a page does."""
     config = json.loads(urllib.request.urlopen(f"{server.url}/config").read())
     asking = next(item["id"] for item in config["dependencies"] if len(item["inputs"]) == 5)
-    file = {"path": f"{server.url}/theme.css", "meta": {"_type": "gradio.FileData"}}
-    data = {"fn_index": asking, "session_hash": "visitor", "data": [{"text": "Hi", "files": [file]}, 0, 0.9, 8, "CPU"]}
-    request = urllib.request.Request(
-        f"{server.url}/gradio_api/queue/join?", json.dumps(data).encode(), {"Content-Type": "application/json"}
+    data = {"fn_index": asking, "session_hash": "visitor", "data": [{"text": "Hi", "files": list(files)}, 0, 0.9, 8, "CPU"]}
+    urllib.request.urlopen(
+        urllib.request.Request(
+            f"{server.url}/gradio_api/queue/join?", json.dumps(data).encode(), {"Content-Type": "application/json"}
+        )
     )
-    urllib.request.urlopen(request)
+
+
+def test_addresses_are_not_fetched(server):
+    """Somebody who speaks to the server without its page. The address is its own, so a fetch would show in its answer."""
+    join_queue(server, [{"path": f"{server.url}/theme.css", "meta": {"_type": "gradio.FileData"}}])
     stream = urllib.request.urlopen(f"{server.url}/gradio_api/queue/data?session_hash=visitor", timeout=30)
     events = [json.loads(line[5:]) for line in stream if line.startswith(b"data:")]
     completed = next(event for event in events if event["msg"] == "process_completed")
@@ -171,7 +224,8 @@ def test_addresses_are_not_fetched(server, monkeypatch):
 
 def test_words_arrive_one_by_one_and_stop(browser, bundles, tmp_path):
     """A random model talks without end."""
-    server = Server(bundles["linear_fp16_sharded"], tmp_path / "log", "--context-window", 100_000, "--max-new-tokens", 20_000)
+    options = ("--context-window", 100_000, "--max-new-tokens", 20_000, "--parallel-answers", 1, "--max-queue", 1)
+    server = Server(bundles["linear_fp16_sharded"], tmp_path / "log", *options)
     try:
         page = Page(browser, server)
         page.send("Write a short poem about the sea.")
@@ -181,6 +235,12 @@ def test_words_arrive_one_by_one_and_stop(browser, bundles, tmp_path):
             lengths.append(len(page.answers.last.text_content(timeout=20_000)))
         assert len(set(lengths)) >= 3
         assert lengths == sorted(lengths)
+
+        join_queue(server)  # may wait; the next one may not
+        with pytest.raises(urllib.error.HTTPError) as error:
+            join_queue(server)
+        assert error.value.code == 503
+
         page.page.locator("#question .stop-button").click()
         expect(page.page.locator("#question .stop-button")).to_have_count(0, timeout=10_000)
         said = page.answers.last.text_content()
@@ -195,3 +255,16 @@ def test_a_device_that_is_not_there(shapes_bundle):
     result = run("optimum-cli", "llava-ov", "demo", shapes_bundle, "--device", "TOASTER", check=False)
     assert result.returncode == 1
     assert "OpenVINO finds: CPU" in result.stderr
+
+
+def test_without_gradio(shapes_bundle):
+    code = f"""
+import sys
+sys.modules["gradio"] = None  # as if it were not installed
+sys.argv = ["optimum-cli", "llava-ov", "demo", {str(shapes_bundle)!r}]
+from optimum.commands.optimum_cli import main
+main()
+"""
+    result = run(sys.executable, "-c", code, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith('error: The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"')

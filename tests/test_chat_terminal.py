@@ -10,10 +10,8 @@ import select
 import subprocess
 import sys
 import termios
-import threading
 import time
-from functools import partial
-from http.server import HTTPServer, SimpleHTTPRequestHandler
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.loading import check_device
-from optimum_llava_ov.chat.pictures import open_picture
+from optimum_llava_ov.chat.pictures import fetch_picture, open_picture
 from optimum_llava_ov.chat.terminal import Terminal, load_picture
 
 
@@ -33,6 +31,16 @@ PICTURES = EXAMPLES / "shapes" / "pictures"
 def _take_terminal():
     """Only the terminal that a session controls turns Ctrl-C into a signal."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def start():
+    """Start a [`Console`] that does not outlive its test."""
+    consoles = []
+    yield lambda *command, **kwargs: consoles.append(Console(*command, **kwargs)) or consoles[-1]
+    for console in consoles:
+        console.process.kill()
+        console.process.wait()
 
 
 class Console:
@@ -54,10 +62,19 @@ class Console:
         """Read up to `text`, and return what came before it."""
         end = time.monotonic() + timeout
         while text not in self.screen:
-            assert select.select([self.ours], [], [], max(end - time.monotonic(), 0))[0], f"{text!r} is not in {self.screen!r}"
+            if not select.select([self.ours], [], [], max(end - time.monotonic(), 0))[0]:
+                raise TimeoutError(f"{text!r} is not in {self.screen!r}")
             self.screen += os.read(self.ours, 65536).decode(errors="replace")
         before, _, self.screen = self.screen.partition(text)
         return before
+
+    def press_ctrl_c(self, text):
+        """Until it shows: Python misses a signal that comes between its prompt and its wait for a key."""
+        for _ in range(30):
+            self.type("\x03")
+            with suppress(TimeoutError):
+                return self.expect(text, timeout=2)
+        raise AssertionError(f"{text!r} is not in {self.screen!r}")
 
     def ask(self, text, answer):
         self.type(text + "\n")
@@ -71,20 +88,12 @@ class Console:
 
 
 @pytest.fixture(scope="module")
-def website():
-    server = HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=PICTURES))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.fixture(scope="module")
 def shapes(shapes_bundle):
     return OVModelForLlavaMPT.from_pretrained(shapes_bundle), AutoProcessor.from_pretrained(shapes_bundle)
 
 
-def test_conversation_at_a_terminal(shapes_bundle, website, tmp_path):
-    console = Console("optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--stats", cwd=tmp_path)
+def test_conversation_at_a_terminal(start, shapes_bundle, website, tmp_path):
+    console = start("optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--stats", cwd=tmp_path)
     console.expect("> ")
     console.ask("What colour is the circle?", "The circle is red.")
     stats = console.ask("Where is the star?", "The star is at the top right.") + console.ask("", "> ")
@@ -99,19 +108,20 @@ def test_conversation_at_a_terminal(shapes_bundle, website, tmp_path):
     console.ask(f"/image {website}/b.png", "comes with the next question")
     console.ask("How many shapes are there?", "There are two shapes.")
     console.ask("/nonsense", "There is no command /nonsense")
-    console.type("half a line\x03")
-    console.expect("Ctrl-D to leave")
+    console.expect("> ")
+    console.type("half a line")
+    console.expect("half a line")
+    console.press_ctrl_c("Ctrl-D to leave")
     console.ask("How many shapes are there?", "There are two shapes.")
     console.leave("\x04")
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(bundles):
-    console = Console("optimum-cli", "llava-ov", "chat", bundles["linear_fp16_sharded"], "--max-new-tokens", 1900)
+def test_ctrl_c_stops_the_answer_and_not_the_program(start, bundles):
+    console = start("optimum-cli", "llava-ov", "chat", bundles["linear_fp16_sharded"], "--max-new-tokens", 1900)
     console.expect("> ")
     started = time.monotonic()
     console.ask("Write a short poem about the sea.", "with")
-    console.type("\x03")
-    console.expect("[stopped]", timeout=30)
+    console.press_ctrl_c("[stopped]")
     assert time.monotonic() - started < 30
     console.ask("/undo", "Taken back: Write a short poem")
     console.leave()
@@ -121,10 +131,6 @@ def test_pipe_gets_only_the_answer(shapes_bundle):
     command = ["optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--temperature", "0"]
     result = run(*command, input="What colour is the circle?\n")
     assert result.stdout == "The circle is red.\n"
-    result = run(*command, "--device", "TOASTER", input="Hi", check=False)
-    assert result.returncode == 1
-    assert "There is no device 'TOASTER' here. OpenVINO finds: CPU" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def type_in(shapes, *lines):
@@ -163,6 +169,12 @@ def test_pictures_from_outside(website, tmp_path):
         load_picture(f"{website}/missing.png")
     with pytest.raises(ValueError, match="cannot be read"):
         load_picture(f"{website}/questions.json")
+    assert load_picture(f"{website}/elsewhere").size == load_picture(f"{website}/a.png").size
+    hosts = [website.removeprefix("http://")]
+    assert fetch_picture(f"{website}/a.png", hosts=hosts)
+    for address in (f"{website}/elsewhere", f"{website}/a.png".replace("127.0.0.1", "localhost")):
+        with pytest.raises(ValueError, match=r"from 'localhost' are not fetched here, only from: 127\.0\.0\.1:"):
+            fetch_picture(address, hosts=hosts)
     with pytest.raises(ValueError, match=r"has 0\.0 MB, and at most 1e-05 MB"):
         open_picture(PICTURES / "a.png", max_bytes=10)
     Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")

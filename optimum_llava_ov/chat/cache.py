@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from optimum_llava_ov.chat.prompt import Prompt, common_prefix
+from optimum_llava_ov.export.memory import return_freed
 from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
 
@@ -85,6 +86,8 @@ class SessionModel(OVModelForLlavaMPT):
         finally:
             self._rest = None
             self._release_logits()
+            if len(prompt) - reused > CHUNK:
+                return_freed()  # of a long prompt's buffers, more than half of what its cache takes
 
     def reset(self) -> None:
         """Forget all tokens. Image features stay: the same picture may be asked about again."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from optimum_llava_ov.chat.loading import sampling_options
-from optimum_llava_ov.chat.pictures import MAX_BYTES, MAX_PIXELS, open_picture
+from optimum_llava_ov.chat.pictures import MAX_BYTES, MAX_PIXELS, fetch_picture, open_picture
 from optimum_llava_ov.chat.session import ChatSession
 
 
@@ -24,8 +28,10 @@ CSS = """
 #title p { margin: 0.1rem 0 0.4rem 0; color: var(--body-text-color-subdued); }
 #chat { border-radius: 14px; }
 #settings { gap: 10px; }
+#chat .icon-button-wrapper:has([aria-label="Share"], [aria-label="Download"]) { display: none; }
 """
 PLACEHOLDER = "<h3>Show a picture, and ask about it</h3><p>Add one with the clip, drop it or paste it below.</p>"
+MAX_EVICTED = 1000  # visitors whose session went, and who are told so when they come back
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,20 @@ class Limits:
         answers (`int`): computed at the same time.
         queue (`int`): visitors that may wait; the next one is told to come back later.
         sessions (`int`): kept; the one that was idle longest makes room for a new one.
+        idle_seconds (`float`): after which a session goes in any case.
         max_bytes (`int`), max_pixels (`int`): of a picture.
         max_new_tokens (`int`): that a visitor can ask for.
+        hosts (`tuple[str, ...]`): from which the server may fetch pictures for visitors.
     """
 
     answers: int = 2
     queue: int = 16
     sessions: int = 32
+    idle_seconds: float = 1800.0
     max_bytes: int = MAX_BYTES
     max_pixels: int = MAX_PIXELS
     max_new_tokens: int = 1024
+    hosts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -68,20 +78,27 @@ class Visitor:
     session: ChatSession
     device: str
     turns: list[Turn] = field(default_factory=list)
+    seen: float = field(default_factory=time.monotonic)
+    was_evicted: bool = False
 
     def messages(self) -> list[dict[str, Any]]:
         return [message for turn in self.turns for message in turn.messages()]
 
 
 class Visitors:
-    """A session for each open page, and no more than `limit` of them."""
+    """A session for each open page: no more than `limit` of them, none that was idle for longer than `idle_seconds`."""
 
-    def __init__(self, factory_of: Callable[[str], Callable[..., ChatSession]], limit: int):
+    def __init__(self, factory_of: Callable[[str], Callable[..., ChatSession]], limit: int, idle_seconds: float):
         self._factory_of = factory_of
         self._factories: dict[str, Callable[..., ChatSession]] = {}
-        self._visitors: OrderedDict[str, Visitor] = OrderedDict()
+        self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # who asked last comes last
+        self._evicted: OrderedDict[str, None] = OrderedDict()
         self._limit = limit
+        self._idle_seconds = idle_seconds
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._visitors)
 
     def get(self, name: str, device: str) -> Visitor:
         """The visitor of that name; anew, with nothing said yet, on another device."""
@@ -90,11 +107,25 @@ class Visitors:
             if visitor is None or visitor.device != device:
                 self.load(device)
                 visitor = self._visitors[name] = Visitor(self._factories[device](), device)
+                visitor.was_evicted = name in self._evicted
+                self._evicted.pop(name, None)
+            visitor.seen = time.monotonic()
             self._visitors.move_to_end(name)
-            gone = [self._visitors.popitem(last=False)[1] for _ in range(len(self._visitors) - self._limit)]
-        for other in gone:
-            other.session.cancel()
+        self.evict()
         return visitor
+
+    def evict(self) -> None:
+        """Let the sessions go that are too many, and those that are idle for too long."""
+        with self._lock:
+            too_many = list(self._visitors)[: max(len(self._visitors) - self._limit, 0)]
+            too_old = time.monotonic() - self._idle_seconds
+            idle = [name for name, visitor in self._visitors.items() if visitor.seen < too_old]
+            gone = {name: self._visitors.pop(name) for name in {*too_many, *idle}}
+            self._evicted.update(dict.fromkeys(gone))
+            while len(self._evicted) > MAX_EVICTED:
+                self._evicted.popitem(last=False)
+        for visitor in gone.values():
+            visitor.session.cancel()
 
     def load(self, device: str) -> None:
         """Load the model there, unless it is."""
@@ -146,6 +177,8 @@ class Demo:
             gr.Warning(str(error).replace(f" {files[0]} " if files else "\0", " "))
             yield visitor.messages(), question_box(question)
             return
+        if visitor.was_evicted and not visitor.turns:
+            gr.Info("You were away for long, so the conversation began anew.")
         yield from self._show(visitor, Turn(text, files), answer)
 
     def retry(self, temperature: float, top_p: float, tokens: int, device: str, request: gr.Request) -> Iterator:
@@ -172,6 +205,19 @@ class Demo:
         self.visitors.leave(request.session_hash)
         return [], question_box()
 
+    def fetch(self, address: str, question: dict) -> tuple:
+        """Put the picture of an address beside the question, if the operator allows its host."""
+        try:
+            picture = fetch_picture(address.strip(), self.limits.max_bytes, self.limits.max_pixels, self.limits.hosts)
+        except ValueError as error:
+            gr.Warning(str(error))
+            return gr.skip(), gr.skip()
+        folder = Path(get_upload_folder())  # where the page's other pictures are, which go after an hour
+        folder.mkdir(parents=True, exist_ok=True)
+        file = Path(tempfile.mkdtemp(dir=folder)) / "picture.png"
+        picture.save(file)
+        return question_box({"text": question.get("text") or "", "files": [*(question.get("files") or []), str(file)]}), ""
+
     def stop(self, request: gr.Request) -> None:
         visitor = self.visitors.find(request.session_hash)
         if visitor is not None:
@@ -186,6 +232,7 @@ class Demo:
         try:
             for piece in answer:
                 turn.answer += piece
+                visitor.seen = time.monotonic()
                 yield visitor.messages(), gr.skip()
         except Exception as error:
             visitor.turns.remove(turn)
@@ -252,6 +299,11 @@ def build_page(
                     ),
                     gr.Dropdown(devices, value=devices[0], label="Device", info="Another one begins a new conversation."),
                 ]  # fmt: skip
+                with gr.Group(visible=bool(demo.limits.hosts)):
+                    address = gr.Textbox(
+                        label="Picture from", info=", ".join(demo.limits.hosts), placeholder="https://", max_length=2000
+                    )
+                    fetch = gr.Button("Add", elem_id="fetch", size="sm")
         shown = [chat, question]
         answers = {"concurrency_limit": demo.limits.answers, "concurrency_id": "answers", "show_progress": "hidden"}
         question.submit(demo.ask, [question, *settings], shown, api_visibility="private", **answers)
@@ -260,12 +312,15 @@ def build_page(
         clear.click(demo.clear, None, shown, queue=False, api_visibility="private")
         chat.clear(demo.clear, None, shown, queue=False, api_visibility="private")
         question.stop(demo.stop, None, None, queue=False, api_visibility="private")
+        if demo.limits.hosts:
+            gr.on([fetch.click, address.submit], demo.fetch, [address, question], [question, address], api_visibility="private")
         page.unload(demo.leave)
     return page
 
 
-def run_demo(page: gr.Blocks, limits: Limits, host: str, port: int, open_browser: bool) -> None:
+def run_demo(page: gr.Blocks, visitors: Visitors, limits: Limits, host: str, port: int, open_browser: bool) -> None:
     """Serve the page until Ctrl-C."""
+    threading.Thread(target=_evict_now_and_then, args=(visitors, limits.idle_seconds / 10), daemon=True, name="evict").start()
     page.queue(max_size=limits.queue, api_open=False)
     page.launch(
         server_name=host,
@@ -279,3 +334,9 @@ def run_demo(page: gr.Blocks, limits: Limits, host: str, port: int, open_browser
         theme=gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONOSPACE_FONTS),
         css=CSS,
     )
+
+
+def _evict_now_and_then(visitors: Visitors, seconds: float) -> None:
+    while True:
+        time.sleep(seconds)
+        visitors.evict()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from optimum_llava_ov.bundle.layout import PARTS
 from optimum_llava_ov.chat.session import ChatSession
+
+
+OPENVINO, GENAI = ENGINES = ("openvino", "genai")
 
 
 def available_devices() -> list[str]:
@@ -25,13 +30,23 @@ def check_device(device: str) -> None:
         raise ValueError(f"There is no device {device!r} here. OpenVINO finds: {', '.join(found)}; or let it choose with AUTO.")
 
 
-def session_factory(bundle: str, device: str = "CPU", ov_config: dict[str, str] | None = None) -> Callable[..., ChatSession]:
+def session_factory(
+    bundle: str, device: str = "CPU", ov_config: dict[str, str] | None = None, engine: str = OPENVINO
+) -> Callable[..., ChatSession]:
     """Load a bundle once. What comes back makes a session each time it is called, with the arguments of [`ChatSession`].
 
+    Args:
+        engine: "openvino", this package's own model, or "genai", OpenVINO GenAI.
+
     Raises:
-        `ValueError`: there is no such device, or the folder is no bundle.
+        `ValueError`: there is no such device or engine, or the folder is no bundle.
+        `ImportError`: the engine is not installed.
     """
     check_device(device)
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    if engine == GENAI:
+        return _genai_factory(bundle, device, ov_config)
     from transformers import AutoProcessor
 
     from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
@@ -39,6 +54,27 @@ def session_factory(bundle: str, device: str = "CPU", ov_config: dict[str, str] 
     model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
     processor = AutoProcessor.from_pretrained(model.model_save_dir)
     return lambda **kwargs: model.chat(processor, **kwargs)
+
+
+def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
+    try:
+        from optimum_llava_ov.chat.genai import GenAIEngine, GenAIModel
+    except ImportError as error:
+        raise ImportError(
+            f'The genai engine needs OpenVINO GenAI ({error}). Install it with: pip install "optimum-llava-ov[genai]"'
+        ) from error
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoProcessor
+
+    folder = Path(bundle) if Path(bundle).is_dir() else Path(snapshot_download(bundle))
+    if not (folder / PARTS["language_model"]).exists():
+        raise ValueError(
+            f"{bundle} has no {PARTS['language_model']}, so it is no bundle, and the genai engine converts nothing on the fly. "
+            f"Convert it first: optimum-cli export openvino --model {bundle} llava-mpt-ov"
+        )
+    model = GenAIModel(folder, device, ov_config)
+    config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    return lambda **kwargs: ChatSession(GenAIEngine(model, processor), processor, config, **kwargs)
 
 
 def sampling_options(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,25 +44,41 @@ def open_picture(picture: Any, max_bytes: int = MAX_BYTES, max_pixels: int = MAX
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def fetch_picture(url: str, max_bytes: int = MAX_BYTES, timeout: float = 20.0) -> Image.Image:
+def fetch_picture(
+    url: str,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    hosts: Collection[str] | None = None,
+    timeout: float = 20.0,
+) -> Image.Image:
     """Fetch a picture from the web, reading no more than `max_bytes`.
+
+    Args:
+        hosts: the only ones that may be asked, redirects included, as `name` or `name:port`. Default: any.
 
     Raises:
         `ValueError`: it cannot be fetched, is too large, or is no picture.
     """
     import httpx
 
+    def check(request: httpx.Request) -> None:
+        if hosts is not None and not {request.url.host, request.url.netloc.decode()} & set(hosts):
+            raise ValueError(f"Pictures from {request.url.host!r} are not fetched here, only from: {', '.join(sorted(hosts))}.")
+
     try:
-        with httpx.stream("GET", url, follow_redirects=True, timeout=timeout) as response:
+        with (
+            httpx.Client(event_hooks={"request": [check]}, follow_redirects=True, timeout=timeout) as client,
+            client.stream("GET", url) as response,
+        ):
             response.raise_for_status()
             data = b""
             for chunk in response.iter_bytes():
                 data += chunk
                 if len(data) > max_bytes:
                     raise ValueError(f"The picture {url} has more than {max_bytes / 1e6:g} MB.")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"The picture {url} cannot be fetched: {error}") from error
-    return open_picture(data, max_bytes)
+    return open_picture(data, max_bytes, max_pixels)
 
 
 def is_url(text: str) -> bool:

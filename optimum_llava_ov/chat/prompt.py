@@ -26,12 +26,14 @@ class Prompt:
         input_ids (`torch.LongTensor`): `(1, tokens)`, a picture being `image_seq_length` times the image token.
         keys (`list[int | str]`): what stands at each position: a token's id, or the digest of a picture.
         pictures (`dict[str, Image.Image]`): by digest.
+        messages (`list[Message]`): what it was made from.
     """
 
     text: str
     input_ids: torch.LongTensor
     keys: list[int | str]
     pictures: dict[str, Image.Image]
+    messages: list[Message]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,7 +57,7 @@ def build_prompt(messages: Sequence[Message], processor: Any, config: Any) -> Pr
     for token in tokens:
         keys += [next(waiting)[0]] * config.image_seq_length if token == config.image_token_index else [token]
     ids = [config.image_token_index if isinstance(key, str) else key for key in keys]
-    return Prompt(text, torch.tensor([ids]), keys, dict(pictures))
+    return Prompt(text, torch.tensor([ids]), keys, dict(pictures), list(messages))
 
 
 def common_prefix(first: Sequence, second: Sequence) -> int:

@@ -19,13 +19,14 @@ class Stats:
     """
     Attributes:
         prompt_tokens (`int`): length of the prompt; of these, `reused_tokens` were in the cache.
+            `None` if the engine does not tell.
         new_tokens (`int`): generated.
         time_to_first_token (`float`): seconds from the question to the first token.
         seconds (`float`): from the question to the last token.
     """
 
     prompt_tokens: int = 0
-    reused_tokens: int = 0
+    reused_tokens: int | None = 0
     new_tokens: int = 0
     time_to_first_token: float = 0.0
     seconds: float = 0.0
@@ -37,8 +38,9 @@ class Stats:
         return (self.new_tokens - 1) / duration if self.new_tokens > 1 and duration > 0 else 0.0
 
     def __str__(self) -> str:
+        cached = "" if self.reused_tokens is None else f" ({self.reused_tokens} of them in the cache)"
         return (
-            f"{self.prompt_tokens} tokens asked ({self.reused_tokens} of them in the cache), {self.new_tokens} answered, "
+            f"{self.prompt_tokens} tokens asked{cached}, {self.new_tokens} answered, "
             f"first after {self.time_to_first_token:.2f} s, then {self.tokens_per_second:.1f} tokens/s"
         )
 
@@ -113,6 +115,11 @@ class Answer:
         """What was said until now, stop strings and what follows them left out."""
         return self._filter.text
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._filter.stopped
+
     def _put(self, piece: str) -> None:
         if piece:
             self._pieces.put(piece)
@@ -137,14 +144,14 @@ class StopStringFilter:
         self.stop_strings = tuple(stop_strings)
         self.text = ""
         self._held = ""
-        self._stopped = False
+        self.stopped = False
 
     def __call__(self, piece: str) -> str:
-        if self._stopped:
+        if self.stopped:
             return ""
         text = self._held + piece
         ends = [text.index(stop) for stop in self.stop_strings if stop in text]
-        self._stopped = bool(ends)
+        self.stopped = bool(ends)
         passed = text[: min(ends)] if ends else text[: len(text) - self._possible_beginning(text)]
         self._held = "" if ends else text[len(passed) :]
         self.text += passed

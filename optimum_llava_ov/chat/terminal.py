@@ -79,6 +79,9 @@ class Terminal:
                     self.ask(text)
             except (ValueError, OSError, RuntimeError) as error:
                 self._say(f"{error}")
+            except KeyboardInterrupt:  # just before the answer began, or just behind its end
+                self.chat.cancel()
+                self._say("")
 
     def ask(self, text: str) -> None:
         answer = self.chat.send(text, self.pictures)

@@ -14,6 +14,12 @@ def _add_common_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="CPU", help='OpenVINO device, such as CPU, GPU or AUTO; "list" shows those of this machine.'
     )
+    parser.add_argument(
+        "--engine",
+        choices=("openvino", "genai"),
+        default="openvino",
+        help="What computes: this package's model, or OpenVINO GenAI (default: %(default)s, which docs/chat.md explains).",
+    )
     parser.add_argument("--system", help="System prompt, instead of the model's usual one.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest words (default: %(default)s).")
     parser.add_argument("--top-p", type=float, default=0.9, help="When sampling (default: %(default)s).")
@@ -52,7 +58,7 @@ class ChatCommand(BaseOptimumCLICommand):
         from optimum_llava_ov.chat.terminal import run_chat
 
         try:
-            factory = session_factory(args.model, args.device)
+            factory = session_factory(args.model, args.device, engine=args.engine)
             chat = factory(
                 system=args.system,
                 messages=args.load or (),
@@ -84,6 +90,13 @@ class DemoCommand(BaseOptimumCLICommand):
         parser.add_argument("--parallel-answers", type=int, default=2, help="Computed at the same time (default: %(default)s).")
         parser.add_argument("--max-queue", type=int, default=16, help="Visitors that may wait (default: %(default)s).")
         parser.add_argument("--max-sessions", type=int, default=32, help="Conversations kept in memory (default: %(default)s).")
+        parser.add_argument("--idle-minutes", type=float, default=30, help="After which one is dropped (default: %(default)s).")
+        parser.add_argument(
+            "--allow-host",
+            action="append",
+            default=[],
+            help="Host from which visitors may have the server fetch pictures. Repeatable. Default: none; no address is fetched.",
+        )
         parser.add_argument("--max-upload-mb", type=float, default=20, help="Of a picture (default: %(default)s).")
         parser.add_argument("--max-megapixels", type=float, default=50, help="Of a picture (default: %(default)s).")
 
@@ -101,23 +114,25 @@ class DemoCommand(BaseOptimumCLICommand):
 
         def factory_of(device: str):
             options = {"system": args.system, "context_window": args.context_window, "when_full": args.when_full}
-            factory = session_factory(args.model, device)
+            factory = session_factory(args.model, device, engine=args.engine)
             return lambda: factory(**options)
 
         limits = Limits(
             answers=args.parallel_answers,
             queue=args.max_queue,
             sessions=args.max_sessions,
+            idle_seconds=60 * args.idle_minutes,
             max_bytes=int(args.max_upload_mb * 1e6),
             max_pixels=int(args.max_megapixels * 1e6),
             max_new_tokens=max(args.max_new_tokens, Limits.max_new_tokens),
+            hosts=tuple(args.allow_host),
         )
         devices = list(dict.fromkeys([args.device, *available_devices()]))
         try:
-            visitors = Visitors(factory_of, limits.sessions)
+            visitors = Visitors(factory_of, limits.sessions, limits.idle_seconds)
             visitors.load(args.device)
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"error: {error}")
         title = args.title or os.path.basename(os.path.normpath(args.model))
         page = build_page(Demo(visitors, limits), title, devices, args.temperature, args.top_p, args.max_new_tokens)
-        return run_demo(page, limits, args.host, args.port, not args.no_browser)
+        return run_demo(page, visitors, limits, args.host, args.port, not args.no_browser)
