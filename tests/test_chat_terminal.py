@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.chat.loading import check_device
+from optimum_llava_ov.chat.devices import check_device
 from optimum_llava_ov.chat.pictures import fetch_picture, open_picture
 from optimum_llava_ov.chat.terminal import Terminal, load_picture
 

@@ -7,27 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.chat.devices import check_device
 from optimum_llava_ov.chat.session import ChatSession
 
 
 OPENVINO, GENAI = ENGINES = ("openvino", "genai")
-
-
-def available_devices() -> list[str]:
-    import openvino
-
-    return openvino.Core().available_devices
-
-
-def check_device(device: str) -> None:
-    """
-    Raises:
-        `ValueError`: OpenVINO finds no such device. Says which it finds.
-    """
-    found = available_devices()
-    first = device.split(":")[0].split(".")[0].upper()
-    if first not in ("AUTO", "HETERO", "MULTI") and first not in {name.split(".")[0] for name in found}:
-        raise ValueError(f"There is no device {device!r} here. OpenVINO finds: {', '.join(found)}; or let it choose with AUTO.")
 
 
 def session_factory(

@@ -54,6 +54,7 @@ class ChatCommand(BaseOptimumCLICommand):
         if not sys.stdin.isatty():
             # Only the answer, for whoever reads the other end.
             os.environ.setdefault("TQDM_DISABLE", "1")
+        _check_device(args.device)
         from optimum_llava_ov.chat.loading import sampling_options, session_factory
         from optimum_llava_ov.chat.terminal import run_chat
 
@@ -72,9 +73,18 @@ class ChatCommand(BaseOptimumCLICommand):
 
 
 def _list_devices() -> None:
-    from optimum_llava_ov.chat.loading import available_devices
+    from optimum_llava_ov.chat.devices import available_devices
 
     print("\n".join(available_devices()))
+
+
+def _check_device(device: str) -> None:
+    from optimum_llava_ov.chat.devices import check_device
+
+    try:
+        check_device(device)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 class DemoCommand(BaseOptimumCLICommand):
@@ -104,13 +114,15 @@ class DemoCommand(BaseOptimumCLICommand):
         args = self.args
         if args.device == "list":
             return _list_devices()
+        _check_device(args.device)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             import gradio  # noqa: F401
         except ImportError:
             sys.exit('error: The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"')
         from optimum_llava_ov.chat.demo import Demo, Limits, Visitors, build_page, run_demo
-        from optimum_llava_ov.chat.loading import available_devices, session_factory
+        from optimum_llava_ov.chat.devices import available_devices
+        from optimum_llava_ov.chat.loading import session_factory
 
         def factory_of(device: str):
             options = {"system": args.system, "context_window": args.context_window, "when_full": args.when_full}
