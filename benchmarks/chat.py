@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.chat.loading import GENAI, session_factory
+from optimum_llava_ov.chat.loading import GENAI, OPENVINO, session_factory
 
 
 HISTORY = "Tell me what you see in this picture, from the left to the right, and what people might do there. " * 4
@@ -106,8 +106,9 @@ def eight_sessions(model, processor) -> None:
     )
 
 
-def tiny(model, processor) -> None:
-    chat = model.chat(processor, do_sample=False, eos_token_id=None, context_window=100_000)
+def tiny(bundle: Path, engine: str) -> None:
+    print(f"{engine}:")
+    chat = session_factory(str(bundle), engine=engine)(do_sample=False, eos_token_id=None, context_window=100_000)
     chat.send("Hello", picture(), max_new_tokens=8).result()
     times = []
     for _ in range(5):
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("bundle", nargs="?", type=Path)
     parser.add_argument("--tiny", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engines", nargs="+", default=[OPENVINO, GENAI], help="That run the tiny model (default: both).")
     args = parser.parse_args()
     if args.bundle:
         model, processor = load(args.bundle)
@@ -143,7 +145,8 @@ def main() -> None:
         eight_sessions(model, processor)
         engines(args.bundle, model, processor, args.rounds)
     if args.tiny:
-        tiny(*load(args.tiny))
+        for engine in args.engines:
+            tiny(args.tiny, engine)
 
 
 if __name__ == "__main__":

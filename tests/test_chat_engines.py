@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import EXACT, EXAMPLES, run
+from conftest import EXACT, EXAMPLES, Golden, run
 from PIL import Image
 from test_chat import ENDLESS, GOLDEN, Tokens, ask
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.chat.loading import GENAI, session_factory
+from optimum_llava_ov.chat.loading import GENAI, OPENVINO, choose_engine, session_factory
 from optimum_llava_ov.chat.messages import text_of
 from optimum_llava_ov.evaluation.shapes import held_out
 
@@ -43,8 +43,6 @@ def test_same_answers(genai, openvino):
 @pytest.mark.parametrize("name", ["linear_fp16_sharded", "mlp2x_fp32_pad"])
 def test_same_answers_of_a_random_model(name, bundles, models, processors):
     """To pictures that must be resized, cropped or padded."""
-    from conftest import Golden
-
     golden = Golden(name)
     theirs = session_factory(bundles[name], ov_config=EXACT, engine=GENAI)(max_new_tokens=16)
     ours = models[name].chat(processors[name], max_new_tokens=16)
@@ -133,13 +131,25 @@ def test_sessions_in_parallel(genai):
         assert list(pool.map(answers, conversations)) == alone
 
 
-def test_program(shapes_bundle):
-    command = ["optimum-cli", "llava-ov", "chat", shapes_bundle, "--engine", "genai", "--image", PICTURES / "a.png"]
-    assert run(*command, input="What colour is the circle?\n").stdout == "The circle is red.\n"
+def test_the_other_engine_in_the_program(shapes_bundle):
+    """What the other tests of the programs run with is GenAI, the default."""
+    command = ["optimum-cli", "llava-ov", "chat", shapes_bundle, "--engine", "openvino", "--stats", "--image", PICTURES / "a.png"]
+    result = run(*command, input="What colour is the circle?\n")
+    assert result.stdout == "The circle is red.\n"
+    assert "(0 of them in the cache)" in result.stderr
+
+
+def test_default(shapes_bundle, tmp_path):
+    assert choose_engine(str(shapes_bundle)) == GENAI
+    assert choose_engine(str(EXAMPLES / "shapes" / "checkpoint")) == OPENVINO
+    for file in shapes_bundle.iterdir():
+        if "tokenizer." not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    assert choose_engine(str(tmp_path)) == OPENVINO
 
 
 def test_no_bundle():
     with pytest.raises(ValueError, match="has no openvino_language_model.xml, so it is no bundle"):
         session_factory(str(EXAMPLES / "shapes" / "checkpoint"), engine=GENAI)
-    with pytest.raises(ValueError, match="expected one of openvino, genai"):
+    with pytest.raises(ValueError, match="expected one of auto, openvino, genai"):
         session_factory("x", engine="vllm")

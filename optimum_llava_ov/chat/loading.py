@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS
 from optimum_llava_ov.chat.devices import check_device
 from optimum_llava_ov.chat.session import ChatSession
+from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
 
 
-OPENVINO, GENAI = ENGINES = ("openvino", "genai")
+AUTO, OPENVINO, GENAI = ENGINES = ("auto", "openvino", "genai")
 
 
 def session_factory(
-    bundle: str, device: str = "CPU", ov_config: dict[str, str] | None = None, engine: str = OPENVINO
+    bundle: str, device: str = "CPU", ov_config: dict[str, str] | None = None, engine: str = AUTO
 ) -> Callable[..., ChatSession]:
     """Load a bundle once. What comes back makes a session each time it is called, with the arguments of [`ChatSession`].
 
     Args:
-        engine: "openvino", this package's own model, or "genai", OpenVINO GenAI.
+        engine: "openvino", this package's own model; "genai", OpenVINO GenAI; or "auto", see [`choose_engine`].
 
     Raises:
         `ValueError`: there is no such device or engine, or the folder is no bundle.
@@ -29,6 +31,8 @@ def session_factory(
     check_device(device)
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    if engine == AUTO:
+        engine = choose_engine(bundle)
     if engine == GENAI:
         return _genai_factory(bundle, device, ov_config)
     from transformers import AutoProcessor
@@ -38,6 +42,15 @@ def session_factory(
     model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
     processor = AutoProcessor.from_pretrained(model.model_save_dir)
     return lambda **kwargs: model.chat(processor, **kwargs)
+
+
+def choose_engine(bundle: str) -> str:
+    """GenAI, which is faster, where it is installed and can read the model; else this package's own, which converts, too."""
+    if find_spec("openvino_genai") is None:
+        return OPENVINO
+    if Path(bundle).is_dir():
+        return GENAI if all((Path(bundle) / name).exists() for name in (*PARTS.values(), *TOKENIZERS)) else OPENVINO
+    return OPENVINO if is_original_checkpoint(bundle) else GENAI
 
 
 def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:

@@ -16,9 +16,9 @@ def _add_common_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=("openvino", "genai"),
-        default="openvino",
-        help="What computes: this package's model, or OpenVINO GenAI (default: %(default)s, which docs/chat.md explains).",
+        choices=("auto", "openvino", "genai"),
+        default="auto",
+        help="What computes: OpenVINO GenAI, or this package's own model. Default: GenAI, if it is installed and can read the model.",
     )
     parser.add_argument("--system", help="System prompt, instead of the model's usual one.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest words (default: %(default)s).")
