@@ -117,16 +117,22 @@ def compress_weights(model, config, dataset=None):
 
 
 @contextlib.contextmanager
-def compressed_constants(keep):
-    """While NNCF compresses, put each constant it makes through `keep`, which takes and returns an OpenVINO `Constant`."""
+def compressing(keep):
+    """While NNCF compresses, put each constant it makes through `keep`, which takes and returns an OpenVINO `Constant`.
+
+    And let NNCF compile the little models that it computes with once for each shape, not once for each weight.
+    """
+    from nncf.openvino.optimized_functions import functions, models
     from nncf.quantization.algorithms.weight_compression import openvino_backend as backend
 
-    original = backend.create_ov_const_from_tensor
-    backend.create_ov_const_from_tensor = lambda *args, **kwargs: keep(original(*args, **kwargs))
+    originals = backend.create_ov_const_from_tensor, backend.disable_results_caching, functions.disable_results_caching
+    backend.create_ov_const_from_tensor = lambda *args, **kwargs: keep(originals[0](*args, **kwargs))
+    backend.disable_results_caching = functions.disable_results_caching = contextlib.nullcontext
     try:
         yield
     finally:
-        backend.create_ov_const_from_tensor = original
+        backend.create_ov_const_from_tensor, backend.disable_results_caching, functions.disable_results_caching = originals
+        models.OV_MODEL_CACHE.clear()
 
 
 @contextlib.contextmanager

@@ -219,7 +219,7 @@ def _finish(
     """What happens between tracing and writing."""
     if config is not None:
         progress.set_description(f"Compressing {name}")
-        with host.compressed_constants(spill.constant):
+        with host.compressing(spill.constant):
             graph = compress(graph, config, dataset)
     progress.set_description(f"Writing {name}")
     return graph
