@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,37 @@ def processors(bundles):
     from transformers import AutoProcessor
 
     return {name: AutoProcessor.from_pretrained(bundle) for name, bundle in bundles.items()}
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(tmp_path_factory) -> Path:
+    """A bundle of the model that answers about coloured shapes."""
+    output = tmp_path_factory.mktemp("shapes") / "shapes-ov"
+    run("optimum-cli", "export", "openvino", "--model", EXAMPLES / "shapes" / "checkpoint", output)
+    return output
+
+
+class _Pictures(SimpleHTTPRequestHandler):
+    """The example's pictures, and an address that leads to another host."""
+
+    def do_GET(self):
+        if self.path == "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/a.png")
+            self.end_headers()
+        else:
+            super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def website():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Pictures, directory=EXAMPLES / "shapes" / "pictures"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
 
 
 @pytest.fixture(scope="session")

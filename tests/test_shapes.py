@@ -19,16 +19,9 @@ NUM_CONVERSATIONS = 80
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    output = tmp_path_factory.mktemp("shapes") / "shapes-ov"
-    run("optimum-cli", "export", "openvino", "--model", SHAPES / "checkpoint", output)
-    return output
-
-
-@pytest.fixture(scope="module")
-def ask(bundle):
+def ask(shapes_bundle):
     """Answer to the last of a conversation's turns, `(question, images, answer)`."""
-    model, processor = OVModelForLlavaMPT.from_pretrained(bundle), AutoProcessor.from_pretrained(bundle)
+    model, processor = OVModelForLlavaMPT.from_pretrained(shapes_bundle), AutoProcessor.from_pretrained(shapes_bundle)
 
     def answer(turns):
         messages, images = [], []
@@ -66,8 +59,8 @@ def test_sample_questions(ask):
         assert ask([[sample["question"], images, None]]) == sample["answer"], sample["question"]
 
 
-def test_quickstart(bundle):
-    result = run("python", EXAMPLES / "quickstart.py", bundle)
+def test_quickstart(shapes_bundle):
+    result = run("python", EXAMPLES / "quickstart.py", shapes_bundle)
     assert "What colour is the circle?  ->  The circle is red." in result.stdout
 
 

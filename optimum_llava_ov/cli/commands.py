@@ -7,6 +7,8 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum_llava_ov.cli.chat import ChatCommand, DemoCommand
+
 
 class EvalCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="eval", help="Measure what a conversion costs in quality.")
@@ -82,4 +84,6 @@ class LlavaOVCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (
         CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),
         CommandInfo(name=PushCommand.COMMAND.name, help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
+        CommandInfo(name=ChatCommand.COMMAND.name, help=ChatCommand.COMMAND.help, subcommand_class=ChatCommand),
+        CommandInfo(name=DemoCommand.COMMAND.name, help=DemoCommand.COMMAND.help, subcommand_class=DemoCommand),
     )

@@ -25,6 +25,13 @@ def return_what_is_freed() -> None:
         libc.mallopt(_M_ARENA_MAX, 2)
 
 
+def return_freed() -> None:
+    """Give the system back what the C library keeps of buffers that were freed. Only glibc can, and only it needs to."""
+    libc = _libc()
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
     """Map a parameter that is no tensor of the checkpoint from a file, too. The file has no name any more, and goes with the mapping."""
     file = folder / ".parameter"
@@ -38,9 +45,7 @@ def free(module: torch.nn.Module) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.new_empty(0)
     gc.collect()
-    libc = _libc()
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    return_freed()
 
 
 def read_ahead(files: list[Path]) -> None:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import merge_image_features
 from optimum_llava_ov.runtime.prompts import canonical_prompts
+
+
+if TYPE_CHECKING:
+    from optimum_llava_ov.chat.session import ChatSession
 
 
 def _one_at_a_time(method):
@@ -130,6 +134,19 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         canonical, mask = self._canonical_prompts(prompt, mask)
         output = super().generate(canonical, *args, attention_mask=mask, **kwargs)
         return output if canonical is prompt else _with_prompt(output, prompt, canonical.shape[1])
+
+    def chat(self, processor: Any, **kwargs) -> ChatSession:
+        """Begin a conversation that keeps the cache of its earlier turns. Any number of them share this model's weights.
+
+        Args:
+            processor: the bundle's.
+            kwargs: those of [`~optimum_llava_ov.chat.session.ChatSession`]: `system`, `messages`, `context_window`, `when_full`,
+                and options of `generate`.
+        """
+        from optimum_llava_ov.chat.engine import OpenVINOEngine
+        from optimum_llava_ov.chat.session import ChatSession
+
+        return ChatSession(OpenVINOEngine(self, processor), processor, self.config, **kwargs)
 
     def _canonical_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor):
         config = self.config

@@ -1,0 +1,81 @@
+"""Sessions for the programs, with messages that say what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS
+from optimum_llava_ov.chat.devices import check_device
+from optimum_llava_ov.chat.session import ChatSession
+from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+
+
+AUTO, OPENVINO, GENAI = ENGINES = ("auto", "openvino", "genai")
+
+
+def session_factory(
+    bundle: str, device: str = "CPU", ov_config: dict[str, str] | None = None, engine: str = AUTO
+) -> Callable[..., ChatSession]:
+    """Load a bundle once. What comes back makes a session each time it is called, with the arguments of [`ChatSession`].
+
+    Args:
+        engine: "openvino", this package's own model; "genai", OpenVINO GenAI; or "auto", see [`choose_engine`].
+
+    Raises:
+        `ValueError`: there is no such device or engine, or the folder is no bundle.
+        `ImportError`: the engine is not installed.
+    """
+    check_device(device)
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    if engine == AUTO:
+        engine = choose_engine(bundle)
+    if engine == GENAI:
+        return _genai_factory(bundle, device, ov_config)
+    from transformers import AutoProcessor
+
+    from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
+
+    model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
+    processor = AutoProcessor.from_pretrained(model.model_save_dir)
+    return lambda **kwargs: model.chat(processor, **kwargs)
+
+
+def choose_engine(bundle: str) -> str:
+    """GenAI, which is faster, where it is installed and can read the model; else this package's own, which converts, too."""
+    if find_spec("openvino_genai") is None:
+        return OPENVINO
+    if Path(bundle).is_dir():
+        return GENAI if all((Path(bundle) / name).exists() for name in (*PARTS.values(), *TOKENIZERS)) else OPENVINO
+    return OPENVINO if is_original_checkpoint(bundle) else GENAI
+
+
+def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
+    try:
+        from optimum_llava_ov.chat.genai import GenAIEngine, GenAIModel
+    except ImportError as error:
+        raise ImportError(
+            f'The genai engine needs OpenVINO GenAI ({error}). Install it with: pip install "optimum-llava-ov[genai]"'
+        ) from error
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoProcessor
+
+    folder = Path(bundle) if Path(bundle).is_dir() else Path(snapshot_download(bundle))
+    if not (folder / PARTS["language_model"]).exists():
+        raise ValueError(
+            f"{bundle} has no {PARTS['language_model']}, so it is no bundle, and the genai engine converts nothing on the fly. "
+            f"Convert it first: optimum-cli export openvino --model {bundle} llava-mpt-ov"
+        )
+    model = GenAIModel(folder, device, ov_config)
+    config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    return lambda **kwargs: ChatSession(GenAIEngine(model, processor), processor, config, **kwargs)
+
+
+def sampling_options(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
+    """As `generate` takes them; a temperature of 0 is the likeliest word each time."""
+    if not temperature:
+        return {"do_sample": False, "max_new_tokens": max_new_tokens}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}

@@ -1,0 +1,189 @@
+"""`optimum-cli llava-ov chat`: driven through a pseudo-terminal, and through a pipe."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES, run
+from PIL import Image
+from transformers import AutoProcessor
+
+from optimum_llava_ov import OVModelForLlavaMPT
+from optimum_llava_ov.chat.devices import check_device
+from optimum_llava_ov.chat.pictures import fetch_picture, open_picture
+from optimum_llava_ov.chat.terminal import Terminal, load_picture
+
+
+PICTURES = EXAMPLES / "shapes" / "pictures"
+
+
+def _take_terminal():
+    """Only the terminal that a session controls turns Ctrl-C into a signal."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def start():
+    """Start a [`Console`] that does not outlive its test."""
+    consoles = []
+    yield lambda *command, **kwargs: consoles.append(Console(*command, **kwargs)) or consoles[-1]
+    for console in consoles:
+        console.process.kill()
+        console.process.wait()
+
+
+class Console:
+    """A program that sits at a terminal, and somebody who types."""
+
+    def __init__(self, *command, cwd=None):
+        self.ours, theirs = pty.openpty()
+        program = [str(Path(sys.executable).parent / command[0]), *map(str, command[1:])]
+        self.process = subprocess.Popen(
+            program, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, start_new_session=True, preexec_fn=_take_terminal
+        )
+        os.close(theirs)
+        self.screen = ""
+
+    def type(self, text):
+        os.write(self.ours, text.encode())
+
+    def expect(self, text, timeout=90):
+        """Read up to `text`, and return what came before it."""
+        end = time.monotonic() + timeout
+        while text not in self.screen:
+            if not select.select([self.ours], [], [], max(end - time.monotonic(), 0))[0]:
+                raise TimeoutError(f"{text!r} is not in {self.screen!r}")
+            self.screen += os.read(self.ours, 65536).decode(errors="replace")
+        before, _, self.screen = self.screen.partition(text)
+        return before
+
+    def press_ctrl_c(self, text):
+        """Until it shows: Python misses a signal that comes between its prompt and its wait for a key."""
+        for _ in range(30):
+            self.type("\x03")
+            with suppress(TimeoutError):
+                return self.expect(text, timeout=2)
+        raise AssertionError(f"{text!r} is not in {self.screen!r}")
+
+    def ask(self, text, answer):
+        self.type(text + "\n")
+        return self.expect(answer)
+
+    def leave(self, how="/quit\n"):
+        self.expect("> ")
+        self.type(how)
+        assert self.process.wait(timeout=60) == 0
+        os.close(self.ours)
+
+
+@pytest.fixture(scope="module")
+def shapes(shapes_bundle):
+    return OVModelForLlavaMPT.from_pretrained(shapes_bundle), AutoProcessor.from_pretrained(shapes_bundle)
+
+
+def test_conversation_at_a_terminal(start, shapes_bundle, website, tmp_path):
+    console = start("optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--stats", cwd=tmp_path)
+    console.expect("> ")
+    console.ask("What colour is the circle?", "The circle is red.")
+    stats = console.ask("Where is the star?", "The star is at the top right.") + console.ask("", "> ")
+    assert re.search(r"\d+ tokens asked, 6 answered, first after \d+\.\d\d s, then \d+\.\d tokens/s", stats)
+    console.ask('"""', ". ")
+    console.ask("What is\nat the bottom?\n" + '"""', "green triangle")
+    console.ask("/undo", "Taken back: What is")
+    console.ask("What is \\\nat the bottom?", "A green triangle is ")
+    console.ask("/save chat.json", "Saved: chat.json")
+    assert len(json.loads((tmp_path / "chat.json").read_text())) == 6
+    console.ask("/reset", "A new conversation.")
+    console.ask(f"/image {website}/b.png", "comes with the next question")
+    console.ask("How many shapes are there?", "There are two shapes.")
+    console.ask("/nonsense", "There is no command /nonsense")
+    console.expect("> ")
+    console.type("half a line")
+    console.expect("half a line")
+    console.press_ctrl_c("Ctrl-D to leave")
+    console.ask("How many shapes are there?", "There are two shapes.")
+    console.leave("\x04")
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(start, bundles):
+    console = start("optimum-cli", "llava-ov", "chat", bundles["linear_fp16_sharded"], "--max-new-tokens", 1900)
+    console.expect("> ")
+    started = time.monotonic()
+    console.ask("Write a short poem about the sea.", "with")
+    console.press_ctrl_c("[stopped]")
+    assert time.monotonic() - started < 30
+    console.ask("/undo", "Taken back: Write a short poem")
+    console.leave()
+
+
+def test_pipe_gets_only_the_answer(shapes_bundle):
+    command = ["optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--temperature", "0"]
+    result = run(*command, input="What colour is the circle?\n")
+    assert result.stdout == "The circle is red.\n"
+
+
+def type_in(shapes, *lines):
+    """What a terminal shows to somebody who types these lines."""
+    model, processor = shapes
+    typed, output = iter(lines), io.StringIO()
+
+    def read(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    Terminal(model.chat(processor), output, read=read).run()
+    return output.getvalue()
+
+
+def test_commands(shapes, tmp_path):
+    assert "nothing to take back" in type_in(shapes, "/undo")
+    assert "no question yet" in type_in(shapes, "/retry")
+    assert "Which one?" in type_in(shapes, "/image")
+    assert "cannot be read" in type_in(shapes, f"/image {tmp_path}/missing.png")
+    assert "Where to?" in type_in(shapes, "/save")
+    assert "/image PATH or URL" in type_in(shapes, "/help")
+    assert "stands for a picture" in type_in(shapes, "What is <image>?")
+    picture = f"/image '{PICTURES}/a.png'"
+    assert type_in(shapes, picture, "Where is the star?", "/retry").count("top right") == 2
+    undone = type_in(shapes, picture, "Where is the star?", "/undo", "What colour is the circle?")
+    assert "Its picture comes with the next question" in undone
+    assert undone.endswith("The circle is red.\n\n")
+
+
+def test_pictures_from_outside(website, tmp_path):
+    assert load_picture(f"{website}/a.png").size == load_picture(str(PICTURES / "a.png")).size
+    with pytest.raises(ValueError, match="cannot be fetched: .*404"):
+        load_picture(f"{website}/missing.png")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_picture(f"{website}/questions.json")
+    assert load_picture(f"{website}/elsewhere").size == load_picture(f"{website}/a.png").size
+    hosts = [website.removeprefix("http://")]
+    assert fetch_picture(f"{website}/a.png", hosts=hosts)
+    for address in (f"{website}/elsewhere", f"{website}/a.png".replace("127.0.0.1", "localhost")):
+        with pytest.raises(ValueError, match=r"from 'localhost' are not fetched here, only from: 127\.0\.0\.1:"):
+            fetch_picture(address, hosts=hosts)
+    with pytest.raises(ValueError, match=r"has 0\.0 MB, and at most 1e-05 MB"):
+        open_picture(PICTURES / "a.png", max_bytes=10)
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match="9000 x 9000 pixels, and at most 50 million"):
+        open_picture(tmp_path / "bomb.png")
+
+
+def test_devices():
+    check_device("AUTO")
+    check_device("cpu")
+    with pytest.raises(ValueError, match="OpenVINO finds: CPU"):
+        check_device("GPU.7")
