@@ -18,10 +18,8 @@ SHAPES = EXAMPLES / "shapes"
 NUM_CONVERSATIONS = 80
 
 
-@pytest.fixture(scope="module")
-def ask(shapes_bundle):
+def asker(model, processor):
     """Answer to the last of a conversation's turns, `(question, images, answer)`."""
-    model, processor = OVModelForLlavaMPT.from_pretrained(shapes_bundle), AutoProcessor.from_pretrained(shapes_bundle)
 
     def answer(turns):
         messages, images = [], []
@@ -39,8 +37,8 @@ def ask(shapes_bundle):
     return answer
 
 
-def test_exact_answers_on_held_out_pictures(ask):
-    """At least 95 %, in conversations that contain the model's own earlier answers."""
+def exact_answers(ask):
+    """Share of exact answers, in conversations that contain the model's own earlier answers."""
     asked, right = Counter(), Counter()
     for conversation in held_out(NUM_CONVERSATIONS, seed=1):
         turns = []
@@ -50,7 +48,27 @@ def test_exact_answers_on_held_out_pictures(ask):
             asked[turn["kind"]] += 1
             right[turn["kind"]] += turns[-1][2] == turn["answer"]
     assert set(asked) == set(KINDS)
-    assert right.total() / asked.total() >= 0.95, {kind: f"{right[kind]}/{asked[kind]}" for kind in KINDS}
+    return right.total() / asked.total()
+
+
+@pytest.fixture(scope="module")
+def ask(shapes_bundle):
+    return asker(OVModelForLlavaMPT.from_pretrained(shapes_bundle), AutoProcessor.from_pretrained(shapes_bundle))
+
+
+@pytest.fixture(scope="module")
+def accuracy(ask):
+    return exact_answers(ask)
+
+
+def test_exact_answers_on_held_out_pictures(accuracy):
+    assert accuracy >= 0.95
+
+
+@pytest.mark.parametrize(("bits", "loss"), [(8, 0.005), (4, 0.02)])
+def test_compressed_answers_are_as_good(shapes_bundle, accuracy, bits, loss):
+    model = OVModelForLlavaMPT.from_pretrained(shapes_bundle, quantization_config={"bits": bits})
+    assert exact_answers(asker(model, AutoProcessor.from_pretrained(shapes_bundle))) >= accuracy - loss
 
 
 def test_sample_questions(ask):
