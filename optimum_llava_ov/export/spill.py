@@ -50,7 +50,7 @@ class Spill:
         self._mappings.append(np.memmap(file, np.uint8, mode="r+"))
         # While NNCF computes the next one; never more than one, which is memory
         self.wait()
-        self._copying = self._copier.submit(np.copyto, self._mappings[-1], data)
+        self._copying = self._copier.submit(_fill, file, data)
         tensor = openvino.Tensor(self._mappings[-1], constant.get_output_shape(0), constant.get_element_type())
         return opset13.constant(tensor, name=name, shared_memory=True)
 
@@ -97,6 +97,14 @@ class Spill:
             parts += [graph[end : match.start(2)], str(offset)]
             end = match.end(2)
         return "".join([*parts, graph[end:]])
+
+
+def _fill(file: Path, data: np.ndarray) -> None:
+    """Through the file, which costs less than through the mapping: no page is faulted in."""
+    with file.open("r+b", buffering=0) as output:
+        written = 0
+        while written < data.nbytes:  # one call writes 2 GB at most
+            written += output.write(data[written:])
 
 
 def _is_at(output: BinaryIO, offset: int, data: np.ndarray) -> bool:
