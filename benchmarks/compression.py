@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from export import evict, machine, versions
-from measure import Measurement, run_measured
+from measure import Measurement, disk_usage, run_measured
 from random_checkpoint import is_complete, write_random_checkpoint
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     if not is_complete(folder):
         write_random_checkpoint(folder, args.size)
     results = {"one pass": one_pass(folder / "checkpoint", args.workdir / "one-pass")}
-    size = folder_size(args.workdir / "one-pass")
+    size = disk_usage(args.workdir / "one-pass")
     shutil.rmtree(args.workdir / "one-pass")
     if not args.skip_two_passes:
         results["two passes"] = two_passes(folder / "checkpoint", args.workdir / "two-passes")
@@ -90,10 +90,6 @@ def _run(command: list, watch: Path, log: Path) -> Measurement:
     measurement = run_measured(command, watch=watch, log=log)
     assert measurement.exit_code == 0, log.read_text()[-2000:]
     return measurement
-
-
-def folder_size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def report(results: dict[str, Measurement], size: int, args: argparse.Namespace) -> None:

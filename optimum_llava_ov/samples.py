@@ -33,10 +33,14 @@ class Sample:
 
     def inputs(self, processor: Any) -> Any:
         """The sample as one user's turn, ready for `generate`."""
-        images = self.load_images()
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": self.prompt}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return processor(text=prompt, images=images or None, return_tensors="pt")
+        return question_inputs(processor, self.prompt, self.load_images())
+
+
+def question_inputs(processor: Any, text: str, images: list[Any]) -> Any:
+    """A user's first turn, pictures before the text, as inputs of the model."""
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(text=prompt, images=images or None, return_tensors="pt")
 
 
 def read_samples(dataset: str | Path) -> list[Sample]:

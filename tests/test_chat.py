@@ -192,9 +192,8 @@ def test_sampling_of_a_turn(chat, shapes):
     assert chat.send("Where is the star?", A, do_sample=True, top_k=1).result() == "The star is at the top right."
 
 
-def test_cancel_stops_within_one_token(models, processors):
-    model, processor = models[GOLDEN.name], processors[GOLDEN.name]
-    chat = model.chat(processor, **ENDLESS, max_new_tokens=1500)
+def cancel_at_the_tenth_token(chat):
+    """Ask, and cancel while the tenth token is being handed over. The answer, and the tokens it came to."""
     tenth, go_on = threading.Event(), threading.Event()
 
     class Pause(Tokens):
@@ -208,8 +207,16 @@ def test_cancel_stops_within_one_token(models, processors):
     tenth.wait()
     answer.cancel()
     go_on.set()
+    answer.wait()
+    return answer, streamer.tokens
+
+
+def test_cancel_stops_within_one_token(models, processors):
+    model, processor = models[GOLDEN.name], processors[GOLDEN.name]
+    chat = model.chat(processor, **ENDLESS, max_new_tokens=1500)
+    answer, tokens = cancel_at_the_tenth_token(chat)
     assert answer.result() == text_of(chat.messages[-1])
-    assert len(streamer.tokens) == 10
+    assert len(tokens) == 10
     assert answer.cancelled
     _, tokens = ask(chat, "Go on", max_new_tokens=16)
     assert tokens == prefill(model, processor, chat.messages[:-1], max_new_tokens=16, eos_token_id=None)

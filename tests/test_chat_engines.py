@@ -1,13 +1,12 @@
 """`--engine genai`: the same conversation as with this package's own model."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import EXACT, EXAMPLES, Golden, run
 from PIL import Image
-from test_chat import ENDLESS, GOLDEN, Tokens, ask
+from test_chat import ENDLESS, GOLDEN, Tokens, ask, cancel_at_the_tenth_token
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
@@ -90,24 +89,12 @@ def test_options(genai):
 
 def test_cancel(bundles):
     chat = session_factory(bundles[GOLDEN.name], ov_config=EXACT, engine=GENAI)(**ENDLESS, max_new_tokens=1500)
-    tenth, go_on = threading.Event(), threading.Event()
-
-    class Pause(Tokens):
-        def put(self, value):
-            super().put(value)
-            if len(self.tokens) == 10:
-                tenth.set()
-                go_on.wait()
-
-    answer = chat.send("Hello", streamer=(streamer := Pause()))
-    tenth.wait()
-    answer.cancel()
-    go_on.set()
+    answer, tokens = cancel_at_the_tenth_token(chat)
     assert answer.result() == text_of(chat.messages[-1])
-    assert len(streamer.tokens) == 10
+    assert len(tokens) == 10
     chat.undo()
     _, again = ask(chat, "Hello", max_new_tokens=10)
-    assert again == streamer.tokens
+    assert again == tokens
 
     class Broken(Tokens):
         def put(self, value):

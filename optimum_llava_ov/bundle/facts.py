@@ -11,7 +11,7 @@ from typing import Any
 import openvino
 from huggingface_hub import EvalResult
 
-from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.bundle.layout import PARTS, part_sizes
 from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
 from optimum_llava_ov.bundle.weights import WeightShare, weight_shares
 
@@ -60,7 +60,7 @@ class BundleFacts:
             openvino_config=json.loads((folder / "openvino_config.json").read_text()),
             evaluation=json.loads(evaluation.read_text()) if evaluation.is_file() else None,
             shares={part: weight_shares(core.read_model(folder / file)) for part, file in PARTS.items()},
-            sizes={part: (folder / file).with_suffix(".bin").stat().st_size for part, file in PARTS.items()},
+            sizes=part_sizes(folder),
             has_picture=(folder / "eval.png").is_file(),
         )
 

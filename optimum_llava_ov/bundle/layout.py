@@ -12,6 +12,11 @@ PARTS = {
     "text_embeddings_model": "openvino_text_embeddings_model.xml",
     "vision_embeddings_model": "openvino_vision_embeddings_model.xml",
 }
+# Optimum's names of the same parts, where recipes speak of them
+LANGUAGE_MODEL = "lm_model"
+SMALL_PARTS = ("text_embeddings_model", "vision_embeddings_model")
+# A language model of so many parameters is compressed to 8 bits unless told otherwise, as all models are by Optimum
+ONE_BILLION = 1_000_000_000
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
 SETTINGS = (
     "config.json",
@@ -33,6 +38,11 @@ FILES = (
 
 # Belong to a bundle where they are there: measured quality, tokens of fine-tuned checkpoints
 EXTRA_FILES = ("added_tokens.json", "eval.json", "eval.png")
+
+
+def part_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each part's weights."""
+    return {part: (folder / file).with_suffix(".bin").stat().st_size for part, file in PARTS.items()}
 
 
 def check_bundle(folder: Path, tokenizers: bool = True) -> None:

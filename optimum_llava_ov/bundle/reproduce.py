@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, SMALL_PARTS
 
-LANGUAGE_MODEL = "lm_model"
-SMALL_PARTS = ("text_embeddings_model", "vision_embeddings_model")
+
 # What Optimum records about tools and defaults, not about the recipe
 _NOT_OPTIONS = (
     "_dataset_kwargs",
@@ -25,7 +25,6 @@ _FLAGS |= {"lora_correction": "--lora-correction"}
 _VALUES = {"group_size": "--group-size", "ratio": "--ratio", "group_size_fallback": "--group-size-fallback"}
 _VALUES |= {"backup_precision": "--backup-precision", "sensitivity_metric": "--sensitivity-metric"}
 _VALUES |= {"dataset": "--dataset", "num_samples": "--num-samples", "statistics_path": "--quantization-statistics-path"}
-ONE_BILLION = 1_000_000_000
 
 
 def part_recipes(openvino_config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""What precision the weights in a graph have, counted as NNCF's table of the bit width distribution counts them."""
+"""What precision the weights in a graph have: in bytes, and as NNCF's table of the bit width distribution counts them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import openvino
@@ -33,15 +34,30 @@ class WeightShare:
 def weight_shares(model: openvino.Model) -> list[WeightShare]:
     """The weights of matrix multiplications, convolutions and embedding tables by precision, the largest share first."""
     parameters, layers = Counter(), Counter()
-    for constant in model.get_ops():
-        if constant.get_type_name() != "Constant" or sum(side > 1 for side in constant.shape) < 2:
-            continue
-        precision = constant.get_element_type().get_type_name()
-        if (precision in _COMPRESSED or precision in _FLOATS) and not _is_scale(constant) and _is_weight(constant):
+    for constant, precision in _weights(model):
+        if sum(side > 1 for side in constant.shape) >= 2 and _is_weight(constant):
             mode = _mode(precision, list(constant.shape))
             parameters[mode] += _size(constant)
             layers[mode] += 1
     return [WeightShare(mode, count, layers[mode]) for mode, count in parameters.most_common()]
+
+
+def weight_bytes(model: openvino.Model) -> dict[str, int]:
+    """Bytes of weights by precision, such as `{"u4": 1234, "u8": 567}`. Scales, zero points and small constants are left out."""
+    sizes: Counter[str] = Counter()
+    for constant, precision in _weights(model):
+        if constant.get_byte_size() >= 256:
+            sizes[precision] += constant.get_byte_size()
+    return dict(sizes)
+
+
+def _weights(model: openvino.Model) -> Iterator[tuple[openvino.Node, str]]:
+    """Constants that may be weights, and their precisions: none that are scales or zero points."""
+    for op in model.get_ops():
+        if op.get_type_name() == "Constant" and len(op.shape) >= 2 and not _is_scale(op):
+            precision = op.get_element_type().get_type_name()
+            if precision in _COMPRESSED or precision in _FLOATS:
+                yield op, precision
 
 
 def _mode(precision: str, shape: list[int]) -> str:

@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, TOKENIZERS
 from optimum_llava_ov.chat.devices import check_device
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+from optimum_llava_ov.checkpoint.repository import Repository
 
 
 AUTO, OPENVINO, GENAI = ENGINES = ("auto", "openvino", "genai")
@@ -60,10 +61,9 @@ def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -
         raise ImportError(
             f'The genai engine needs OpenVINO GenAI ({error}). Install it with: pip install "optimum-llava-ov[genai]"'
         ) from error
-    from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoProcessor
 
-    folder = Path(bundle) if Path(bundle).is_dir() else Path(snapshot_download(bundle))
+    folder = Path(bundle) if Path(bundle).is_dir() else Repository(bundle).download((*FILES, *EXTRA_FILES))
     if not (folder / PARTS["language_model"]).exists():
         raise ValueError(
             f"{bundle} has no {PARTS['language_model']}, so it is no bundle, and the genai engine converts nothing on the fly. "

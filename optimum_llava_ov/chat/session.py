@@ -11,6 +11,7 @@ from optimum_llava_ov.chat.errors import ContextWindowError
 from optimum_llava_ov.chat.messages import (
     Message,
     assistant_message,
+    pictures_of,
     read_messages,
     system_message,
     text_of,
@@ -162,8 +163,7 @@ class ChatSession:
         question = self.undo()
         if question is None:
             raise ValueError("There is no question yet that could be asked again.")
-        pictures = [item["image"] for item in question["content"] if item["type"] == "image"]
-        return self.send(text_of(question), pictures, **options)
+        return self.send(text_of(question), pictures_of([question]), **options)
 
     def reset(self, system: str | None = None) -> None:
         """Begin anew, with the same system prompt or another."""

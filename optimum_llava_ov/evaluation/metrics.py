@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.bundle.layout import part_sizes
 from optimum_llava_ov.samples import Sample
 
 
@@ -61,6 +61,7 @@ def measure(samples: list[Sample], reference: Path, recording: Path, bundle: Pat
             for text, results in zip(texts, (right, reference_right)):
                 results.append(text == sample.answer.strip())
     kl = np.concatenate(kl)
+    sizes = part_sizes(bundle)
     different = [index for index in divergences if index is not None]
     return Quality(
         kl_mean=float(kl.mean()),
@@ -72,7 +73,7 @@ def measure(samples: list[Sample], reference: Path, recording: Path, bundle: Pat
         reference_accuracy=float(np.mean(reference_right)) if right else None,
         num_samples=len(samples),
         num_tokens=len(kl),
-        size=part_sizes(bundle),
+        size={**sizes, "total": sum(sizes.values())},
     )
 
 
@@ -82,11 +83,6 @@ def first_difference(expected: list[int], found: list[int]) -> int | None:
         if left != right:
             return index
     return None if len(expected) == len(found) else min(len(expected), len(found))
-
-
-def part_sizes(bundle: Path) -> dict[str, int]:
-    sizes = {name: (bundle / file).with_suffix(".bin").stat().st_size for name, file in PARTS.items()}
-    return {**sizes, "total": sum(sizes.values())}
 
 
 def table(qualities: dict[str, Quality]) -> str:

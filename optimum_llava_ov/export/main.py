@@ -23,7 +23,7 @@ from transformers import LlavaProcessor
 
 from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
-from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS
+from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS, TOKENIZERS
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import check_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
@@ -32,7 +32,7 @@ from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
 from optimum_llava_ov.export.memory import free, move_to_disk, read_ahead
-from optimum_llava_ov.export.recipes import LANGUAGE_MODEL, SMALL_PARTS, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.models.loading import load_model
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TASK = "image-text-to-text"
-ONE_BILLION = 1_000_000_000
 
 
 def main_export(
@@ -88,7 +87,7 @@ def main_export(
     model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
     processor = build_processor(checkpoint)
     if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
-        recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: {"bits": 8, "sym": False}}})
+        recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
 
     with staged(output, tokenizers=convert_tokenizer) as folder:
         _check_free_space(model, ov_config, recipe, folder)

@@ -12,10 +12,10 @@ from optimum.intel.openvino.configuration import (
     OVWeightQuantizationConfig,
 )
 
+from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, SMALL_PARTS
 
-# Optimum's names of the parts. Small parts are kept in 8 bits whatever the language model gets, as Optimum does.
-LANGUAGE_MODEL = "lm_model"
-SMALL_PARTS = ("text_embeddings_model", "vision_embeddings_model")
+
+# Small parts are kept in 8 bits whatever the language model gets, as Optimum does.
 SMALL_PART_RECIPE = {"bits": 8, "sym": True, "weight_only": True}
 
 # The recipe of the OpenVINO notebook for LLaVA: 4 bits for 80 % of the layers' weights, 8 bits for those that would suffer most.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import openvino
 
-from optimum_llava_ov.bundle.layout import PARTS
-from optimum_llava_ov.export.compression import weight_bytes
+from optimum_llava_ov.bundle.layout import PARTS, part_sizes
+from optimum_llava_ov.bundle.weights import weight_bytes
 
 
 def closing_words(bundle: Path) -> str:
@@ -21,14 +21,14 @@ def closing_words(bundle: Path) -> str:
 def report(bundle: Path) -> str:
     """Table of part, precision mix (share of the weights' bytes) and size on disk."""
     rows = [("part", "weights", "size")]
-    core = openvino.Core()
+    core, on_disk = openvino.Core(), part_sizes(bundle)
     for name, file in PARTS.items():
         sizes = weight_bytes(core.read_model(bundle / file))
         total = sum(sizes.values()) or 1
         mix = ", ".join(
             f"{100 * size / total:.0f} % {precision}" for precision, size in sorted(sizes.items(), key=lambda item: -item[1])
         )
-        rows.append((name, mix, f"{(bundle / file).with_suffix('.bin').stat().st_size / 1e6:,.1f} MB"))
+        rows.append((name, mix, f"{on_disk[name] / 1e6:,.1f} MB"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -40,7 +40,7 @@ class Spill:
     def constant(self, constant: openvino.op.Constant) -> openvino.op.Constant:
         """The same constant, with its bytes in a file; a small one as it is."""
         data = np.ascontiguousarray(constant.data).reshape(-1).view(np.uint8)
-        if data.nbytes < MIN_BYTES or data.nbytes != constant.get_byte_size() or os.name != "posix":
+        if data.nbytes < MIN_BYTES or data.nbytes != constant.get_byte_size() or not hasattr(os, "posix_fallocate"):
             return constant
         self.folder.mkdir(exist_ok=True)
         name, file = constant.get_friendly_name(), self.folder / f"{len(self._files)}.weight"

@@ -10,7 +10,7 @@ import openvino
 import openvino_tokenizers  # noqa: F401  lets OpenVINO read tokenizers
 from transformers import AutoConfig, AutoProcessor
 
-from optimum_llava_ov.bundle.card import CARD, UNKNOWN_LICENSE, missing_metadata, read_card
+from optimum_llava_ov.bundle.card import CARD, UNKNOWN_LICENSE, license_of, missing_metadata, read_card
 from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS, check_bundle
 from optimum_llava_ov.errors import BundleError
 
@@ -34,7 +34,7 @@ def check_publishable(folder: Path) -> None:
             f"The card {folder / CARD} lacks {', '.join(missing)}. Add it to the metadata between the two `---` at its top, or delete the "
             "card and export again."
         )
-    if f"license: {UNKNOWN_LICENSE}" in card.split("---")[1].splitlines():
+    if license_of(card) == UNKNOWN_LICENSE:
         logger.warning("The card says `license: %s`. Find out which it is, and write it there.", UNKNOWN_LICENSE)
 
 

@@ -19,18 +19,19 @@ from transformers import AutoProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
-from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, TOKENIZERS, check_bundle
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, TOKENIZERS, check_bundle
 from optimum_llava_ov.bundle.staging import staged
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
-from optimum_llava_ov.export.recipes import LANGUAGE_MODEL, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import merge_image_features
 from optimum_llava_ov.runtime.prompts import canonical_prompts
+from optimum_llava_ov.samples import question_inputs
 
 
 if TYPE_CHECKING:
@@ -354,9 +355,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         """One user turn as model inputs, as the host's calibration and evaluation code asks for it."""
         if processor is None or video is not None or audio is not None:
             raise ValueError("LLaVA-MPT takes text and pictures, and needs its processor for them.")
-        content = ([{"type": "image"}] if image is not None else []) + [{"type": "text", "text": text}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return processor(images=image, text=prompt, return_tensors="pt")
+        return question_inputs(processor, text, [] if image is None else [image])
 
 
 def _download(model_id: str | Path, kwargs: dict[str, Any]) -> str | Path:
