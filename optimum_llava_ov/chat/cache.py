@@ -85,7 +85,6 @@ class SessionModel(OVModelForLlavaMPT):
             raise
         finally:
             self._rest = None
-            self._release_logits()
             if len(prompt) - reused > CHUNK:
                 return_freed()  # of a long prompt's buffers, more than half of what its cache takes
 
@@ -114,7 +113,7 @@ class SessionModel(OVModelForLlavaMPT):
     def _process(self, inputs_embeds: torch.Tensor, keys: Sequence[int | str]) -> None:
         past, new = self.cached_tokens, inputs_embeds.shape[1]
         mask = torch.ones(1, past + new, dtype=torch.long)
-        self.forward(inputs_embeds=inputs_embeds, attention_mask=mask, past_key_values=_PAST if past else None)
+        self.forward(inputs_embeds=inputs_embeds, attention_mask=mask, past_key_values=_PAST if past else None, logits_to_keep=1)
         self._keys = list(keys[: past + new])
 
     def _embed_keys(self, prompt: Prompt, start: int, prepare: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
@@ -140,12 +139,6 @@ class SessionModel(OVModelForLlavaMPT):
                 state.state = openvino.Tensor(np.ascontiguousarray(kept))
             self.language_model._past_length = length
             self._keys = self._keys[:length]
-
-    def _release_logits(self) -> None:
-        """A request keeps the memory of its largest output, and a prompt has logits at every position."""
-        request = self.language_model.request
-        vocab_size = request.get_tensor("logits").shape[-1]
-        request.set_tensor("logits", openvino.Tensor(openvino.Type.f32, [1, 1, vocab_size]))
 
 
 def _request(part: Any) -> openvino.InferRequest:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import openvino
 import torch
 from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig, OVModelForVisualCausalLM
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
@@ -30,6 +31,7 @@ from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.runtime.language_model import LanguageModel
 from optimum_llava_ov.runtime.prompts import canonical_prompts
 from optimum_llava_ov.samples import question_inputs
 
@@ -61,11 +63,33 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         output = model.generate(**inputs, max_new_tokens=200)
     """
 
-    def __init__(self, *args, **kwargs):
-        # Before the host's constructor, which compiles
+    def __init__(
+        self,
+        language_model: openvino.Model,
+        text_embeddings: openvino.Model,
+        vision_embeddings: openvino.Model,
+        config: PretrainedConfig,
+        device: str = "CPU",
+        compile: bool = True,
+        **kwargs,
+    ):
         self._lock = threading.RLock()
         self._differs_from_files = False
-        super().__init__(*args, **kwargs)
+        super().__init__(language_model, text_embeddings, vision_embeddings, config, device, compile=False, **kwargs)
+        # In place of the host's, before anything is compiled
+        self.language_model = LanguageModel(
+            language_model,
+            text_embeddings,
+            config=config,
+            device=device,
+            ov_config=kwargs.get("ov_config"),
+            model_save_dir=self.model_save_dir,
+            quantization_config=kwargs.get("quantization_config"),
+            compile=self._compile_only,
+            compile_only=self._compile_only,
+        )
+        if compile and not self._compile_only:
+            self.compile()
 
     @classmethod
     def from_pretrained(cls, model_id: str | Path, *args, vision_tower: str | None = None, **kwargs) -> OVModelForLlavaMPT:
@@ -192,16 +216,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
             inputs_embeds = self._embed(input_ids, image_features)
-        output = self.language_model.forward(
-            input_ids=None,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-        )
-        if logits_to_keep:
-            output.logits = output.logits[:, -logits_to_keep:]
-        return output
+        return self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
 
     def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
         inputs_embeds = torch.from_numpy(np.asarray(self.get_text_embeddings(input_ids)))
