@@ -40,9 +40,13 @@ FILES = (
 EXTRA_FILES = ("added_tokens.json", "eval.json", "eval.png")
 
 
+def weights_file(folder: str | Path, part: str) -> Path:
+    return (Path(folder) / PARTS[part]).with_suffix(".bin")
+
+
 def part_sizes(folder: Path) -> dict[str, int]:
     """Bytes of each part's weights."""
-    return {part: (folder / file).with_suffix(".bin").stat().st_size for part, file in PARTS.items()}
+    return {part: weights_file(folder, part).stat().st_size for part in PARTS}
 
 
 def check_bundle(folder: Path, tokenizers: bool = True) -> None:

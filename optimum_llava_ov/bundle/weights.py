@@ -51,6 +51,15 @@ def weight_bytes(model: openvino.Model) -> dict[str, int]:
     return dict(sizes)
 
 
+def matmul_groups(model: openvino.Model) -> set[int]:
+    """How many compressed weights of a matrix multiplication share a scale: group sizes, and row lengths where a row is a group."""
+    return {
+        constant.shape[-1]
+        for constant, precision in _weights(model)
+        if precision in _COMPRESSED and _is_weight(constant, ("MatMul",))
+    }
+
+
 def _weights(model: openvino.Model) -> Iterator[tuple[openvino.Node, str]]:
     """Constants that may be weights, and their precisions: none that are scales or zero points."""
     for op in model.get_ops():
@@ -80,10 +89,10 @@ def _is_scale(constant: openvino.Node) -> bool:
     return constant.shape[-1] == 1
 
 
-def _is_weight(node: openvino.Node) -> bool:
+def _is_weight(node: openvino.Node, layers: tuple[str, ...] = _LAYERS) -> bool:
     """Whether what a constant holds goes, unpacked, into a layer."""
     for target in node.output(0).get_target_inputs():
         consumer = target.get_node()
-        if consumer.get_type_name() in _LAYERS or (consumer.get_type_name() in _ON_THE_WAY and _is_weight(consumer)):
+        if consumer.get_type_name() in layers or (consumer.get_type_name() in _ON_THE_WAY and _is_weight(consumer, layers)):
             return True
     return False

@@ -23,8 +23,9 @@ from optimum_llava_ov.export.memory import return_freed
 from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
 
-# Prompts are processed in pieces: between two of them an answer can be cancelled, and no more logits than these are in memory.
-CHUNK = 128
+# Prompts are processed in pieces, and between two of them an answer can be cancelled. The first may be long: where there is
+# no past yet, OpenVINO's attention is fast, more than twice as fast for 2,000 tokens as in pieces of any length.
+FIRST_CHUNK, CHUNK = 1024, 128
 MAX_PICTURES = 16  # image features kept; older ones are computed again if they are needed again
 _PAST = ((),)  # what stands for a cache that is inside the model
 _SEQUENCE_AXIS = 2  # of the state tensors, (batch, heads, tokens, head size)
@@ -68,11 +69,11 @@ class SessionModel(OVModelForLlavaMPT):
         self._cut(reused)
         rest = self._embed_keys(prompt, reused, prepare)
         try:
-            while rest.shape[1] > CHUNK:
+            while rest.shape[1] > (chunk := CHUNK if self.cached_tokens else FIRST_CHUNK):
                 if cancelled():
                     return [], reused
-                self._process(rest[:, :CHUNK], prompt.keys)
-                rest = rest[:, CHUNK:]
+                self._process(rest[:, :chunk], prompt.keys)
+                rest = rest[:, chunk:]
             if cancelled():
                 return [], reused
             self._rest = rest

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
-from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, TOKENIZERS, check_bundle
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, TOKENIZERS, check_bundle, weights_file
 from optimum_llava_ov.bundle.staging import staged
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
@@ -32,6 +32,7 @@ from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import merge_image_features
 from optimum_llava_ov.runtime.language_model import LanguageModel
+from optimum_llava_ov.runtime.mapped import read_once
 from optimum_llava_ov.runtime.prompts import canonical_prompts
 from optimum_llava_ov.samples import question_inputs
 
@@ -90,6 +91,15 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         )
         if compile and not self._compile_only:
             self.compile()
+
+    def compile(self) -> None:
+        """Compile all parts and run each once, so that the first picture and the first token wait for nothing but themselves."""
+        is_new = self.vision_embeddings.request is None
+        super().compile()
+        if is_new:
+            size = self.config.vision_config.image_size
+            with read_once(weights_file(self.model_save_dir, "vision_embeddings_model")):
+                self.get_image_features(torch.zeros(1, 3, size, size))
 
     @classmethod
     def from_pretrained(cls, model_id: str | Path, *args, vision_tower: str | None = None, **kwargs) -> OVModelForLlavaMPT:

@@ -1,0 +1,118 @@
+"""The language model of a bundle at run time: a step of `generate` costs what the engine's arithmetic costs, and little else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+from openvino import opset8 as ops
+from optimum.intel.openvino.modeling_visual_language import OVModelWithEmbedForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from optimum_llava_ov.bundle.layout import weights_file
+from optimum_llava_ov.runtime.mapped import read_once
+
+
+FIRST_LOGIT = "first_logit"
+
+
+class LanguageModel(OVModelWithEmbedForCausalLM):
+    """The host's language model, with logits only where they are asked for.
+
+    The graph it was loaded from stays as it is, for saving and compressing. What is compiled is a copy that shares its weights.
+    """
+
+    _input_names: frozenset[str] = frozenset()
+
+    @staticmethod
+    def _compile_model(model: Any, *args, **kwargs) -> openvino.CompiledModel:
+        if isinstance(model, openvino.Model) and _names(model.outputs) == {"logits"}:
+            model = with_first_logit(model)
+        return OVModelWithEmbedForCausalLM._compile_model(model, *args, **kwargs)
+
+    def compile(self) -> None:
+        """Compile, and run once: OpenVINO packs the weights when a graph first runs, seconds that belong to loading, at half the memory."""
+        if self.request is not None and self._input_names:
+            return
+        super().compile()
+        self._input_names = _names(self.request.model_inputs)
+        with read_once(weights_file(self.model_save_dir, "language_model")):
+            self.forward(torch.zeros(1, 1, self.config.text_config.d_model), logits_to_keep=1)
+        self.request.reset_state()
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: tuple | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            inputs_embeds: `(batch, tokens, d_model)` float32.
+            attention_mask: `(batch, past + tokens)`, 0 for padding. All ones if not given.
+            past_key_values: what the last call returned; `None` begins anew. The cache itself is inside the request.
+            logits_to_keep: compute logits of so many last positions only; 0 for all.
+
+        Returns:
+            `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32.
+        """
+        if self.request is None:
+            self.compile()
+        batch_size, length = inputs_embeds.shape[:2]
+        if past_key_values is None:
+            self.request.reset_state()
+            self.next_beam_idx = np.arange(batch_size, dtype=np.int32)
+            self._past_length = 0
+        if attention_mask is None:
+            attention_mask = torch.ones(batch_size, self._past_length + length, dtype=torch.long)
+        first_logit = max(length - logits_to_keep, 0) if logits_to_keep else 0
+
+        # A prompt goes in at once: where there is a past, OpenVINO's attention takes one position after the other. In pieces,
+        # 2,000 tokens take more than twice as long.
+        inputs = {
+            "inputs_embeds": inputs_embeds.numpy(),
+            "attention_mask": attention_mask.long().numpy(),
+            "beam_idx": self.next_beam_idx,
+        }
+        if FIRST_LOGIT in self._input_names:
+            inputs[FIRST_LOGIT] = np.array([first_logit])
+        if "position_ids" in self._input_names:  # compiled elsewhere; nothing in the graph consumes it
+            inputs["position_ids"] = np.zeros((batch_size, length), dtype=np.int64)
+        self.request.start_async(inputs, share_inputs=True)
+        self.request.wait()
+        self._past_length += length
+
+        # The request overwrites its output at the next step
+        logits = torch.from_numpy(self.request.get_tensor("logits").data.copy())
+        if FIRST_LOGIT not in self._input_names:
+            logits = logits[:, first_logit:]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=((),))
+
+
+def with_first_logit(model: openvino.Model) -> openvino.Model:
+    """A copy of the graph, sharing its weights, with logits from a position on: that of the new input `first_logit`, `(1,)` int64.
+
+    The last matrix is 200 million numbers at 7B, and a row of logits is 200 KB; `generate` needs one row of a prompt's thousands.
+    An input that nothing consumes, `position_ids`, is left out.
+    """
+    model = model.clone()
+    head = model.output("logits").get_node()
+    while head.get_type_name() != "MatMul":
+        head = head.input_value(0).get_node()
+    first = ops.parameter([1], np.int64, name=FIRST_LOGIT)
+    first.output(0).get_tensor().set_names({FIRST_LOGIT})
+    end, one = ops.constant(np.array([np.iinfo(np.int64).max])), ops.constant(np.array([1]))
+    head.input(0).replace_source_output(ops.slice(head.input_value(0), first, end, one, one).output(0))
+    model.add_parameters([first])
+    for parameter in model.get_parameters():
+        if not parameter.output(0).get_target_inputs():
+            model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _names(ports: list[Any]) -> frozenset[str]:
+    return frozenset(name for port in ports for name in port.get_names())
