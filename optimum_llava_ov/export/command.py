@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 from optimum.commands.export.openvino import no_compression_parameter_provided, prepare_wc_config
 from optimum.intel.openvino.configuration import OVConfig
 
+from optimum_llava_ov.bundle.layout import ONE_BILLION
+from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.export.main import main_export
-from optimum_llava_ov.export.memory import return_what_is_freed
+from optimum_llava_ov.export.memory import restart_with_huge_pages, return_what_is_freed
 from optimum_llava_ov.export.recipes import default_recipe
 from optimum_llava_ov.export.report import closing_words
 
@@ -24,6 +27,9 @@ def run_export(args: Namespace) -> None:
     Args:
         args: as Optimum's `parse_args_openvino` gives them.
     """
+    hub_options = {name: getattr(args, name) for name in ("revision", "subfolder", "token") if getattr(args, name, None)}
+    if args.weight_format not in ("fp16", "fp32") and _is_large(Repository(args.model, cache_dir=args.cache_dir, **hub_options)):
+        restart_with_huge_pages()
     _show_messages()
     return_what_is_freed()
     main_export(
@@ -36,9 +42,15 @@ def run_export(args: Namespace) -> None:
         model_kwargs=args.model_kwargs,
         cache_dir=args.cache_dir,
         variant=args.variant,
-        **{name: getattr(args, name, None) for name in ("revision", "subfolder", "token")},
+        **hub_options,
     )
     print(closing_words(Path(args.output)))
+
+
+def _is_large(repository: Repository) -> bool:
+    """Whether compressing takes minutes. Known before any weights are downloaded."""
+    config = json.loads(repository.require("config.json", "it says what the model is").read_text())
+    return 12 * config["n_layers"] * config["d_model"] ** 2 >= ONE_BILLION
 
 
 def _show_messages() -> None:
