@@ -32,7 +32,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from contenders import MODULES, Job
+from contenders import MODULES, ONE_ROW, Job
 from export import export_command
 from machine import machine, versions
 from measure import disk_usage, run_measured
@@ -57,8 +57,8 @@ def make_checkpoint(workdir: Path, size: str) -> Path:
     return folder / "checkpoint"
 
 
-def make(command: list[str | Path], folder: Path) -> dict:
-    """Run what writes `folder`, measured, unless it did before; then what was measured then.
+def make(command: list[str | Path], checkpoint: Path, folder: Path) -> dict:
+    """Run what writes `folder`, measured, from a warm file cache. If it did so before: what was measured then.
 
     Raises:
         `SystemExit`: it failed.
@@ -68,6 +68,7 @@ def make(command: list[str | Path], folder: Path) -> dict:
         return json.loads(record.read_text())
     shutil.rmtree(folder, ignore_errors=True)
     print(f"making {folder.name} ...", flush=True)
+    _read(checkpoint.parent)  # and the vision tower beside it
     measurement = run_measured(command, env=ENV, watch=folder, log=log)
     if measurement.exit_code:
         raise SystemExit(f"{command[0]} ended with {measurement.exit_code}. End of {log}:\n{log.read_text()[-2000:]}")
@@ -120,7 +121,7 @@ def jobs(arguments: argparse.Namespace, paths: dict[str, Path], prompts: dict[in
     limits = {name: int(tokens) for name, tokens in (limit.split("=") for limit in arguments.limit)}
     for length, batch in configurations:
         for contender in contenders:
-            if length <= limits.get(contender, length):
+            if length <= limits.get(contender, length) and (batch == 1 or contender not in ONE_ROW):
                 yield Job(
                     contender=contender,
                     paths=needed_paths(contender, paths),
@@ -152,10 +153,10 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         "runs": json.loads(file.read_text())["runs"] if arguments.add and file.exists() else [],
     }
     if not arguments.bundle:
-        result["export"] = make(export_command(checkpoint, paths["bundle"], WEIGHT_FORMAT), paths["bundle"])
+        result["export"] = make(export_command(checkpoint, paths["bundle"], WEIGHT_FORMAT), checkpoint, paths["bundle"])
     if "notebook" in arguments.contenders and not arguments.notebook:
         command = [sys.executable, HERE / "notebook_conversion.py", checkpoint, paths["notebook"]]
-        result["conversion"] = make(command + ["--stored-weights"] * arguments.stored_weights, paths["notebook"])
+        result["conversion"] = make(command + ["--stored-weights"] * arguments.stored_weights, checkpoint, paths["notebook"])
     prompts = make_prompts(paths["bundle"], arguments.prompts or (TINY_PROMPTS if arguments.tiny else PROMPTS))
     for number in range(arguments.rounds):
         for job in jobs(arguments, paths, prompts, number):

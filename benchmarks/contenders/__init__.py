@@ -20,6 +20,7 @@ MODULES = {
     "torch": "torch_bf16",
     "notebook": "notebook",
 }
+ONE_ROW = ("genai-sdpa",)  # those that are not asked for batches
 
 
 @dataclasses.dataclass

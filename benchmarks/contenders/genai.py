@@ -89,8 +89,6 @@ def load(job: Job) -> GenAIContender | ContinuousBatchingContender:
     backend = job.contender.removeprefix("genai-").upper()
     if job.batch == 1:
         return GenAIContender(openvino_genai.VLMPipeline(job.paths["bundle"], "CPU", ATTENTION_BACKEND=backend))
-    if backend == "SDPA":
-        raise ValueError("VLMPipeline takes one prompt at a time.")
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = 1 << 30  # as VLMPipeline itself sets it: a prompt in one piece
     return ContinuousBatchingContender(openvino_genai.ContinuousBatchingPipeline(job.paths["bundle"], scheduler, "CPU"))
