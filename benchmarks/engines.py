@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -94,7 +95,8 @@ def run(job: Job, workdir: Path) -> dict:
         raise SystemExit(f"{job.contender} imported this package, so it is not what it is called.")
     memory = {name: getattr(measurement, name) for name in ("peak_rss", "peak_anonymous")}
     settings = {name: getattr(job, name) for name in ("contender", "prompt_tokens", "batch")}
-    return {**settings, "memory": memory, "process_seconds": measurement.seconds, **result}
+    costs = {"process_seconds": measurement.seconds, "cpu_seconds": measurement.cpu_seconds, "load": os.getloadavg()[0]}
+    return {**settings, "memory": memory, **costs, **result}
 
 
 def _read(folder: Path) -> None:
