@@ -4,8 +4,8 @@
 
 On a random checkpoint of full size (`random_checkpoint.py`; made if WORKDIR has none):
 
-1. `optimum-cli export openvino --weight-format int4`, and the notebook's conversion, each measured: time, memory, disk. What
-   WORKDIR already has is not made again. `--bundle` takes another bundle instead.
+1. `optimum-cli export openvino --weight-format int4` to WORKDIR/bundle, and the notebook's conversion to WORKDIR/notebook, each
+   measured: time, memory, disk. What is there is not made again; delete the folder for that. `--bundle` takes another bundle.
 2. Contenders, each in a process of its own for each length of the prompt and each number of rows, and taking turns: all of
    them, then all of them with the next length, and so on, for several rounds. Files are read before each process, so all start
    from a warm file cache. Every answer is greedy, about a picture of its own, and exactly as long as everybody else's.
@@ -65,7 +65,7 @@ def make(command: list[str | Path], checkpoint: Path, folder: Path) -> dict:
         `SystemExit`: it failed.
     """
     record, log = folder.with_name(f"{folder.name}.json"), folder.with_name(f"{folder.name}.log")
-    if record.exists():
+    if record.exists() and folder.exists():
         return json.loads(record.read_text())
     shutil.rmtree(folder, ignore_errors=True)
     print(f"making {folder.name} ...", flush=True)

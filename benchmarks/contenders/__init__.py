@@ -50,18 +50,18 @@ class Answer:
     """
     Attributes:
         seconds (`float`): from pictures and text to the last token.
-        first_token_seconds (`float`): to the first token; `None` if it was not seen, which is so in batches.
+        first_token_seconds (`float`): to the first token, of all rows.
         preprocess_seconds (`float`): of these, for preparing pictures and tokenizing; `None` if that happens inside the engine.
         tokens (`list[list[int]]`): what each row generated.
-        prompt_tokens (`int`): length of the prompt as the engine saw it.
+        prompt_tokens (`int`): length of the prompt as the engine saw it; `None` if it does not say.
         metrics (`dict[str, float]`): what the engine says of itself.
     """
 
     seconds: float
-    first_token_seconds: float | None
+    first_token_seconds: float
     preprocess_seconds: float | None
     tokens: list[list[int]]
-    prompt_tokens: int
+    prompt_tokens: int | None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 

@@ -46,10 +46,6 @@ def run(job: Job) -> dict:
 def _answer(contender: Contender, job: Job, index: int) -> Answer:
     pictures = [picture(job.batch * index + row) for row in range(job.batch)]
     answer = contender.answer(job.prompt, pictures, job.new_tokens)
-    if answer.first_token_seconds is None:
-        # The same once more, with other pictures, to the first token only
-        pictures = [picture(10_000 + job.batch * index + row) for row in range(job.batch)]
-        answer.first_token_seconds = contender.answer(job.prompt, pictures, 1).seconds
     if {len(row) for row in answer.tokens} != {job.new_tokens}:
         raise RuntimeError(f"Rows of {[len(row) for row in answer.tokens]} tokens, expected {job.new_tokens} each.")
     return answer

@@ -59,11 +59,23 @@ class ContinuousBatchingContender:
             self.pipeline.add_request(number, _prompt(prompt), images=[_tensor(picture)], generation_config=config)
             for number, picture in enumerate(pictures)
         ]
+        tokens: list[list[int]] = [[] for _ in pictures]
+        first_token = None
         while self.pipeline.has_non_finished_requests():
             self.pipeline.step()
-        seconds = time.perf_counter() - started
-        tokens = [list(handle.read_all()[0].generated_ids) for handle in handles]
-        return Answer(seconds, None, None, tokens, 0)
+            for row, handle in zip(tokens, handles):
+                while handle.can_read():
+                    row += [token for output in handle.read().values() for token in output.generated_ids]
+            if first_token is None and all(tokens):
+                first_token = time.perf_counter()
+        ended = time.perf_counter()
+        return Answer(
+            seconds=ended - started,
+            first_token_seconds=first_token - started,
+            preprocess_seconds=None,
+            tokens=tokens,
+            prompt_tokens=None,
+        )
 
     def stages(self, picture: Image.Image) -> dict[str, float]:
         return {}

@@ -13,7 +13,10 @@ from contenders import Answer
 
 
 class Clock:
-    """A streamer that notes when the first token comes. The first thing a streamer gets is the prompt."""
+    """A streamer that notes when the first token of each row is there. The first thing a streamer gets is the prompt.
+
+    transformers refuses streamers for beams, not for batches; only its own ones print a single row.
+    """
 
     def __init__(self):
         self.calls, self.first_token = 0, None
@@ -39,17 +42,17 @@ class TransformersContender:
         self.model, self.processor, self.encode = model, processor, encode
 
     def answer(self, prompt: str, pictures: list[Image.Image], new_tokens: int) -> Answer:
-        options = {"streamer": Clock()} if len(pictures) == 1 else {}
+        clock = Clock()
         started = time.perf_counter()
         inputs = self.processor(text=[prompt] * len(pictures), images=pictures, return_tensors="pt")
         prepared = time.perf_counter()
         with torch.no_grad():
-            output = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, **options)
+            output = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, streamer=clock)
         ended = time.perf_counter()
         length = inputs["input_ids"].shape[1]
         return Answer(
             seconds=ended - started,
-            first_token_seconds=options["streamer"].first_token - started if options else None,
+            first_token_seconds=clock.first_token - started,
             preprocess_seconds=prepared - started,
             tokens=output[:, length:].tolist(),
             prompt_tokens=length,
