@@ -26,30 +26,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
+from machine import machine, versions
 from measure import disk_usage, run_measured
 from random_checkpoint import SIZES, is_complete, write_random_checkpoint
 
 
 COPY_FACTOR, EXTRA_SECONDS = 2, 40
 ANONYMOUS_LIMIT = 1.5e9
-PACKAGES = (
-    "optimum-llava-ov",
-    "optimum",
-    "optimum-intel",
-    "openvino",
-    "openvino-tokenizers",
-    "nncf",
-    "torch",
-    "transformers",
-)
 
 
 def benchmark(workdir: Path, size: str, weight_format: str, keep: bool) -> dict:
@@ -107,22 +96,6 @@ def criteria(result: dict) -> dict:
         "anonymous_limit": ANONYMOUS_LIMIT,
         "anonymous_met": export["peak_anonymous"] <= ANONYMOUS_LIMIT,
     }
-
-
-def machine() -> dict:
-    """What the times depend on. `load` is the average of the last minutes: other programs that were running."""
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
-        "load": os.getloadavg(),
-    }
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def _run_cold(command: list[str | Path], source: Path, target: Path, log: Path) -> dict:

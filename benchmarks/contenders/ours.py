@@ -1,0 +1,14 @@
+"""`OVModelForLlavaMPT` on the bundle."""
+
+from __future__ import annotations
+
+from transformers import AutoProcessor
+
+from contenders import Job
+from contenders.transformers_style import TransformersContender
+from optimum_llava_ov import OVModelForLlavaMPT
+
+
+def load(job: Job) -> TransformersContender:
+    model = OVModelForLlavaMPT.from_pretrained(job.paths["bundle"])
+    return TransformersContender(model, AutoProcessor.from_pretrained(job.paths["bundle"]), model.get_image_features)

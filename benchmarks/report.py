@@ -1,0 +1,189 @@
+"""What `engines.py` has measured, for people: medians, ratios, targets. Standard library only."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+
+
+OURS, SDPA, NOTEBOOK = "ours", "genai-sdpa", "notebook"
+# Name, unit, factor from what is stored, digits
+MEASURES = {
+    "ttft": ("time to first token", "s", 1, 3),
+    "ttft_first": ("time to first token, first answer after loading", "s", 1, 3),
+    "token_ms": ("time per token", "ms", 1, 1),
+    "tokens_per_second": ("tokens per second, decoding, all rows", "1/s", 1, 1),
+    "tokens_per_second_total": ("tokens per second, prompt included, all rows", "1/s", 1, 1),
+    "load": ("loading", "s", 1, 2),
+    "peak_rss": ("peak RSS", "GB", 1e-9, 2),
+    "peak_anonymous": ("peak anonymous memory", "GB", 1e-9, 2),
+    "preprocess_ms": ("picture and text to inputs", "ms", 1, 1),
+    "stage_preprocess": ("picture to pixel values", "ms", 1, 1),
+    "stage_vision": ("vision encoder", "ms", 1, 1),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """`value` of the results is to be at most (or, if `at_least`, at least) `limit`."""
+
+    name: str
+    limit: float
+    value: float | None
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def summarize(runs: list[dict]) -> list[dict]:
+    """Medians of all rounds, one entry for each contender, prompt length and batch; `error` where there are only errors."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run["prompt_tokens"], run["batch"], run["contender"]].append(run)
+    return [
+        {"contender": contender, "prompt_tokens": length, "batch": batch, **_summary(group)}
+        for (length, batch, contender), group in sorted(groups.items(), key=lambda item: item[0][:2])
+    ]
+
+
+def _summary(runs: list[dict]) -> dict:
+    good = [run for run in runs if "error" not in run]
+    if not good:
+        return {"error": runs[-1]["error"]}
+    values = defaultdict(list)
+    for run in good:
+        for name in ("peak_rss", "peak_anonymous"):
+            values[name].append(run["memory"][name])
+        values["load"].append(run["load_seconds"])
+        values["ttft_first"].append(run["first"]["first_token_seconds"])
+        for name, value in run["stages"].items():
+            values[f"stage_{name}"].append(value)
+        for answer in run["later"]:
+            for name, value in _speeds(answer, run["batch"]).items():
+                values[name].append(value)
+    summary = {name: statistics.median(values[name]) for name in MEASURES if values[name]}
+    spread = {name: [min(values[name]), max(values[name])] for name in summary}
+    return {
+        **summary,
+        "spread": spread,
+        "rounds": len(good),
+        **({"errors": len(runs) - len(good)} if len(good) < len(runs) else {}),
+    }
+
+
+def _speeds(answer: dict, batch: int) -> dict[str, float]:
+    new_tokens = len(answer["tokens"][0])
+    decoding = answer["seconds"] - answer["first_token_seconds"]
+    speeds = {"ttft": answer["first_token_seconds"], "tokens_per_second_total": batch * new_tokens / answer["seconds"]}
+    if new_tokens > 1:
+        speeds["token_ms"] = 1000 * decoding / (new_tokens - 1)
+        speeds["tokens_per_second"] = batch * (new_tokens - 1) / decoding
+    if answer["preprocess_seconds"] is not None:
+        speeds["preprocess_ms"] = 1000 * answer["preprocess_seconds"]
+    return speeds
+
+
+def find(summaries: list[dict], contender: str, length: int, measure: str, batch: int = 1) -> float | None:
+    """One median, or `None` if it was not measured."""
+    for entry in summaries:
+        if (entry["contender"], entry["prompt_tokens"], entry["batch"]) == (contender, length, batch):
+            return entry.get(measure)
+    return None
+
+
+def targets(result: dict) -> list[Target]:
+    """What is asked of our class, each with what was measured."""
+    summaries = result["summary"]
+
+    def ratio(measure: str, length: int, opponent: str) -> float | None:
+        return _divide(find(summaries, OURS, length, measure), find(summaries, opponent, length, measure))
+
+    lengths = {entry["prompt_tokens"] for entry in summaries}
+    short, long = min(lengths), 2000 if 2000 in lengths else max(lengths)
+    found = []
+    for length in sorted({short, long}):
+        found += [
+            Target(f"time to first token at {length} / {SDPA}", 1.05, ratio("ttft", length, SDPA)),
+            Target(f"ms per token at {length} / {SDPA}", 1.08, ratio("token_ms", length, SDPA)),
+            Target(f"peak RSS at {length} / {SDPA}", 1.15, ratio("peak_rss", length, SDPA)),
+        ]
+    found.append(Target(f"ms per token at {short} / {NOTEBOOK}", 0.65, ratio("token_ms", short, NOTEBOOK)))
+    if long != short:
+        found += [
+            Target(f"ms per token at {long} / {NOTEBOOK}", 0.3, ratio("token_ms", long, NOTEBOOK)),
+            Target(f"time to first token at {long} / {NOTEBOOK}", 0.45, ratio("ttft", long, NOTEBOOK)),
+        ]
+    export, conversion = result.get("export") or {}, result.get("conversion") or {}
+    batches = [find(summaries, OURS, short, "tokens_per_second", batch) for batch in (8, 1)]
+    return [
+        *found,
+        Target(f"peak RSS at {short} / {NOTEBOOK}", 0.5, ratio("peak_rss", short, NOTEBOOK)),
+        Target(f"disk / {NOTEBOOK}", 0.55, _divide(export.get("bytes"), conversion.get("bytes"))),
+        Target(f"conversion time / {NOTEBOOK}", 0.5, _divide(export.get("seconds"), conversion.get("seconds"))),
+        Target(
+            "first answer's time to first token / later ones'",
+            1.5,
+            _divide(find(summaries, OURS, short, "ttft_first"), find(summaries, OURS, short, "ttft")),
+        ),
+        Target("tokens per second, 8 rows / 1 row", 3, _divide(*batches), at_least=True),
+    ]
+
+
+def text(result: dict) -> str:
+    """All of it as text, with the ratio to ours in brackets."""
+    summaries, machine = result["summary"], result["machine"]
+    contenders = list(dict.fromkeys(run["contender"] for run in result["runs"]))
+    lines = [
+        f"{result['size']}: {machine['cpu']}, {machine['cores']} cores, load {machine['load'][0]:.1f}",
+        "Medians; in brackets how many times ours.",
+    ]
+    for name in ("export", "conversion"):
+        if cost := result.get(name):
+            lines.append(
+                f"{name}: {cost['seconds']:.1f} s, {cost['peak_anonymous'] / 1e9:.2f} GB anonymous memory, "
+                f"{cost['peak_rss'] / 1e9:.2f} GB RSS, {cost['bytes'] / 1e9:.2f} GB on disk"
+            )
+    configurations = list(dict.fromkeys((entry["prompt_tokens"], entry["batch"]) for entry in summaries))
+    for measure, (title, unit, factor, digits) in MEASURES.items():
+        rows = []
+        for length, batch in configurations:
+            cells = [_cell(summaries, name, length, batch, measure, factor, digits) for name in contenders]
+            if any(cell not in ("", "fails") for cell in cells):
+                rows.append((f"{length} tokens" + (f", {batch} rows" if batch > 1 else ""), *cells))
+        if rows:
+            lines += ["", f"{title}, {unit}", *_table([("", *contenders), *rows])]
+    if failures := [entry for entry in summaries if "error" in entry]:
+        lines += ["", "failures"]
+        lines += [f"  {e['contender']}, {e['prompt_tokens']} tokens, {e['batch']} row(s): {e['error']}" for e in failures]
+    lines += ["", "targets"]
+    for target in targets(result):
+        value = "not measured" if target.value is None else f"{target.value:.2f}"
+        state = {True: "met", False: "MISSED", None: ""}[target.met]
+        lines.append(f"  {target.name:<56}{value:>14}  ({'>=' if target.at_least else '<='} {target.limit:g})  {state}")
+    return "\n".join(lines)
+
+
+def _cell(summaries: list[dict], contender: str, length: int, batch: int, measure: str, factor: float, digits: int) -> str:
+    if find(summaries, contender, length, "error", batch):
+        return "fails"
+    value = find(summaries, contender, length, measure, batch)
+    if value is None:
+        return ""
+    relative = _divide(value, find(summaries, OURS, length, measure, batch))
+    return f"{factor * value:.{digits}f}" + (f" ({relative:.2f})" if relative and contender != OURS else "")
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  " + row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:])) for row in rows
+    ]
+
+
+def _divide(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator is not None and denominator else None

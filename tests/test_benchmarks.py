@@ -1,0 +1,105 @@
+"""What the benchmarks compare with is right, and what they say follows from what they measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXACT, Golden, run
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+from report import summarize, targets  # noqa: E402
+
+
+GOLDEN = Golden("linear_fp16_sharded")
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory) -> Path:
+    """The notebook's conversion of a golden checkpoint, without compression."""
+    folder = tmp_path_factory.mktemp("notebook")
+    run(sys.executable, BENCHMARKS / "notebook_conversion.py", GOLDEN.checkpoint, folder, "--compression", "none")
+    return folder
+
+
+def test_notebook_pipeline_gives_the_original_tokens(notebook):
+    from notebook_pipeline import NotebookPipeline
+
+    pipeline = NotebookPipeline(notebook, ov_config=EXACT)
+    for name, case in GOLDEN.cases.items():
+        input_ids, _ = pipeline.prepare(case["prompt"], None)
+        assert input_ids[0].tolist() == case["input_ids"], name
+        pixel_values = [torch.from_numpy(GOLDEN.pixel_values(image)) for image in case["images"]]
+        tokens = pipeline.generate(input_ids, torch.cat(pixel_values) if pixel_values else None, len(case["greedy"]))
+        assert tokens[0].tolist() == case["greedy"], name
+
+
+def test_notebook_pipeline_prepares_pictures_as_the_original(notebook):
+    from notebook_pipeline import NotebookPipeline
+
+    pipeline = NotebookPipeline(notebook)
+    _, pixel_values = pipeline.prepare("<image>", GOLDEN.images("image_start"))
+    assert np.allclose(pixel_values.numpy(), GOLDEN.pixel_values("img0_300x200"), atol=1e-5)
+
+
+def test_engines(notebook, bundles, tmp_path):
+    """The whole comparison in small. The notebook's pipeline ends at 2048 tokens, and that is said."""
+    options = ["--tiny", "--bundle", bundles[GOLDEN.name], "--notebook", notebook, "--rounds", "1", "--repeats", "1"]
+    options += ["--contenders", "ours", "genai-pa", "notebook", "--prompts", "80", "2060", "--limit", "ours=80"]
+    output = run(sys.executable, BENCHMARKS / "engines.py", tmp_path, *options, "--new-tokens", "4", "--batches").stdout
+
+    result = json.loads((tmp_path / "results.json").read_text())
+    summary = {(entry["contender"], entry["prompt_tokens"]): entry for entry in result["summary"]}
+    assert summary.keys() == {("ours", 80), ("genai-pa", 80), ("notebook", 80), ("genai-pa", 2060), ("notebook", 2060)}
+    assert "error" in summary.pop(("notebook", 2060))
+    for entry in summary.values():
+        assert entry["ttft"] > 0
+        assert entry["token_ms"] > 0
+        assert entry["peak_rss"] > entry["peak_anonymous"] > 1e7
+    for measured in result["runs"]:
+        if "error" not in measured:
+            answers = [measured["first"], *measured["later"]]
+            assert [answer["prompt_tokens"] for answer in answers] == [measured["prompt_tokens"]] * 2, measured["contender"]
+    assert "fails" in output
+    assert "notebook, 2060 tokens" in output
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def measured(contender, prompt_tokens, times, batch=1, later_tokens=5):
+    """A run: time to first token and whole time, of the first answer and of later ones."""
+    answers = [
+        {"first_token_seconds": first, "seconds": whole, "preprocess_seconds": None, "tokens": [[1] * later_tokens] * batch}
+        for first, whole in times
+    ]
+    memory = {"peak_rss": 2e9, "peak_anonymous": 1e9}
+    settings = {"contender": contender, "prompt_tokens": prompt_tokens, "batch": batch, "load_seconds": 1.0}
+    return {**settings, "memory": memory, "first": answers[0], "later": answers[1:], "stages": {}}
+
+
+def test_medians_and_targets():
+    runs = [
+        measured("ours", 300, [(3.0, 4.0), (1.0, 1.4), (1.2, 1.6)]),
+        measured("ours", 300, [(5.0, 6.0), (1.1, 1.5), (9.0, 9.8)]),
+        measured("genai-sdpa", 300, [(3.0, 4.0), (1.0, 1.4)]),
+        measured("ours", 300, [(9.0, 9.0), (9.0, 9.8)], batch=8),
+        {"contender": "notebook", "prompt_tokens": 300, "batch": 1, "error": "RuntimeError: no"},
+    ]
+    result = {"summary": summarize(runs), "export": {"bytes": 1, "seconds": 4}, "conversion": {"bytes": 2, "seconds": 5}}
+    ours = result["summary"][0]
+    assert (ours["ttft"], ours["ttft_first"], ours["rounds"]) == (1.15, 4.0, 2)
+    assert ours["token_ms"] == pytest.approx(100)
+    assert ours["spread"]["ttft"] == [1.0, 9.0]
+    assert {entry["contender"] for entry in result["summary"] if "error" in entry} == {"notebook"}
+
+    found = {target.name: (target.value, target.met) for target in targets(result)}
+    assert found["time to first token at 300 / genai-sdpa"] == (pytest.approx(1.15), False)
+    assert found["ms per token at 300 / genai-sdpa"] == (pytest.approx(1.0), True)
+    assert found["ms per token at 300 / notebook"] == (None, None)
+    assert found["disk / notebook"] == (0.5, True)
+    assert found["conversion time / notebook"] == (0.8, False)
+    assert found["tokens per second, 8 rows / 1 row"] == (pytest.approx(4.0), True)
