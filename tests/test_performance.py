@@ -1,0 +1,154 @@
+"""What makes it fast and small, each seen to do what it is for. How much it brings is measured in `benchmarks/`."""
+
+import mmap
+import os
+import platform
+import sys
+from pathlib import Path
+
+import openvino
+import pytest
+import torch
+from conftest import EXACT, Golden, run
+from optimum.intel import OVConfig, OVWeightQuantizationConfig
+
+from optimum_llava_ov import OVModelForLlavaMPT, main_export
+from optimum_llava_ov.runtime.language_model import FIRST_LOGIT, with_first_logit
+from optimum_llava_ov.runtime.mapped import read_once, release_pages
+
+
+GOLDEN = Golden("linear_fp16_sharded")
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models[GOLDEN.name]
+
+
+@pytest.fixture(scope="module")
+def embeds(model):
+    return torch.randn(2, 70, model.config.text_config.d_model, generator=torch.Generator().manual_seed(0))
+
+
+class TestLogits:
+    @pytest.mark.parametrize("kept", [1, 3, 70, 100])
+    def test_of_the_last_positions(self, model, embeds, kept):
+        expected = model(inputs_embeds=embeds).logits
+        assert expected.shape == (2, 70, model.config.text_config.vocab_size)
+        torch.testing.assert_close(
+            model(inputs_embeds=embeds, logits_to_keep=kept).logits, expected[:, -kept:], atol=1e-5, rtol=0
+        )
+
+    def test_generate_asks_for_one_row(self, model, monkeypatch):
+        asked = []
+        forward = model.language_model.forward
+        monkeypatch.setattr(model.language_model, "forward", lambda *args: asked.append(args[3]) or forward(*args))
+        model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=3, eos_token_id=None, do_sample=False)
+        assert asked == [1, 1, 1]
+        request = model.language_model.request
+        assert list(request.get_tensor("logits").shape) == [1, 1, model.config.text_config.vocab_size]
+
+    def test_the_graph_that_was_loaded_stays_as_it_is(self, bundles):
+        model = openvino.Core().read_model(bundles[GOLDEN.name] / "openvino_language_model.xml")
+        inputs = {"inputs_embeds", "attention_mask", "beam_idx"}
+        changed = with_first_logit(model)
+        assert {port.get_any_name() for port in changed.inputs} == {*inputs, FIRST_LOGIT}
+        assert {port.get_any_name() for port in model.inputs} == {*inputs, "position_ids"}
+        assert len(changed.get_variables()) == len(model.get_variables()) == 2 * 3
+
+    def test_of_a_model_that_was_compiled_elsewhere(self, bundles, model, embeds):
+        """`compile_only=True` gives no graph that could be changed."""
+        compiled = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], compile_only=True, ov_config=EXACT)
+        assert FIRST_LOGIT not in {port.get_any_name() for port in compiled.language_model.request.model_inputs}
+        expected = model(inputs_embeds=embeds, logits_to_keep=2).logits
+        torch.testing.assert_close(compiled(inputs_embeds=embeds, logits_to_keep=2).logits, expected, atol=1e-5, rtol=0)
+
+
+class TestMappedFiles:
+    @pytest.fixture
+    def mapped(self, tmp_path):
+        if not Path("/proc/self/smaps").exists():
+            pytest.skip("only Linux tells what is resident")
+        file = tmp_path / "weights.bin"
+        file.write_bytes(os.urandom(1 << 22))
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+            yield file, mapping
+
+    @staticmethod
+    def resident(file):
+        sections = Path("/proc/self/smaps").read_text().split("VmFlags")
+        lines = next(section for section in sections if str(file) in section).splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+    def test_release(self, mapped):
+        file, mapping = mapped
+        content = mapping[:]
+        assert self.resident(file) == 4096
+        release_pages(file)
+        assert self.resident(file) == 0
+        assert mapping[:] == content == file.read_bytes()
+
+    def test_read_once(self, mapped):
+        file, mapping = mapped
+        with read_once(file):
+            content = mapping[:]
+        assert self.resident(file) == 0
+        assert content == file.read_bytes()
+
+    def test_weights_are_not_resident_twice(self, bundles):
+        """A fresh process has packed its weights when it is loaded, and holds no pages of their files."""
+        code = (
+            "import sys; from pathlib import Path; from optimum_llava_ov import OVModelForLlavaMPT\n"
+            "model = OVModelForLlavaMPT.from_pretrained(sys.argv[1])\n"
+            "for section in Path('/proc/self/smaps').read_text().split('VmFlags'):\n"
+            "    for part in ('language', 'vision_embeddings'):\n"
+            "        if f'openvino_{part}_model.bin' in section: print(part, section.split('\\nRss:')[1].split()[0])\n"
+        )
+        found = run(sys.executable, "-c", code, bundles[GOLDEN.name]).stdout.split("\n")
+        assert sorted(line for line in found if line) == ["language 0", "vision_embeddings 0"]
+
+
+class TestHugePages:
+    CODE = (
+        "import os; from optimum_llava_ov.export.memory import restart_with_huge_pages\n"
+        "restart_with_huge_pages()\n"
+        "print(os.environ.get('GLIBC_TUNABLES'))"
+    )
+
+    @pytest.fixture
+    def available(self):
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+        return platform.libc_ver()[0] == "glibc" and setting.exists() and "[madvise]" in setting.read_text()
+
+    def test_once(self, available):
+        assert run(sys.executable, "-c", self.CODE).stdout == ("glibc.malloc.hugetlb=1\n" if available else "None\n")
+
+    def test_beside_other_settings(self, available):
+        env = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}
+        expected = "glibc.malloc.arena_max=2" + (":glibc.malloc.hugetlb=1" if available else "")
+        assert run(sys.executable, "-c", self.CODE, env=env).stdout == f"{expected}\n"
+
+    def test_who_chose_otherwise_is_left_alone(self):
+        assert run(sys.executable, "-c", self.CODE, env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}).stdout.endswith("=0\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bits": 4}, "128"),
+        ({"bits": 8}, "128"),
+        ({"bits": 4, "group_size": 64}, "64"),
+        ({"bits": 4, "group_size": 32}, None),
+        ({"bits": 4, "dq_group_size": 32}, "32"),
+    ],
+)
+def test_groups_of_activations(tmp_path, options, expected):
+    """As large as those of the weights, written into the graph, where every engine finds it."""
+    config = options if len(options) == 1 else OVWeightQuantizationConfig(**options)
+    main_export(GOLDEN.checkpoint, tmp_path, ov_config=OVConfig(quantization_config=config))
+    key = ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]
+    model = openvino.Core().read_model(tmp_path / "openvino_language_model.xml")
+    assert (model.get_rt_info(key).value if model.has_rt_info(key) else None) == expected
+    if expected:
+        compiled = openvino.Core().compile_model(model, "CPU")
+        assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == int(expected)
