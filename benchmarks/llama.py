@@ -111,7 +111,8 @@ class Model:
         """Process tokens after those that were processed; logits are those of the last."""
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]
-            batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(part))(*part), len(part))
+            array = (llama_cpp.llama_token * len(part))(*part)  # a batch only points to it
+            batch = llama_cpp.llama_batch_get_one(array, len(part))
             if llama_cpp.llama_decode(self.context, batch):
                 raise RuntimeError(f"llama.cpp could not process {len(part)} tokens; its messages say why.")
         llama_cpp.llama_synchronize(self.context)
@@ -173,7 +174,7 @@ def main() -> None:
     command = commands.add_parser("convert")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("folder", type=Path)
-    command.add_argument("--types", nargs="+", default=list(TYPES))
+    command.add_argument("--types", nargs="*", default=list(TYPES))
 
     command = commands.add_parser("measure")
     command.add_argument("file", type=Path)

@@ -42,7 +42,7 @@ def test_table(shapes_bundle):
     head, machine, _, names, *rows, _, loading, memory = result.stdout.splitlines()
     assert re.fullmatch(r"shapes-ov in genai on CPU: computes in (bf16|f16|f32), cache in \w+", head)
     assert machine.endswith(f"openvino {version('openvino')}, openvino-genai {version('openvino-genai')}")
-    assert names.split("  ")[-4:] == [" prompt", "first token", "then, per token", "tokens/s"]
+    assert re.split(" {2,}", names.strip()) == ["prompt", "first token", "then, per token", "tokens/s"]
     assert [re.fullmatch(rf" *(\d+) tokens +{number} s +{number} ms +{number}", row)[1] for row in rows] == ["60", "200"]
     assert re.fullmatch(
         rf"Loading takes {number} s, and the first answer after it begins after {number} s \(60 tokens\)\.", loading
@@ -92,7 +92,7 @@ def test_answers_do_not_end_early(engine, shapes_bundle):
     prompts = PromptMaker(engine.processor, engine.config)
     arrivals = engine.arrivals([prompts.make(60) for _ in range(3)], 40)
     assert [len(row) for row in arrivals] == [40] * 3
-    assert all(0 < row[0] and row == sorted(row) for row in arrivals)
+    assert all(row[0] > 0 and row == sorted(row) for row in arrivals)
 
 
 def test_settings_are_those_of_the_bundle(engine):
