@@ -34,9 +34,7 @@ class GenAIModel:
     """
 
     def __init__(self, bundle: Path, device: str = "CPU", ov_config: dict[str, str] | None = None):
-        scheduler = openvino_genai.SchedulerConfig()
-        scheduler.enable_prefix_caching = True
-        properties = {"ATTENTION_BACKEND": "PA", "scheduler_config": scheduler, **(ov_config or {})}
+        properties = {"ATTENTION_BACKEND": "PA", "scheduler_config": scheduler_config(prefix_caching=True), **(ov_config or {})}
         self.pipeline = openvino_genai.VLMPipeline(bundle, device, **properties)
         self._turn = threading.Lock()
 
@@ -87,7 +85,7 @@ class GenAIEngine:
         for message, key in zip(messages[len(self._said) :], wanted[len(self._said) :]):
             self._history.append({"role": message["role"], "content": text_of(message)})
             self._said.append(key)
-            images = [self._tensor(picture) for picture in pictures_of([message])]
+            images = [picture_tensor(picture, self.processor) for picture in pictures_of([message])]
             if message is messages[-1]:
                 self._generate(images, config, _Tokens(answer, output))
             elif images:  # GenAI takes pictures only with a question that it answers
@@ -99,15 +97,6 @@ class GenAIEngine:
         self.model.pipeline.generate(self._history, images=images, generation_config=config, streamer=tokens)
         if tokens is not None and tokens.error is not None:
             raise tokens.error
-
-    def _tensor(self, picture: Image.Image) -> openvino.Tensor:
-        """`(1, height, width, 3)`, of the size that the model sees: so GenAI neither resamples nor pads, both of which it does
-        in another way than the processor.
-        """
-        values = self.processor.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")[
-            "pixel_values"
-        ]
-        return openvino.Tensor(np.ascontiguousarray(values.transpose(0, 2, 3, 1).round().astype(np.uint8)))
 
 
 class _Tokens(openvino_genai.StreamerBase):
@@ -130,6 +119,21 @@ class _Tokens(openvino_genai.StreamerBase):
 
     def end(self) -> None:
         pass
+
+
+def scheduler_config(prefix_caching: bool) -> openvino_genai.SchedulerConfig:
+    """How paged attention is run, with or without remembering prompts that begin alike."""
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.enable_prefix_caching = prefix_caching
+    return scheduler
+
+
+def picture_tensor(picture: Image.Image, processor: Any) -> openvino.Tensor:
+    """`(1, height, width, 3)`, of the size that the model sees: so GenAI neither resamples nor pads, both of which it does in
+    another way than the processor.
+    """
+    values = processor.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    return openvino.Tensor(np.ascontiguousarray(values.transpose(0, 2, 3, 1).round().astype(np.uint8)))
 
 
 def generation_config(config: Any, options: dict[str, Any]) -> Any:

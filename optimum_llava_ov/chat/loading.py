@@ -29,12 +29,7 @@ def session_factory(
         `ValueError`: there is no such device or engine, or the folder is no bundle.
         `ImportError`: the engine is not installed.
     """
-    check_device(device)
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
-    if engine == AUTO:
-        engine = choose_engine(bundle)
-    if engine == GENAI:
+    if resolve_engine(bundle, device, engine) == GENAI:
         return _genai_factory(bundle, device, ov_config)
     from transformers import AutoProcessor
 
@@ -43,6 +38,28 @@ def session_factory(
     model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
     processor = AutoProcessor.from_pretrained(model.model_save_dir)
     return lambda **kwargs: model.chat(processor, **kwargs)
+
+
+def resolve_engine(bundle: str, device: str, engine: str) -> str:
+    """The engine that an option means, once there is such a device and such an engine.
+
+    Raises:
+        `ValueError`: there is no such device or engine.
+        `ImportError`: the engine is not installed.
+    """
+    check_device(device)
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    if engine == AUTO:
+        engine = choose_engine(bundle)
+    if engine == GENAI:
+        try:
+            import openvino_genai  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                f'The genai engine needs OpenVINO GenAI ({error}). Install it with: pip install "optimum-llava-ov[genai]"'
+            ) from error
+    return engine
 
 
 def choose_engine(bundle: str) -> str:
@@ -54,21 +71,28 @@ def choose_engine(bundle: str) -> str:
     return OPENVINO if is_original_checkpoint(bundle) else GENAI
 
 
-def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
-    try:
-        from optimum_llava_ov.chat.genai import GenAIEngine, GenAIModel
-    except ImportError as error:
-        raise ImportError(
-            f'The genai engine needs OpenVINO GenAI ({error}). Install it with: pip install "optimum-llava-ov[genai]"'
-        ) from error
-    from transformers import AutoConfig, AutoProcessor
+def bundle_folder(bundle: str, reason: str) -> Path:
+    """Folder of a bundle, downloaded if it is on the Hub.
 
+    Raises:
+        `ValueError`: it is no bundle. Gives `reason` for why it must be one.
+    """
+    message = (
+        f"{bundle} has no {PARTS['language_model']}, so it is no bundle, and {reason}. "
+        f"Convert it first: optimum-cli export openvino --model {bundle} llava-mpt-ov"
+    )
     folder = Path(bundle) if Path(bundle).is_dir() else Repository(bundle).download((*FILES, *EXTRA_FILES))
     if not (folder / PARTS["language_model"]).exists():
-        raise ValueError(
-            f"{bundle} has no {PARTS['language_model']}, so it is no bundle, and the genai engine converts nothing on the fly. "
-            f"Convert it first: optimum-cli export openvino --model {bundle} llava-mpt-ov"
-        )
+        raise ValueError(message)
+    return folder
+
+
+def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
+    from transformers import AutoConfig, AutoProcessor
+
+    from optimum_llava_ov.chat.genai import GenAIEngine, GenAIModel
+
+    folder = bundle_folder(bundle, "the genai engine converts nothing on the fly")
     model = GenAIModel(folder, device, ov_config)
     config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     return lambda **kwargs: ChatSession(GenAIEngine(model, processor), processor, config, **kwargs)

@@ -9,8 +9,7 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
-def _add_common_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="Bundle: a folder or a model id. An original checkpoint is converted on the fly.")
+def add_engine_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="CPU", help='OpenVINO device, such as CPU, GPU or AUTO; "list" shows those of this machine.'
     )
@@ -20,6 +19,11 @@ def _add_common_arguments(parser: ArgumentParser) -> None:
         default="auto",
         help="What computes: OpenVINO GenAI, or this package's own model. Default: GenAI, if it is installed and can read the model.",
     )
+
+
+def _add_common_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="Bundle: a folder or a model id. An original checkpoint is converted on the fly.")
+    add_engine_arguments(parser)
     parser.add_argument("--system", help="System prompt, instead of the model's usual one.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest words (default: %(default)s).")
     parser.add_argument("--top-p", type=float, default=0.9, help="When sampling (default: %(default)s).")
@@ -50,11 +54,11 @@ class ChatCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         args = self.args
         if args.device == "list":
-            return _list_devices()
+            return list_devices()
         if not sys.stdin.isatty():
             # Only the answer, for whoever reads the other end.
             os.environ.setdefault("TQDM_DISABLE", "1")
-        _check_device(args.device)
+        check_device_or_exit(args.device)
         from optimum_llava_ov.chat.loading import sampling_options, session_factory
         from optimum_llava_ov.chat.terminal import run_chat
 
@@ -72,13 +76,13 @@ class ChatCommand(BaseOptimumCLICommand):
             sys.exit(f"error: {error}")
 
 
-def _list_devices() -> None:
+def list_devices() -> None:
     from optimum_llava_ov.chat.devices import available_devices
 
     print("\n".join(available_devices()))
 
 
-def _check_device(device: str) -> None:
+def check_device_or_exit(device: str) -> None:
     from optimum_llava_ov.chat.devices import check_device
 
     try:
@@ -113,8 +117,8 @@ class DemoCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         args = self.args
         if args.device == "list":
-            return _list_devices()
-        _check_device(args.device)
+            return list_devices()
+        check_device_or_exit(args.device)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             import gradio  # noqa: F401

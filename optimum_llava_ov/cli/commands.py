@@ -7,6 +7,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum_llava_ov.cli.bench import BenchCommand
 from optimum_llava_ov.cli.chat import ChatCommand, DemoCommand
 
 
@@ -83,6 +84,7 @@ class LlavaOVCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="llava-ov", help="Tools for LLaVA-MPT bundles.")
     SUBCOMMANDS = (
         CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),
+        CommandInfo(name=BenchCommand.COMMAND.name, help=BenchCommand.COMMAND.help, subcommand_class=BenchCommand),
         CommandInfo(name=PushCommand.COMMAND.name, help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
         CommandInfo(name=ChatCommand.COMMAND.name, help=ChatCommand.COMMAND.help, subcommand_class=ChatCommand),
         CommandInfo(name=DemoCommand.COMMAND.name, help=DemoCommand.COMMAND.help, subcommand_class=DemoCommand),

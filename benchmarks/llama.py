@@ -1,0 +1,202 @@
+"""A contender: the language model of a LLaVA-MPT in llama.cpp, which knows MPT but no pictures in front of it.
+
+    CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python gguf     # builds llama.cpp for this processor
+
+    python benchmarks/random_checkpoint.py random --size 7b
+    python benchmarks/llama.py convert random/checkpoint gguf       # F16.gguf, Q4_K_M.gguf, Q4_0.gguf
+    python benchmarks/llama.py measure gguf/Q4_K_M.gguf             # prints JSON
+    python benchmarks/llama.py logits gguf/F16.gguf 1,2,3 out.npy   # to compare with another engine
+
+`measure` does what `llama-bench` does: a batch of the prompt's tokens, then single tokens at that depth; a first round warms up,
+the others count. It needs neither torch nor this package, and its memory is that of llama.cpp and a bare Python. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+
+TYPES = ("Q4_K_M", "Q4_0")
+BATCH, MICRO_BATCH = 2048, 512  # as llama-bench
+
+
+def convert(checkpoint: Path, folder: Path, types: list[str], threads: int) -> None:
+    """Write `folder/F16.gguf`, and quantize it with llama.cpp's own quantizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    original = folder / "F16.gguf"
+    if not original.exists():
+        write_gguf(checkpoint, original)
+    for name in types:
+        quantize(original, folder / f"{name}.gguf", name, threads)
+
+
+def write_gguf(checkpoint: Path, file: Path) -> None:
+    """Matrices as they are, in fp16; norms in fp32, as llama.cpp's own converter has them. Without a tokenizer: ids go in."""
+    import gguf
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    writer = gguf.GGUFWriter(file.with_suffix(".part"), gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MPT])
+    writer.add_name(checkpoint.parent.name)
+    writer.add_context_length(config["max_seq_len"])
+    writer.add_embedding_length(config["d_model"])
+    writer.add_block_count(config["n_layers"])
+    writer.add_feed_forward_length(config["expansion_ratio"] * config["d_model"])
+    writer.add_head_count(config["n_heads"])
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_max_alibi_bias(config["attn_config"]["alibi_bias_max"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config["vocab_size"])
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MPT, config["n_layers"])
+    for name, values in tensors(checkpoint):
+        if "mm_projector" not in name:
+            new_name = names.get_name(name, try_suffixes=(".weight",))
+            writer.add_tensor(new_name, values.astype(np.float32) if values.ndim == 1 else values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file(progress=True)
+    writer.close()
+    file.with_suffix(".part").rename(file)
+
+
+def tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Of all shards, mapped."""
+    import torch
+
+    for shard in sorted(checkpoint.glob("pytorch_model*.bin")):
+        for name, tensor in torch.load(shard, mmap=True, weights_only=True).items():
+            yield name, tensor.numpy()
+
+
+def quantize(source: Path, target: Path, name: str, threads: int) -> None:
+    """Write `target`, the model of `source` in llama.cpp's type `name`."""
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+    options.nthread = threads
+    if llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(options)):
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {name}; its messages say why.")
+
+
+class Model:
+    """A model and one context, by llama.cpp's own interface and with its defaults."""
+
+    def __init__(self, file: Path, context: int, threads: int):
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(bytes(file), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp could not load {file}; its messages say why.")
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = context
+        options.n_batch, options.n_ubatch = BATCH, MICRO_BATCH
+        options.n_threads = options.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, options)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def forget(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
+
+    def decode(self, tokens: list[int]) -> None:
+        """Process tokens after those that were processed; logits are those of the last."""
+        for start in range(0, len(tokens), BATCH):
+            part = tokens[start : start + BATCH]
+            array = (llama_cpp.llama_token * len(part))(*part)  # a batch only points to it
+            batch = llama_cpp.llama_batch_get_one(array, len(part))
+            if llama_cpp.llama_decode(self.context, batch):
+                raise RuntimeError(f"llama.cpp could not process {len(part)} tokens; its messages say why.")
+        llama_cpp.llama_synchronize(self.context)
+
+    def logits(self) -> np.ndarray:
+        """`(vocab_size,)` float32, of the last token."""
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, -1), (self.vocab_size,)).copy()
+
+
+def measure(file: Path, prompt_tokens: int, new_tokens: int, rounds: int, threads: int) -> dict[str, Any]:
+    """Medians over `rounds`, after one that warms up."""
+    started = time.perf_counter()
+    model = Model(file, prompt_tokens + new_tokens, threads)
+    load_seconds = time.perf_counter() - started
+    choose = random.Random(0)
+    prefill, decode = [], []
+    for _ in range(1 + rounds):
+        tokens = [choose.randrange(model.vocab_size) for _ in range(prompt_tokens + new_tokens)]
+        model.forget()
+        started = time.perf_counter()
+        model.decode(tokens[:prompt_tokens])
+        prefill.append(prompt_tokens / (time.perf_counter() - started))
+        started = time.perf_counter()
+        for token in tokens[prompt_tokens:]:
+            model.decode([token])
+        decode.append(new_tokens / (time.perf_counter() - started))
+    return {
+        "contender": f"llama.cpp {file.stem}",
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "threads": threads,
+        "load_seconds": load_seconds,
+        "first_prefill_tokens_per_second": prefill[0],
+        "prefill_tokens_per_second": median(prefill[1:]),
+        "decode_tokens_per_second": median(decode[1:]),
+        "ms_per_token": 1000 / median(decode[1:]),
+        "time_to_first_token": prompt_tokens / median(prefill[1:]),
+        **peak_memory(),
+        "disk": file.stat().st_size,
+        "versions": {"llama-cpp-python": llama_cpp.__version__},
+        "system_info": llama_cpp.llama_print_system_info().decode(),
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes. Of anonymous memory the kernel keeps no maximum; nothing of it is given back before the end, where this is read."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    found = {words[0]: 1024 * int(words[1]) for words in lines if words[-1] == "kB"}
+    return {"peak_rss": found["VmHWM:"], "peak_anonymous": found["RssAnon:"]}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("convert")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("folder", type=Path)
+    command.add_argument("--types", nargs="*", default=list(TYPES))
+
+    command = commands.add_parser("measure")
+    command.add_argument("file", type=Path)
+    command.add_argument("--prompt-tokens", type=int, default=300)
+    command.add_argument("--new-tokens", type=int, default=64)
+    command.add_argument("--rounds", type=int, default=3)
+
+    command = commands.add_parser("logits")
+    command.add_argument("file", type=Path)
+    command.add_argument("input_ids", type=lambda text: [int(token) for token in text.split(",")])
+    command.add_argument("out", type=Path, help="(tokens, vocab_size) float32, as .npy")
+
+    arguments = parser.parse_args()
+    if arguments.command == "convert":
+        convert(arguments.checkpoint, arguments.folder, arguments.types, arguments.threads)
+    elif arguments.command == "logits":
+        model = Model(arguments.file, len(arguments.input_ids), arguments.threads)
+        np.save(arguments.out, np.stack([model.decode([token]) or model.logits() for token in arguments.input_ids]))
+    else:
+        options = (arguments.prompt_tokens, arguments.new_tokens, arguments.rounds, arguments.threads)
+        print(json.dumps(measure(arguments.file, *options), indent=2))
+
+
+if __name__ == "__main__":
+    main()

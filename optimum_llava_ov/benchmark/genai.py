@@ -1,0 +1,61 @@
+"""A bundle under measurement, run by OpenVINO GenAI."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import openvino
+import openvino_genai
+from transformers import AutoConfig, AutoProcessor
+
+from optimum_llava_ov.benchmark.engine import SETTINGS, read_settings
+from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.chat.genai import picture_tensor, scheduler_config
+from optimum_llava_ov.chat.messages import pictures_of, text_of
+from optimum_llava_ov.chat.prompt import Prompt
+
+
+class GenAIEngine:
+    """Paged attention as in a chat, but without prefix caching: a prompt that was there before would cost nothing."""
+
+    def __init__(self, bundle: Path, device: str, ov_config: dict[str, str] | None = None):
+        self.bundle = bundle
+        self.device = device
+        self.ov_config = ov_config or {}
+        scheduler = scheduler_config(prefix_caching=False)
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(bundle, scheduler, device, self.ov_config)
+        self.processor = AutoProcessor.from_pretrained(bundle)
+        self.config = AutoConfig.from_pretrained(bundle)
+
+    def arrivals(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[float]]:
+        options = openvino_genai.GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True)
+        started = time.perf_counter()
+        handles = []
+        for number, prompt in enumerate(prompts):
+            images = [picture_tensor(picture, self.processor) for picture in pictures_of(prompt.messages)]
+            # GenAI writes the template and the pictures' places around the text, just as the processor does.
+            handles.append(self.pipeline.add_request(number, text_of(prompt.messages[-1]), images, options))
+        times: list[list[float]] = [[] for _ in prompts]
+        while self.pipeline.has_non_finished_requests():
+            self.pipeline.step()
+            now = time.perf_counter() - started
+            for row, handle in zip(times, handles):
+                if handle.can_read():
+                    row += [now] * sum(len(output.generated_ids) for output in handle.read().values())
+        return times
+
+    def settings(self) -> dict[str, str | int | None]:
+        """The device's defaults, and what the bundle and the user say: GenAI does not tell what came of them."""
+        core = openvino.Core()
+        settings = read_settings(lambda key: core.get_property(self.device, key))
+        told = {**_runtime_options(core.read_model(self.bundle / PARTS["language_model"])), **self.ov_config}
+        settings |= {name: told[key] for name, key in SETTINGS.items() if key in told}
+        return {**settings, "threads": settings["threads"] or None}
+
+
+def _runtime_options(model: openvino.Model) -> dict[str, str]:
+    """Properties that the language model's file asks every engine for."""
+    path = ["runtime_options"]
+    return dict(model.get_rt_info(path).value) if model.has_rt_info(path) else {}

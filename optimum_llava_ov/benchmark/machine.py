@@ -1,0 +1,51 @@
+"""What a measurement depends on besides the bundle: the processor, and versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import openvino
+import torch
+
+
+PACKAGES = ("optimum-llava-ov", "openvino", "openvino-genai", "optimum-intel", "transformers", "torch")
+# What makes the difference for matrices in 8 bits and in bf16, by the names that Linux and the manuals have.
+FEATURES = ("avx2", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16")
+ARM_FEATURES = ("neon", "bf16", "i8mm", "dot", "sve", "sve2", "sme")
+
+
+def versions() -> dict[str, str | None]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def describe_cpu() -> dict[str, Any]:
+    """Name, features and cores of the processor."""
+    return {
+        "name": openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"),
+        "features": cpu_features(),
+        "cores": available_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def cpu_features() -> list[str]:
+    """Those of [`FEATURES`] that the processor has. An older torch tells only the widest vectors, such as `avx512`."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return [name for name in (*FEATURES, *ARM_FEATURES) if found.get(name)]
+    return [torch.backends.cpu.get_cpu_capability().lower()]
+
+
+def available_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,109 @@
+"""`optimum-cli llava-ov bench`, and the same from Python."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from optimum_llava_ov.benchmark.engine import Engine, OpenVINOEngine
+from optimum_llava_ov.benchmark.machine import describe_cpu, versions
+from optimum_llava_ov.benchmark.memory import AnonymousPeak, peak_rss
+from optimum_llava_ov.benchmark.prompt import PromptMaker
+from optimum_llava_ov.benchmark.result import Benchmark, Run, Speed
+from optimum_llava_ov.chat.loading import AUTO, GENAI, bundle_folder, resolve_engine
+
+
+WARM_UP_TOKENS = 8  # of the answers before those that count
+
+
+def benchmark(
+    bundle: str | Path,
+    prompt_tokens: Sequence[int] | None = None,
+    new_tokens: int = 64,
+    rounds: int = 3,
+    batch_size: int = 1,
+    images: Sequence[Image.Image] = (),
+    device: str = "CPU",
+    engine: str = AUTO,
+    ov_config: dict[str, str] | None = None,
+) -> Benchmark:
+    """Load a bundle and measure it. Lengths take turns, so that what else the machine does hits all of them.
+
+    Memory is that of this process since it began: for numbers of the bundle's own, measure in a process of its own.
+
+    Args:
+        bundle: folder or model id.
+        prompt_tokens: lengths of the prompts, each of them with a picture. Default: 300 and 1000, or more where a picture takes more.
+        new_tokens: of each answer; the end-of-text token does not end it.
+        rounds: answers for each length, after one that warms up and does not count.
+        batch_size: prompts at a time, each with a picture.
+        images: for the prompts, in turn. Default: noise, another one each time.
+        engine: "openvino", this package's own model; "genai", OpenVINO GenAI; or "auto", what the chat would take.
+
+    Raises:
+        `ValueError`: this is no bundle, there is no such device or engine, or a prompt is too short for a picture.
+        `ImportError`: the engine is not installed.
+    """
+    _check_numbers(new_tokens=(new_tokens, 2), rounds=(rounds, 1), batch_size=(batch_size, 1))
+    engine = resolve_engine(str(bundle), device, engine)
+    folder = bundle_folder(str(bundle), "to convert is not to be measured here")
+    gc.collect()
+    with AnonymousPeak() as anonymous:
+        started = time.perf_counter()
+        model = _load(engine, folder, device, ov_config)
+        load_seconds = time.perf_counter() - started
+        prompts = PromptMaker(model.processor, model.config, images)
+        lengths = prompts.lengths(prompt_tokens)
+        warm_up, *measured = _measure(model, prompts, lengths, new_tokens, rounds, batch_size)
+    return Benchmark(
+        bundle=folder.resolve().name if Path(bundle).is_dir() else str(bundle),
+        engine=engine,
+        device=device,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        load_seconds=load_seconds,
+        first_time_to_first_token=warm_up[0].time_to_first_token,
+        speeds=[Speed.of(length, list(runs)) for length, runs in zip(lengths, zip(*measured))],
+        peak_rss=peak_rss(),
+        peak_anonymous=anonymous.bytes,
+        settings=model.settings(),
+        cpu=describe_cpu(),
+        versions=versions(),
+    )
+
+
+def _load(engine: str, folder: Path, device: str, ov_config: dict[str, str] | None) -> Engine:
+    if engine == GENAI:
+        from optimum_llava_ov.benchmark.genai import GenAIEngine
+
+        return GenAIEngine(folder, device, ov_config)
+    return OpenVINOEngine(folder, device, ov_config)
+
+
+def _measure(
+    model: Engine, prompts: PromptMaker, lengths: Sequence[int], new_tokens: int, rounds: int, batch_size: int
+) -> list[list[Run]]:
+    """A run for each length in each round, the first round being the one that warms up."""
+    results = []
+    with tqdm(total=(1 + rounds) * len(lengths), unit="answer", desc="Loaded; warming up") as progress:
+        for number in range(1 + rounds):
+            results.append([])
+            for length in lengths:
+                count = new_tokens if number else min(new_tokens, WARM_UP_TOKENS)
+                batch = [prompts.make(length) for _ in range(batch_size)]
+                results[-1].append(Run.from_arrivals(model.arrivals(batch, count)))
+                progress.update()
+            progress.set_description("Measuring")
+    return results
+
+
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected {least} or more.")

@@ -1,0 +1,80 @@
+"""Prompts of an exact number of tokens, with a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from optimum_llava_ov.chat.messages import user_message
+from optimum_llava_ov.chat.prompt import Prompt, build_prompt
+
+
+DEFAULT_LENGTHS = (300, 1000)
+# One of these is one token wherever it stands, in every tokenizer that was met.
+FILLERS = (" the", " a", ".", "?", "\n", "0")
+
+
+class PromptMaker:
+    """Makes questions about a picture, as long as asked for.
+
+    Args:
+        pictures: taken in turn; drawn from noise, each another one, if there are none.
+    """
+
+    def __init__(self, processor: Any, config: Any, pictures: Sequence[Image.Image] = ()):
+        self.processor = processor
+        self.config = config
+        self.pictures = pictures
+        self._made = 0
+        self._texts: dict[int, str] = {}
+
+    def shortest(self) -> int:
+        """Tokens of a picture without a question."""
+        return len(self._prompt("", Image.new("RGB", (8, 8))))
+
+    def lengths(self, wanted: Sequence[int] | None) -> list[int]:
+        """The lengths to measure: those wanted, or, if it is `None`, the usual ones, longer where a picture takes more.
+
+        Raises:
+            `ValueError`: a picture does not fit into one that was asked for.
+        """
+        shortest = self.shortest()
+        if wanted is None:
+            return sorted({max(length, -(-shortest // 100) * 100) for length in DEFAULT_LENGTHS})
+        for length in wanted:
+            if length < shortest:
+                raise ValueError(
+                    f"A prompt of {length} tokens was asked for, but with this model a picture ({self.config.image_seq_length} "
+                    f"tokens) and the words around it take {shortest} tokens. Ask for --prompt-tokens {shortest} or more."
+                )
+        return list(dict.fromkeys(wanted))
+
+    def make(self, length: int) -> Prompt:
+        """A prompt of `length` tokens with the next picture."""
+        if length not in self._texts:
+            self._texts[length] = self._text(length)
+        picture = self.pictures[self._made % len(self.pictures)] if self.pictures else self._noise(self._made)
+        self._made += 1
+        return self._prompt(self._texts[length], picture)
+
+    def _text(self, length: int) -> str:
+        picture = Image.new("RGB", (8, 8))
+        missing = length - self.shortest()
+        for filler in FILLERS:
+            text = filler * missing
+            if len(self._prompt(text, picture)) == length:
+                return text
+        raise ValueError(
+            f"With this tokenizer no text was found that makes a prompt of exactly {length} tokens. Try another length."
+        )
+
+    def _prompt(self, text: str, picture: Image.Image) -> Prompt:
+        return build_prompt([user_message(text, [picture])], self.processor, self.config)
+
+    def _noise(self, seed: int) -> Image.Image:
+        """Of the size of a photograph on a page: preparing it is part of what a user waits for."""
+        pixels = np.random.default_rng(seed).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+        return Image.fromarray(pixels).resize((640, 480), Image.Resampling.BILINEAR)
