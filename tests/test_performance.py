@@ -64,6 +64,17 @@ class TestLogits:
         torch.testing.assert_close(compiled(inputs_embeds=embeds, logits_to_keep=2).logits, expected, atol=1e-5, rtol=0)
 
 
+def test_rows_that_share_a_picture_encode_it_once(model, monkeypatch):
+    a, b = torch.rand(2, 3, model.config.vision_config.image_size, model.config.vision_config.image_size)
+    expected = torch.cat([model.get_image_features(image[None]) for image in (a, b)])
+    encoded = []
+    encode = model.vision_embeddings.forward
+    monkeypatch.setattr(model.vision_embeddings, "forward", lambda images: encoded.append(len(images)) or encode(images))
+    features = model.get_image_features(torch.stack([a, b, a, a, b]))
+    assert encoded == [2]
+    torch.testing.assert_close(features, expected[[0, 1, 0, 0, 1]], atol=1e-5, rtol=0)
+
+
 class TestMappedFiles:
     @pytest.fixture
     def mapped(self, tmp_path):

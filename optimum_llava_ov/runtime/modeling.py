@@ -238,8 +238,19 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         return merge_image_features(input_ids, inputs_embeds, image_features, image_token_id)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(images, 3, height, width)` -> `(images, image_seq_length, d_model)` float32, borders included."""
-        return torch.from_numpy(self.vision_embeddings(pixel_values.float()).last_hidden_state)
+        """`(images, 3, height, width)` -> `(images, image_seq_length, d_model)` float32, borders included.
+
+        Images that are equal, as in a batch of questions about one picture, are encoded once.
+        """
+        pixel_values = pixel_values.float()
+        places: dict[bytes, list[int]] = {}
+        for place, image in enumerate(pixel_values):
+            places.setdefault(image.numpy().tobytes(), []).append(place)
+        features = self.vision_embeddings(pixel_values[[same[0] for same in places.values()]]).last_hidden_state
+        repeated = np.empty((len(pixel_values), *features.shape[1:]), dtype=np.float32)
+        for same, image_features in zip(places.values(), features):
+            repeated[same] = image_features
+        return torch.from_numpy(repeated)
 
     def get_vision_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """The host's name of [`get_image_features`]."""

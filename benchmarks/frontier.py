@@ -1,0 +1,140 @@
+"""Speed against quality: what recipes and groups of activations cost and bring, in the language model alone.
+
+    python benchmarks/frontier.py WORKDIR [--size 1.3b] [--rounds 2]
+
+Exports a random checkpoint once for each recipe, and once in fp16. Then every pair of recipe and DYNAMIC_QUANTIZATION_GROUP_SIZE runs
+in a process of its own, all of them taking turns: a prompt of 300 tokens, then single tokens. Quality is the divergence (KL, nats per
+token) from the fp16 model computed in float32. Prints a table in Markdown, fastest first.
+
+The weights are random: there is no structure in them to lose, and no outlier that a group could suffer from. So KL tells how much
+noise a choice adds, not whether answers change; for that there is `recipes.py`, and `optimum-cli llava-ov eval` on your own model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import openvino
+from export import export_command
+from random_checkpoint import SIZES, is_complete, write_random_checkpoint
+
+
+PROMPT, NEW_TOKENS = 300, 32
+INT4 = ["--weight-format", "int4"]
+RECIPES = {
+    "int8": ["--weight-format", "int8"],
+    "int4 (default: asym g128 r0.8)": INT4,
+    "int4 asym g128 r1.0": [*INT4, "--group-size", "128", "--ratio", "1.0"],
+    "int4 sym g128 r1.0": [*INT4, "--sym", "--group-size", "128", "--ratio", "1.0"],
+    "int4 asym g64 r1.0": [*INT4, "--group-size", "64", "--ratio", "1.0"],
+    "int4 sym per channel r1.0": [*INT4, "--sym", "--group-size", "-1", "--ratio", "1.0"],
+}
+GROUPS = {"int4 (default: asym g128 r0.8)": [None, 64, 32, 0]}  # None: as exported
+REFERENCE = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="1.3b")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--one", nargs=3, metavar=("BUNDLE", "SETTINGS", "LOGITS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run(Path(args.one[0]), json.loads(args.one[1]), Path(args.one[2]))))
+        return
+
+    source = args.workdir / f"random-{args.size}"
+    if not is_complete(source):
+        write_random_checkpoint(source, args.size)
+    reference = export(source, args.workdir / "fp16", ["--weight-format", "fp16"])
+    bundles = {name: export(source, args.workdir / f"recipe-{number}", RECIPES[name]) for number, name in enumerate(RECIPES)}
+
+    run_alone(reference, REFERENCE, args.workdir / "reference.npy")
+    expected = np.load(args.workdir / "reference.npy")
+    pairs = [(name, group) for name in RECIPES for group in GROUPS.get(name, [None])]
+    results = {pair: [] for pair in pairs}
+    for _ in range(args.rounds):
+        for name, group in pairs:
+            settings = {} if group is None else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group)}
+            found = run_alone(bundles[name], settings, args.workdir / "logits.npy")
+            found["kl"] = divergence(expected, np.load(args.workdir / "logits.npy"))
+            results[name, group].append(found)
+    print(table(results))
+
+
+def export(source: Path, folder: Path, options: list[str]) -> Path:
+    """A bundle of the random checkpoint; the one that is there, if there is one."""
+    if not (folder / "config.json").exists():
+        command = export_command(source / "checkpoint", folder, "")[:5]
+        subprocess.run([*command, folder, *options], check=True, env={**os.environ, "CI": "true"})
+    return folder
+
+
+def run_alone(bundle: Path, settings: dict[str, str], logits: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, ".", "--one", str(bundle), json.dumps(settings), str(logits)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def run(bundle: Path, settings: dict[str, str], logits: Path) -> dict[str, float]:
+    """Seconds of a prompt and of a token, the first prompt left out; writes the prompt's log probabilities."""
+    core = openvino.Core()
+    compiled = core.compile_model(bundle / "openvino_language_model.xml", "CPU", settings)
+    embed = core.compile_model(bundle / "openvino_text_embeddings_model.xml", "CPU")
+    embeds = embed(np.random.default_rng(0).integers(0, 50_000, (1, PROMPT)))[0]
+    request = compiled.create_infer_request()
+    prompts, tokens = [], []
+    for _ in range(3):
+        request.reset_state()
+        prompts.append(step(request, embeds, 0))
+        np.save(logits, log_softmax(request.get_tensor("logits").data[0]))
+        tokens += [step(request, embeds[:, index : index + 1], PROMPT + index) for index in range(NEW_TOKENS)]
+    return {"prompt": statistics.median(prompts[1:]), "token": statistics.median(tokens[NEW_TOKENS:])}
+
+
+def step(request: openvino.InferRequest, embeds: np.ndarray, past: int) -> float:
+    length = embeds.shape[1]
+    inputs = {
+        "inputs_embeds": embeds,
+        "attention_mask": np.ones((1, past + length), np.int64),
+        "position_ids": np.zeros((1, length), np.int64),
+        "beam_idx": np.zeros(1, np.int32),
+    }
+    started = time.perf_counter()
+    request.infer(inputs, share_inputs=True, share_outputs=True)
+    return time.perf_counter() - started
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    return (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float32)
+
+
+def divergence(expected: np.ndarray, found: np.ndarray) -> float:
+    return float((np.exp(expected) * (expected - found)).sum(axis=-1).mean())
+
+
+def table(results: dict[tuple[str, int | None], list[dict[str, float]]]) -> str:
+    rows = []
+    for (name, group), runs in results.items():
+        prompt, token = (statistics.median(run[key] for run in runs) for key in ("prompt", "token"))
+        rows.append((token, f"| {name} | {group if group is not None else 'as exported'} | {1 / token:.1f} | {PROMPT / prompt:.0f} "
+                            f"| {runs[0]['kl']:.1e} |"))  # fmt: skip
+    lines = [
+        "| recipe | activations in groups of | decode, tokens/s | prompt, tokens/s | KL |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*lines, *(row for _, row in sorted(rows))])
+
+
+if __name__ == "__main__":
+    main()
