@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--size", choices=SIZES, default="1.3b")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--one", nargs=3, metavar=("BUNDLE", "SETTINGS", "LOGITS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -56,11 +57,12 @@ def main() -> None:
     if not is_complete(source):
         write_random_checkpoint(source, args.size)
     reference = export(source, args.workdir / "fp16", ["--weight-format", "fp16"])
-    bundles = {name: export(source, args.workdir / f"recipe-{number}", RECIPES[name]) for number, name in enumerate(RECIPES)}
+    folders = {name: args.workdir / f"recipe-{number}" for number, name in enumerate(RECIPES)}
+    bundles = {name: export(source, folders[name], RECIPES[name]) for name in args.recipes}
 
     run_alone(reference, REFERENCE, args.workdir / "reference.npy")
     expected = np.load(args.workdir / "reference.npy")
-    pairs = [(name, group) for name in RECIPES for group in GROUPS.get(name, [None])]
+    pairs = [(name, group) for name in args.recipes for group in GROUPS.get(name, [None])]
     results = {pair: [] for pair in pairs}
     for _ in range(args.rounds):
         for name, group in pairs:

@@ -69,11 +69,14 @@ class Console:
         return before
 
     def press_ctrl_c(self, text):
-        """Until it shows: Python misses a signal that comes between its prompt and its wait for a key."""
-        for _ in range(30):
+        """Until it shows: Python misses a signal that comes between its prompt and its wait for a key.
+
+        Not too soon again: a second one would take what is typed next.
+        """
+        for _ in range(8):
             self.type("\x03")
             with suppress(TimeoutError):
-                return self.expect(text, timeout=2)
+                return self.expect(text, timeout=10)
         raise AssertionError(f"{text!r} is not in {self.screen!r}")
 
     def ask(self, text, answer):

@@ -37,6 +37,7 @@ ADVICE = (
         "optimum.intel.openvino.configuration._DEFAULT_4BIT_WQ_CONFIGS",
         "optimum.intel.openvino.configuration._DEFAULT_8BIT_WQ_CONFIGS",
         "optimum.intel.openvino.modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING",
+        "optimum.intel.openvino.modeling_visual_language.OVModelWithEmbedForCausalLM",
         "optimum.intel.openvino.modeling_visual_language.main_export",
         "optimum.intel.openvino.quantization._weight_only_quantization",
         "optimum.intel.openvino.utils.PREDEFINED_VISUAL_LM_DATASETS",
@@ -47,6 +48,13 @@ def test_private_names(name):
     found = importlib.import_module(".".join(modules[:-1]))
     found = getattr(found, "OVExportCommand", None) if "OVExportCommand" in name else found
     assert hasattr(found, modules[-1]), ADVICE.format(version=version("optimum-intel"), name=name)
+
+
+def test_the_language_models_class_still_has_what_we_replace():
+    from optimum.intel.openvino.modeling_visual_language import OVModelWithEmbedForCausalLM
+
+    for name in ("_compile_model", "_reorder_cache", "compile", "embed_tokens", "forward"):
+        assert hasattr(OVModelWithEmbedForCausalLM, name), ADVICE.format(version=version("optimum-intel"), name=name)
 
 
 def test_main_export_still_takes_what_we_pass_on():

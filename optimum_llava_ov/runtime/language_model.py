@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from optimum_llava_ov.bundle.layout import weights_file
 from optimum_llava_ov.runtime.mapped import read_once
 
+
+logger = logging.getLogger(__name__)
 
 FIRST_LOGIT = "first_logit"
 
@@ -38,6 +41,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             return
         super().compile()
         self._input_names = _names(self.request.model_inputs)
+        logger.info("Packing the weights of the language model ...")
         with read_once(weights_file(self.model_save_dir, "language_model")):
             self.forward(torch.zeros(1, 1, self.config.text_config.d_model), logits_to_keep=1)
         self.request.reset_state()
