@@ -64,6 +64,17 @@ class TestLogits:
         torch.testing.assert_close(compiled(inputs_embeds=embeds, logits_to_keep=2).logits, expected, atol=1e-5, rtol=0)
 
 
+def test_torch_does_not_compete(model, monkeypatch):
+    before, during = torch.get_num_threads(), []
+    forward = model.language_model.forward
+    monkeypatch.setattr(model.language_model, "forward", lambda *args: during.append(torch.get_num_threads()) or forward(*args))
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=-1)
+    model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2, eos_token_id=None, do_sample=False)
+    assert during == [1, 1]
+    assert torch.get_num_threads() == before
+
+
 def test_rows_that_share_a_picture_encode_it_once(model, monkeypatch):
     a, b = torch.rand(2, 3, model.config.vision_config.image_size, model.config.vision_config.image_size)
     expected = torch.cat([model.get_image_features(image[None]) for image in (a, b)])
