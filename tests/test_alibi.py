@@ -43,6 +43,15 @@ def test_paged_attention_keeps_alibi(bundles):
         assert any(value.shape == (4,) and np.allclose(value, [2**-2, 2**-4, 2**-6, 2**-8]) for value in slopes)
 
 
+def test_nothing_as_large_as_the_scores_but_the_bias(bundles):
+    """What must be there for PagedAttention costs nothing in other attention."""
+    model = openvino.Core().read_model(bundles[GOLDEN.name] / "openvino_language_model.xml")
+    attention = next(op for op in model.get_ops() if op.get_type_name() == "ScaledDotProductAttention")
+    broadcast = attention.input_value(3).get_node().input_value(1).get_node().input_value(0).get_node()
+    assert broadcast.get_type_name() == "Broadcast"
+    assert broadcast.input_value(1).get_node().data.tolist() == [4, 1, 1]
+
+
 def _constant(node):
     """Value of a node that only depends on constants, or `None`."""
     if node.get_type_name() == "Constant":

@@ -56,6 +56,17 @@ class TestLogits:
         assert {port.get_any_name() for port in model.inputs} == {*inputs, "position_ids"}
         assert len(changed.get_variables()) == len(model.get_variables()) == 2 * 3
 
+    def test_the_last_block_computes_nothing_else(self, bundles):
+        """Its feed-forward network, the product after its attention, and the head have one position where one is asked for."""
+        model = with_first_logit(openvino.Core().read_model(bundles[GOLDEN.name] / "openvino_language_model.xml"))
+        cuts = [
+            node for node in model.get_ops() if node.get_type_name() == "Slice" and FIRST_LOGIT in node.input_value(1).get_names()
+        ]
+        assert sorted(node.input_value(0).get_node().get_friendly_name() for node in cuts) == [
+            "__module.blocks.1/aten::add/Add_1",
+            "__module.blocks.2.attn/aten::reshape/Reshape",
+        ]
+
     def test_of_a_model_that_was_compiled_elsewhere(self, bundles, model, embeds):
         """`compile_only=True` gives no graph that could be changed."""
         compiled = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], compile_only=True, ov_config=EXACT)

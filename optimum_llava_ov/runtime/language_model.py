@@ -19,6 +19,7 @@ from optimum_llava_ov.runtime.mapped import read_once
 logger = logging.getLogger(__name__)
 
 FIRST_LOGIT = "first_logit"
+POSITIONWISE = ("Add", "Convert", "Gelu", "MVN", "MatMul", "Multiply")  # all that a block has after its attention
 
 
 class LanguageModel(OVModelWithEmbedForCausalLM):
@@ -85,8 +86,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             inputs[FIRST_LOGIT] = np.array([first_logit])
         if "position_ids" in self._input_names:  # compiled elsewhere; nothing in the graph consumes it
             inputs["position_ids"] = np.zeros((batch_size, length), dtype=np.int64)
-        self.request.start_async(inputs, share_inputs=True)
-        self.request.wait()
+        self.request.infer(inputs, share_inputs=True, share_outputs=True)
         self._past_length += length
 
         # The request overwrites its output at the next step
@@ -100,22 +100,44 @@ def with_first_logit(model: openvino.Model) -> openvino.Model:
     """A copy of the graph, sharing its weights, with logits from a position on: that of the new input `first_logit`, `(1,)` int64.
 
     The last matrix is 200 million numbers at 7B, and a row of logits is 200 KB; `generate` needs one row of a prompt's thousands.
+    What else serves these logits alone, the last block after its attention, is computed for these positions alone, too.
     An input that nothing consumes, `position_ids`, is left out.
     """
     model = model.clone()
-    head = model.output("logits").get_node()
-    while head.get_type_name() != "MatMul":
-        head = head.input_value(0).get_node()
     first = ops.parameter([1], np.int64, name=FIRST_LOGIT)
     first.output(0).get_tensor().set_names({FIRST_LOGIT})
     end, one = ops.constant(np.array([np.iinfo(np.int64).max])), ops.constant(np.array([1]))
-    head.input(0).replace_source_output(ops.slice(head.input_value(0), first, end, one, one).output(0))
+    cut: dict[str, openvino.Node] = {}
+    tail = _positionwise_tail(model)
+    for node in tail.values():
+        for port in node.inputs():
+            source = port.get_source_output()
+            name = source.get_node().get_friendly_name()
+            if name not in tail and _has_positions(source):
+                cut[name] = cut.get(name) or ops.slice(source, first, end, one, one)
+                port.replace_source_output(cut[name].output(0))
     model.add_parameters([first])
     for parameter in model.get_parameters():
         if not parameter.output(0).get_target_inputs():
             model.remove_parameter(parameter)
     model.validate_nodes_and_infer_types()
     return model
+
+
+def _positionwise_tail(model: openvino.Model) -> dict[str, openvino.Node]:
+    """Nodes, by name, that treat every position by itself and whose results go into the logits and nowhere else."""
+    tail = {node.get_friendly_name(): node for node in model.get_results()}
+    for node in reversed(model.get_ordered_ops()):
+        if node.get_type_name() in POSITIONWISE and _has_positions(node.output(0)):
+            consumers = {port.get_node().get_friendly_name() for port in node.output(0).get_target_inputs()}
+            if consumers <= tail.keys():
+                tail[node.get_friendly_name()] = node
+    return tail
+
+
+def _has_positions(output: openvino.Output) -> bool:
+    """Whether it is `(batch, tokens, ...)`, not made of weights alone: their shapes are known."""
+    return output.get_partial_shape().is_dynamic
 
 
 def _names(ports: list[Any]) -> frozenset[str]:
