@@ -17,6 +17,8 @@ long as the shortest prompt. Memory is that of the whole process, seen from outs
 Medians, their ratios to ours and the targets are printed; everything measured is written to `WORKDIR/results.json` after every
 process, and drawn in `WORKDIR/results.png`. `--add` adds to the results that are there, to measure in pieces.
 
+`--contenders ours llama-Q4_K_M llama-Q4_0` compares with llama.cpp, where llama-cpp-python is installed (`llama.py`).
+
 At 1.3b with 3 rounds, two cores take about an hour and a half; 10 GB of disk. At 7b use `--stored-weights`: the notebook's way of
 loading takes 27 GB of memory.
 
@@ -31,9 +33,10 @@ import os
 import shutil
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
-from contenders import MODULES, ONE_ROW, Job
+from contenders import MODULES, NEEDS_PACKAGE, ONE_ROW, Job
 from export import export_command
 from machine import machine, versions
 from measure import disk_usage, run_measured
@@ -47,6 +50,7 @@ WEIGHT_FORMAT = "int4"
 PROMPTS, TINY_PROMPTS = [300, 1000, 2000, 4000], [80, 160]
 BATCHES = [4, 8]
 LIMITS = {"torch": 1000}
+DEFAULT = [name for name, module in MODULES.items() if module not in NEEDS_PACKAGE]
 ENV = {"CI": "true", "HF_HUB_OFFLINE": "1"}  # no telemetry, which forks and sends
 
 
@@ -111,7 +115,8 @@ def _read(folder: Path) -> None:
 
 def needed_paths(contender: str, paths: dict[str, Path]) -> dict[str, str]:
     """Of all there is, what a contender reads."""
-    names = {"torch": ("checkpoint", "bundle"), "notebook": ("notebook",)}.get(contender, ("bundle",))
+    names = {"torch_bf16": ("checkpoint", "bundle"), "notebook": ("notebook",), "llama": ("llama",)}
+    names = names.get(MODULES[contender], ("bundle",))
     return {name: str(paths[name].resolve()) for name in names}
 
 
@@ -145,6 +150,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         "checkpoint": checkpoint,
         "bundle": arguments.bundle or workdir / "bundle",
         "notebook": arguments.notebook or workdir / "notebook",
+        "llama": workdir / "llama",
     }
     result = {
         "size": "tiny" if arguments.tiny else arguments.size,
@@ -159,6 +165,10 @@ def benchmark(arguments: argparse.Namespace) -> dict:
     if "notebook" in arguments.contenders and not arguments.notebook:
         command = [sys.executable, HERE / "notebook_conversion.py", checkpoint, paths["notebook"]]
         result["conversion"] = make(command + ["--stored-weights"] * arguments.stored_weights, checkpoint, paths["notebook"])
+    if any(MODULES[name] == "llama" for name in arguments.contenders):
+        result["llama"] = make(
+            [sys.executable, HERE / "llama.py", "convert", checkpoint, paths["llama"]], checkpoint, paths["llama"]
+        )
     prompts = make_prompts(paths["bundle"], arguments.prompts or (TINY_PROMPTS if arguments.tiny else PROMPTS))
     for number in range(arguments.rounds):
         for job in jobs(arguments, paths, prompts, number):
@@ -188,7 +198,7 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--size", choices=SIZES, default="1.3b")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--contenders", nargs="+", choices=MODULES, default=DEFAULT)
     parser.add_argument("--prompts", nargs="+", type=int, help=f"lengths in tokens (default: {PROMPTS})")
     parser.add_argument(
         "--batches", nargs="*", type=int, default=BATCHES, help="numbers of rows, beside 1; none to leave them out"
@@ -206,6 +216,9 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="keep the runs that results.json has, and add to them")
     parser.add_argument("--tiny", action="store_true", help="try it out on a tiny checkpoint")
     arguments = parser.parse_args()
+    for package in {NEEDS_PACKAGE.get(MODULES[name]) for name in arguments.contenders} - {None}:
+        if not find_spec(package):
+            parser.error(f"a contender needs the package {package}; its module in benchmarks/ says how to install it")
 
     result = benchmark(arguments)
     print(text(result))

@@ -1,14 +1,12 @@
-"""A contender: the language model of a LLaVA-MPT in llama.cpp, which knows MPT but no pictures in front of it.
+"""The language model of a LLaVA-MPT in llama.cpp, which knows MPT but no pictures in front of it.
 
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python gguf     # builds llama.cpp for this processor
 
     python benchmarks/random_checkpoint.py random --size 7b
-    python benchmarks/llama.py convert random/checkpoint gguf       # F16.gguf, Q4_K_M.gguf, Q4_0.gguf
-    python benchmarks/llama.py measure gguf/Q4_K_M.gguf             # prints JSON
-    python benchmarks/llama.py logits gguf/F16.gguf 1,2,3 out.npy   # to compare with another engine
+    python benchmarks/llama.py convert random/checkpoint gguf       # Q4_K_M.gguf, Q4_0.gguf
+    python benchmarks/llama.py logits gguf/F16.gguf 1,2,3 out.npy   # to compare with another engine, after `convert --keep-f16`
 
-`measure` does what `llama-bench` does: a batch of the prompt's tokens, then single tokens at that depth; a first round warms up,
-the others count. It needs neither torch nor this package, and its memory is that of llama.cpp and a bare Python. Linux only.
+`engines.py --contenders ours llama-Q4_K_M llama-Q4_0` measures it.
 """
 
 from __future__ import annotations
@@ -16,12 +14,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -31,7 +25,7 @@ TYPES = ("Q4_K_M", "Q4_0")
 BATCH, MICRO_BATCH = 2048, 512  # as llama-bench
 
 
-def convert(checkpoint: Path, folder: Path, types: list[str], threads: int) -> None:
+def convert(checkpoint: Path, folder: Path, types: list[str], threads: int, keep_f16: bool) -> None:
     """Write `folder/F16.gguf`, and quantize it with llama.cpp's own quantizer."""
     folder.mkdir(parents=True, exist_ok=True)
     original = folder / "F16.gguf"
@@ -39,6 +33,8 @@ def convert(checkpoint: Path, folder: Path, types: list[str], threads: int) -> N
         write_gguf(checkpoint, original)
     for name in types:
         quantize(original, folder / f"{name}.gguf", name, threads)
+    if not keep_f16:
+        original.unlink()
 
 
 def write_gguf(checkpoint: Path, file: Path) -> None:
@@ -122,49 +118,6 @@ class Model:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, -1), (self.vocab_size,)).copy()
 
 
-def measure(file: Path, prompt_tokens: int, new_tokens: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Medians over `rounds`, after one that warms up."""
-    started = time.perf_counter()
-    model = Model(file, prompt_tokens + new_tokens, threads)
-    load_seconds = time.perf_counter() - started
-    choose = random.Random(0)
-    prefill, decode = [], []
-    for _ in range(1 + rounds):
-        tokens = [choose.randrange(model.vocab_size) for _ in range(prompt_tokens + new_tokens)]
-        model.forget()
-        started = time.perf_counter()
-        model.decode(tokens[:prompt_tokens])
-        prefill.append(prompt_tokens / (time.perf_counter() - started))
-        started = time.perf_counter()
-        for token in tokens[prompt_tokens:]:
-            model.decode([token])
-        decode.append(new_tokens / (time.perf_counter() - started))
-    return {
-        "contender": f"llama.cpp {file.stem}",
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "rounds": rounds,
-        "threads": threads,
-        "load_seconds": load_seconds,
-        "first_prefill_tokens_per_second": prefill[0],
-        "prefill_tokens_per_second": median(prefill[1:]),
-        "decode_tokens_per_second": median(decode[1:]),
-        "ms_per_token": 1000 / median(decode[1:]),
-        "time_to_first_token": prompt_tokens / median(prefill[1:]),
-        **peak_memory(),
-        "disk": file.stat().st_size,
-        "versions": {"llama-cpp-python": llama_cpp.__version__},
-        "system_info": llama_cpp.llama_print_system_info().decode(),
-    }
-
-
-def peak_memory() -> dict[str, int]:
-    """Bytes. Of anonymous memory the kernel keeps no maximum; nothing of it is given back before the end, where this is read."""
-    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    found = {words[0]: 1024 * int(words[1]) for words in lines if words[-1] == "kB"}
-    return {"peak_rss": found["VmHWM:"], "peak_anonymous": found["RssAnon:"]}
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,12 +128,7 @@ def main() -> None:
     command.add_argument("checkpoint", type=Path)
     command.add_argument("folder", type=Path)
     command.add_argument("--types", nargs="*", default=list(TYPES))
-
-    command = commands.add_parser("measure")
-    command.add_argument("file", type=Path)
-    command.add_argument("--prompt-tokens", type=int, default=300)
-    command.add_argument("--new-tokens", type=int, default=64)
-    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--keep-f16", action="store_true", help="13 GB at 7B")
 
     command = commands.add_parser("logits")
     command.add_argument("file", type=Path)
@@ -189,13 +137,10 @@ def main() -> None:
 
     arguments = parser.parse_args()
     if arguments.command == "convert":
-        convert(arguments.checkpoint, arguments.folder, arguments.types, arguments.threads)
-    elif arguments.command == "logits":
+        convert(arguments.checkpoint, arguments.folder, arguments.types, arguments.threads, arguments.keep_f16)
+    else:
         model = Model(arguments.file, len(arguments.input_ids), arguments.threads)
         np.save(arguments.out, np.stack([model.decode([token]) or model.logits() for token in arguments.input_ids]))
-    else:
-        options = (arguments.prompt_tokens, arguments.new_tokens, arguments.rounds, arguments.threads)
-        print(json.dumps(measure(arguments.file, *options), indent=2))
 
 
 if __name__ == "__main__":

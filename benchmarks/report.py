@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 
-OURS, SDPA, NOTEBOOK = "ours", "genai-sdpa", "notebook"
+OURS, SDPA, NOTEBOOK, LLAMA = "ours", "genai-sdpa", "notebook", "llama-Q4_K_M"
 # Name, unit, factor from what is stored, digits
 MEASURES = {
     "ttft": ("time to first token", "s", 1, 3),
@@ -118,6 +118,10 @@ def targets(result: dict) -> list[Target]:
             Target(f"ms per token at {long} / {NOTEBOOK}", 0.3, ratio("token_ms", long, NOTEBOOK)),
             Target(f"time to first token at {long} / {NOTEBOOK}", 0.45, ratio("ttft", long, NOTEBOOK)),
         ]
+    found += [
+        Target(f"ms per token at {short} / {LLAMA}", 1, ratio("token_ms", short, LLAMA)),
+        Target(f"time to first token at {short} / {LLAMA}", 1 / 1.5, ratio("ttft", short, LLAMA)),
+    ]
     export, conversion = result.get("export") or {}, result.get("conversion") or {}
     batches = [find(summaries, OURS, short, "tokens_per_second", batch) for batch in (8, 1)]
     return [
@@ -164,7 +168,7 @@ def text(result: dict) -> str:
     for target in targets(result):
         value = "not measured" if target.value is None else f"{target.value:.2f}"
         state = {True: "met", False: "MISSED", None: ""}[target.met]
-        lines.append(f"  {target.name:<56}{value:>14}  ({'>=' if target.at_least else '<='} {target.limit:g})  {state}")
+        lines.append(f"  {target.name:<56}{value:>14}  ({'>=' if target.at_least else '<='} {target.limit:.3g})  {state}")
     return "\n".join(lines)
 
 

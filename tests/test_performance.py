@@ -185,3 +185,19 @@ def test_groups_of_activations(tmp_path, options, expected):
     if expected:
         compiled = openvino.Core().compile_model(model, "CPU")
         assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == int(expected)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_precision_of_the_cache(tmp_path, bundles, compressed):
+    """Optimum's rule: that of the weights if they are not compressed; else the engine's own choice. The same in every way to a bundle."""
+    folders = [bundles[GOLDEN.name]]
+    if compressed:
+        recipe = OVConfig(quantization_config={"bits": 4})
+        main_export(GOLDEN.checkpoint, tmp_path / "exported", ov_config=recipe)
+        model = OVModelForLlavaMPT.from_pretrained(folders[0], quantization_config={"bits": 4}, compile=False)
+        model.save_pretrained(tmp_path / "compressed_later")
+        folders = [tmp_path / "exported", tmp_path / "compressed_later"]
+    for folder in folders:
+        options = openvino.Core().read_model(folder / "openvino_language_model.xml").get_rt_info(["runtime_options"]).value
+        assert options.get("KV_CACHE_PRECISION") == (None if compressed else "f16"), folder
+        assert options["ACTIVATIONS_SCALE_FACTOR"] == "8.0", folder

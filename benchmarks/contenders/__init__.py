@@ -19,8 +19,11 @@ MODULES = {
     "genai-pa": "genai",
     "torch": "torch_bf16",
     "notebook": "notebook",
+    "llama-Q4_K_M": "llama",
+    "llama-Q4_0": "llama",
 }
-ONE_ROW = ("genai-sdpa",)  # those that are not asked for batches
+NEEDS_PACKAGE = {"llama": "llama_cpp"}  # modules of contenders that run only where another package was installed
+ONE_ROW = ("genai-sdpa", "llama-Q4_K_M", "llama-Q4_0")  # those that are not asked for batches
 
 
 @dataclasses.dataclass
@@ -28,7 +31,7 @@ class Job:
     """
     Attributes:
         contender (`str`): a key of `MODULES`.
-        paths (`dict[str, str]`): `bundle`, `checkpoint`, `notebook`: what there is to run.
+        paths (`dict[str, str]`): `bundle`, `checkpoint`, `notebook`, `llama`: what there is to run.
         prompt (`str`): a whole prompt of the bundle's chat template, with one `<image>`.
         prompt_tokens (`int`): its length, with the picture's rows.
         batch (`int`): how many rows at once, each with a picture of its own.

@@ -39,8 +39,8 @@ class MptLanguageOpenVINOConfig(TextDecoderWithPositionIdsOpenVINOConfig):
 
     def __init__(self, config: PretrainedConfig, **kwargs):
         super().__init__(config, task="text-generation", use_past=True, use_past_in_inputs=True, **kwargs)
-        # As Optimum sets them for every language model whose weights are not quantized: head-room for f16 on GPU, and
-        # a cache that does not lose more than the weights.
+        # As Optimum sets them for every language model: head-room for f16 on GPU, and, unless the weights are compressed, a cache that
+        # does not lose more than they do.
         self.runtime_options = {"ACTIVATIONS_SCALE_FACTOR": "8.0", "KV_CACHE_PRECISION": "f16"}
 
     @property

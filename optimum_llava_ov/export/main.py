@@ -186,6 +186,8 @@ def _export_parts(
         part, part_config = config.get_model_for_behavior(model, behavior), config.with_behavior(behavior)
         part_recipe = recipe_for_part(recipe, name) if recipe else None
         dataset = None
+        if behavior == "language" and part_recipe is not None:
+            del part_config.runtime_options["KV_CACHE_PRECISION"]
         if behavior == "language" and needs_data(part_recipe):
             dataset = calibration_dataset(part_recipe.dataset, part_recipe.num_samples, processor, folder)
         progress.set_description(f"Tracing {name}")
