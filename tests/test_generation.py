@@ -131,6 +131,17 @@ def test_scores_and_full_logits(model, inputs_of):
     assert torch.allclose(output.scores[0][0], logits[0, -1], atol=1e-4)
 
 
+def test_embeddings_instead_of_ids(model):
+    """As training code has them: in bf16, or with gradients."""
+    input_ids = torch.tensor([[5, 6, 7, 8]])
+    embeds = torch.from_numpy(model.get_text_embeddings(input_ids)).bfloat16().float()
+    expected = model(inputs_embeds=embeds).logits
+    assert torch.equal(model(inputs_embeds=embeds.bfloat16()).logits, expected)
+    assert torch.equal(model(inputs_embeds=embeds.clone().requires_grad_()).logits, expected)
+    tokens = model.generate(inputs_embeds=embeds.requires_grad_(), **GREEDY)
+    assert torch.equal(tokens, model.generate(inputs_embeds=embeds.detach(), **GREEDY))
+
+
 def test_threads_take_turns(model, inputs_of):
     rows = ["two_images", "text_only", "image_start", "short"]
     prepared = {row: inputs_of(row) for row in rows}

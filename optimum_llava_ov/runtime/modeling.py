@@ -232,7 +232,9 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             pixel_values: `(images, 3, height, width)`, the images of all rows in order; only with the prompt.
             attention_mask: `(batch, past + tokens)`, 0 for padding. All ones if not given.
             past_key_values: what the last call returned; `None` begins anew. The cache itself is inside the model.
+            inputs_embeds: `(batch, tokens, d_model)`, instead of `input_ids` and images.
             image_features: `(images, image_seq_length, d_model)`, instead of `pixel_values`.
+            position_ids: ignored, as ALiBi counts distances.
             logits_to_keep: return logits of so many last positions only; 0 for all.
 
         Returns:
@@ -242,6 +244,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
             inputs_embeds = self._embed(input_ids, image_features)
+        inputs_embeds = inputs_embeds.detach().float()
         return self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
 
     def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
