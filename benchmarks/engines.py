@@ -8,7 +8,9 @@ On a random checkpoint of full size (`random_checkpoint.py`; made if WORKDIR has
    measured: time, memory, disk. What is there is not made again; delete the folder for that. `--bundle` takes another bundle.
 2. Contenders, each in a process of its own for each length of the prompt and each number of rows, and taking turns: all of
    them, then all of them with the next length, and so on, for several rounds. Files are read before each process, so all start
-   from a warm file cache. Every answer is greedy, about a picture of its own, and exactly as long as everybody else's.
+   from a warm file cache. Every answer is greedy, about a picture of its own, and exactly as long as everybody else's. With
+   `--together` they take turns answer by answer, which is fairer where the machine's speed changes from minute to minute, and
+   needs memory for all contenders at once.
 
 Time to first token counts from pictures and text, so preparing them is in it for everybody; it is the median of the answers
 after the first, which is given by itself. Time per token is the rest of the answer by its other tokens. Rows of batches are as
@@ -32,11 +34,16 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from contenders import MODULES, NEEDS_PACKAGE, ONE_ROW, Job
+from contenders.turns import give_turn
 from export import export_command
 from machine import machine, versions
 from measure import disk_usage, run_measured
@@ -82,11 +89,24 @@ def make(command: list[str | Path], checkpoint: Path, folder: Path) -> dict:
     return values
 
 
+def run_together(group: list[Job], workdir: Path) -> Iterator[dict]:
+    """Processes that are all there and take turns, answer by answer: what else the machine does hits all of them alike."""
+    with TemporaryDirectory(dir=workdir) as folder, ThreadPoolExecutor(len(group)) as pool:
+        runs = {job.contender: pool.submit(run, replace(job, turns=folder), workdir) for job in group}
+        for number in range(1 + group[0].repeats + 1):  # load and answer; later answers; stages
+            for job in group:
+                if number == 0:
+                    read_files(job)
+                give_turn(folder, job.contender, runs[job.contender].done)
+        for one in runs.values():
+            yield {**one.result(), "cpu_seconds": None}  # of all processes that ended meanwhile
+
+
 def run(job: Job, workdir: Path) -> dict:
     """One process of one contender."""
-    for path in job.paths.values():
-        _read(Path(path))
-    file, log = workdir / "job.json", workdir / "job.log"
+    if job.turns is None:
+        read_files(job)
+    file, log = workdir / f"job-{job.contender}.json", workdir / f"job-{job.contender}.log"
     file.write_text(json.dumps(asdict(job)))
     command = ["env", f"--chdir={HERE}", sys.executable, "-m", "contenders", file.resolve()]
     measurement = run_measured(command, env=ENV, log=log)
@@ -101,6 +121,12 @@ def run(job: Job, workdir: Path) -> dict:
     settings = {name: getattr(job, name) for name in ("contender", "prompt_tokens", "batch")}
     costs = {"process_seconds": measurement.seconds, "cpu_seconds": measurement.cpu_seconds, "load": os.getloadavg()[0]}
     return {**settings, "memory": memory, **costs, **result}
+
+
+def read_files(job: Job) -> None:
+    """All that a contender may load, so that it loads from a warm file cache."""
+    for path in job.paths.values():
+        _read(Path(path))
 
 
 def _read(folder: Path) -> None:
@@ -171,13 +197,20 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         )
     prompts = make_prompts(paths["bundle"], arguments.prompts or (TINY_PROMPTS if arguments.tiny else PROMPTS))
     for number in range(arguments.rounds):
-        for job in jobs(arguments, paths, prompts, number):
-            measured = run(job, workdir)
+        for measured in one_round(jobs(arguments, paths, prompts, number), workdir, arguments.together):
             result["runs"].append({"round": number, **measured})
             result["summary"] = summarize(result["runs"])
             file.write_text(json.dumps(result, indent=1) + "\n")
             print(progress(number, measured), flush=True)
     return result
+
+
+def one_round(round_jobs: Iterable[Job], workdir: Path, together: bool) -> Iterator[dict]:
+    if not together:
+        yield from (run(job, workdir) for job in round_jobs)
+        return
+    for _, group in groupby(round_jobs, key=lambda job: (job.prompt_tokens, job.batch)):
+        yield from run_together(list(group), workdir)
 
 
 def progress(number: int, run: dict) -> str:
@@ -209,6 +242,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", nargs="*", default=limits, help=f"longest prompt of slow contenders (default: {' '.join(limits)})"
     )
+    parser.add_argument("--together", action="store_true", help="take turns answer by answer, which takes memory for all at once")
     parser.add_argument("--checkpoint", type=Path, help="take this one instead of a random one")
     parser.add_argument("--bundle", type=Path, help="measure this bundle instead of exporting one")
     parser.add_argument("--notebook", type=Path, help="measure this conversion of the notebook's instead of making one")

@@ -50,7 +50,7 @@ def test_notebook_pipeline_prepares_pictures_as_the_original(notebook):
 def test_engines(notebook, bundles, tmp_path):
     """The whole comparison in small. The notebook's pipeline ends at 2048 tokens, and that is said."""
     options = ["--tiny", "--bundle", bundles[GOLDEN.name], "--notebook", notebook, "--rounds", "1", "--repeats", "1"]
-    options += ["--contenders", "ours", "genai-pa", "notebook", "--prompts", "80", "2060", "--limit", "ours=80"]
+    options += ["--contenders", "ours", "genai-pa", "notebook", "--prompts", "80", "2060", "--limit", "ours=80", "--together"]
     output = run(sys.executable, BENCHMARKS / "engines.py", tmp_path, *options, "--new-tokens", "4", "--batches").stdout
 
     result = json.loads((tmp_path / "results.json").read_text())

@@ -37,6 +37,7 @@ class Job:
         batch (`int`): how many rows at once, each with a picture of its own.
         new_tokens (`int`): how many tokens every row generates.
         repeats (`int`): how many answers after the first.
+        turns (`str`): folder of [`contenders.turns`], if other contenders run meanwhile and take turns with this one.
     """
 
     contender: str
@@ -46,6 +47,7 @@ class Job:
     batch: int = 1
     new_tokens: int = 32
     repeats: int = 2
+    turns: str | None = None
 
 
 @dataclasses.dataclass

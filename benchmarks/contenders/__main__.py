@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from contenders import MODULES, Answer, Contender, Job
+from contenders.turns import turn
 
 
 PICTURE_SIZE = (640, 480)
@@ -33,13 +34,18 @@ def picture(seed: int) -> Image.Image:
 
 def run(job: Job) -> dict:
     """Load, answer `1 + repeats` times."""
-    module = importlib.import_module(f"contenders.{MODULES[job.contender]}")
-    started = time.perf_counter()
-    contender = module.load(job)
-    result: dict = {"load_seconds": time.perf_counter() - started, "engine": type(contender).__name__}
-    answers = [_answer(contender, job, index) for index in range(1 + job.repeats)]
+    with turn(job.turns, job.contender):
+        module = importlib.import_module(f"contenders.{MODULES[job.contender]}")
+        started = time.perf_counter()
+        contender = module.load(job)
+        result: dict = {"load_seconds": time.perf_counter() - started, "engine": type(contender).__name__}
+        answers = [_answer(contender, job, 0)]
+    for index in range(1, 1 + job.repeats):
+        with turn(job.turns, job.contender):
+            answers.append(_answer(contender, job, index))
     result["first"], *result["later"] = [dataclasses.asdict(answer) for answer in answers]
-    result["stages"] = contender.stages(picture(0)) if job.batch == 1 else {}
+    with turn(job.turns, job.contender):
+        result["stages"] = contender.stages(picture(0)) if job.batch == 1 else {}
     return result
 
 

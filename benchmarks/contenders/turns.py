@@ -1,0 +1,38 @@
+"""Processes that take turns: one works, the others wait. Files in a folder say who."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+
+INTERVAL = 0.02  # seconds between two looks
+
+
+@contextmanager
+def turn(folder: str | None, name: str):
+    """In the process `name`: wait until it is asked to work, and say when it has. Without a folder, nobody else is there."""
+    if folder is None:
+        yield
+        return
+    begin, end = _files(folder, name)
+    while not begin.exists():
+        time.sleep(INTERVAL)
+    begin.unlink()
+    yield
+    end.touch()
+
+
+def give_turn(folder: str, name: str, is_over: Callable[[], bool]) -> None:
+    """Ask the process `name` to work, and wait until it has, or has ended."""
+    begin, end = _files(folder, name)
+    begin.touch()
+    while not end.exists() and not is_over():
+        time.sleep(INTERVAL)
+    end.unlink(missing_ok=True)
+
+
+def _files(folder: str, name: str) -> tuple[Path, Path]:
+    return Path(folder) / f"{name}.begin", Path(folder) / f"{name}.end"
