@@ -6,6 +6,7 @@ import platform
 import sys
 from pathlib import Path
 
+import numpy as np
 import openvino
 import pytest
 import torch
@@ -13,6 +14,8 @@ from conftest import EXACT, Golden, run
 from optimum.intel import OVConfig, OVWeightQuantizationConfig
 
 from optimum_llava_ov import OVModelForLlavaMPT, main_export
+from optimum_llava_ov.export.compression import compress
+from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
 from optimum_llava_ov.runtime.language_model import FIRST_LOGIT, with_first_logit
 from optimum_llava_ov.runtime.mapped import read_once, release_pages
 
@@ -95,6 +98,38 @@ def test_rows_that_share_a_picture_encode_it_once(model, monkeypatch):
     features = model.get_image_features(torch.stack([a, b, a, a, b]))
     assert encoded == [2]
     torch.testing.assert_close(features, expected[[0, 1, 0, 0, 1]], atol=1e-5, rtol=0)
+
+
+class TestEmbeddingTable:
+    @pytest.mark.parametrize("bits", [None, "sym", "asym", 4])
+    def test_gives_what_the_graph_gives(self, bundles, bits):
+        """Floats, and 8 bits with and without a zero point; in 4 bits, OpenVINO is asked."""
+        model = openvino.Core().read_model(bundles[GOLDEN.name] / "openvino_text_embeddings_model.xml")
+        if bits is not None:
+            options = {"bits": 4, "group_size": 64, "all_layers": True} if bits == 4 else {"bits": 8, "sym": bits == "sym"}
+            model = compress(model, OVWeightQuantizationConfig(**options))
+        compiled = openvino.compile_model(model, "CPU")
+        table = EmbeddingTable.of(model, lambda ids: compiled(ids)[0])
+        assert (table is None) == (bits == 4)
+        if table is not None:
+            every = np.arange(len(table.weights))[:, None]
+            assert np.array_equal(table(every), compiled(every)[0])
+
+    def test_another_computation_than_the_graphs(self, bundles):
+        model = openvino.Core().read_model(bundles[GOLDEN.name] / "openvino_text_embeddings_model.xml")
+        compiled = openvino.compile_model(model, "CPU")
+        assert EmbeddingTable.of(model, lambda ids: compiled(ids)[0] + 1e-6) is None
+
+    def test_generate_calls_openvino_for_the_prompt_only(self, model, monkeypatch):
+        lengths = []
+        embed = model.get_text_embeddings
+        monkeypatch.setattr(model, "get_text_embeddings", lambda ids: lengths.append(ids.shape[1]) or embed(ids))
+        options = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
+        tokens = model.generate(torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), **options)
+        assert lengths == [4]
+        monkeypatch.setattr(model.language_model, "_embedding_table", None)
+        assert torch.equal(model.generate(torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), **options), tokens)
+        assert lengths == [4, 4, 1, 1, 1, 1, 1]
 
 
 class TestMappedFiles:

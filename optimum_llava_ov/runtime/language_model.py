@@ -13,6 +13,7 @@ from optimum.intel.openvino.modeling_visual_language import OVModelWithEmbedForC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.layout import weights_file
+from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
 from optimum_llava_ov.runtime.mapped import read_once
 
 
@@ -29,6 +30,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
     """
 
     _input_names: frozenset[str] = frozenset()
+    _embedding_table: EmbeddingTable | None = None
 
     @staticmethod
     def _compile_model(model: Any, *args, **kwargs) -> openvino.CompiledModel:
@@ -42,10 +44,16 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             return
         super().compile()
         self._input_names = _names(self.request.model_inputs)
+        if isinstance(self.text_emb_model, openvino.Model):
+            self._embedding_table = EmbeddingTable.of(self.text_emb_model, lambda ids: self.text_emb_request(ids)[0])
         logger.info("Packing the weights of the language model ...")
         with read_once(weights_file(self.model_save_dir, "language_model")):
             self.forward(torch.zeros(1, 1, self.config.text_config.d_model), logits_to_keep=1)
         self.request.reset_state()
+
+    def look_up(self, input_ids: torch.LongTensor) -> torch.Tensor | None:
+        """Embeddings `(batch, tokens, d_model)` float32 of a few tokens, or `None` where only a call of OpenVINO gives them."""
+        return None if self._embedding_table is None else torch.from_numpy(self._embedding_table(input_ids.numpy()))
 
     def forward(
         self,

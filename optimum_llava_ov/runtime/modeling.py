@@ -248,6 +248,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         return self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
 
     def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
+        if input_ids.shape[1] == 1 and (inputs_embeds := self.language_model.look_up(input_ids)) is not None:
+            return inputs_embeds
         inputs_embeds = torch.from_numpy(np.asarray(self.get_text_embeddings(input_ids)))
         image_token_id = self.config.image_token_index
         if image_features is None:
