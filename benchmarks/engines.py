@@ -94,7 +94,8 @@ def run_together(group: list[Job], workdir: Path) -> Iterator[dict]:
     with TemporaryDirectory(dir=workdir) as folder, ThreadPoolExecutor(len(group)) as pool:
         runs = {job.contender: pool.submit(run, replace(job, turns=folder), workdir) for job in group}
         for number in range(1 + group[0].repeats + 1):  # load and answer; later answers; stages
-            for job in group:
+            first = number % len(group)  # whoever comes after a large one finds the caches cold
+            for job in group[first:] + group[:first]:
                 if number == 0:
                     read_files(job)
                 give_turn(folder, job.contender, runs[job.contender].done)
