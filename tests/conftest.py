@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,9 @@ from PIL import Image
 
 
 os.environ["CI"] = "true"  # OpenVINO and NNCF then send no telemetry, which takes longer than a tiny model's export
+
+# A shell starts what it puts in the background deaf to Ctrl-C, and so would be all programs that are tested
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES = Path(__file__).parent.parent / "examples"
