@@ -120,6 +120,16 @@ class TestEmbeddingTable:
         compiled = openvino.compile_model(model, "CPU")
         assert EmbeddingTable.of(model, lambda ids: compiled(ids)[0] + 1e-6) is None
 
+    def test_goes_with_the_compiled_graph(self, bundles):
+        """`half()` and compressing change the graph, and clear what was compiled of it."""
+        model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config=EXACT)
+        token = torch.tensor([[5]])
+        assert model.language_model.look_up(token) is not None
+        model.clear_requests()
+        assert model.language_model.look_up(token) is None
+        model.compile()
+        assert model.language_model.look_up(token) is not None
+
     def test_generate_calls_openvino_for_the_prompt_only(self, model, monkeypatch):
         lengths = []
         embed = model.get_text_embeddings

@@ -53,7 +53,9 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
 
     def look_up(self, input_ids: torch.LongTensor) -> torch.Tensor | None:
         """Embeddings `(batch, tokens, d_model)` float32 of a few tokens, or `None` where only a call of OpenVINO gives them."""
-        return None if self._embedding_table is None else torch.from_numpy(self._embedding_table(input_ids.numpy()))
+        if self.request is None or self._embedding_table is None:  # without a request, the table may be that of an earlier graph
+            return None
+        return torch.from_numpy(self._embedding_table(input_ids.numpy()))
 
     def forward(
         self,
