@@ -96,8 +96,9 @@ def eight_sessions(model, processor) -> None:
     answers = [chat.send(HISTORY, picture(index), max_new_tokens=4) for index, chat in enumerate(sessions)]
     [answer.result() for answer in answers]
     added = anonymous_memory() - before
-    states = sessions[0]._engine.model.language_model.request.query_state()
-    values = 8 * sum(state.state.size for state in states)
+    text = model.config.text_config
+    tokens = sum(session._engine.model.cached_tokens for session in sessions)
+    values = tokens * text.n_layers * 2 * text.d_model
     compiled = model.language_model.request.get_compiled_model()
     precision = compiled.get_property("KV_CACHE_PRECISION")
     cache = values * precision.size

@@ -1,13 +1,12 @@
 """The model as one session sees it: shared weights, and a key-value cache of its own that follows the conversation.
 
-The cache is the state of an infer request, so a session is a request of the compiled model. Before an answer, the cache is cut
-back to the longest beginning it shares with the prompt, and only what follows is processed. That one rule serves the next turn,
-undo, a cancelled answer, a changed system prompt and dropped turns alike, and gives what the whole prompt would have given.
+Before an answer, the cache is cut back to the longest beginning it shares with the prompt, and only what follows is processed.
+That one rule serves the next turn, undo, a cancelled answer, a changed system prompt and dropped turns alike, and gives what the
+whole prompt would have given.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,12 +22,9 @@ from optimum_llava_ov.export.memory import return_freed
 from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
 
-# Prompts are processed in pieces, and between two of them an answer can be cancelled. The first may be long: where there is
-# no past yet, OpenVINO's attention is fast, more than twice as fast for 2,000 tokens as in pieces of any length.
-FIRST_CHUNK, CHUNK = 1024, 128
+LONG = 128  # tokens; processing so many leaves buffers behind that are worth giving back
 MAX_PICTURES = 16  # image features kept; older ones are computed again if they are needed again
 _PAST = ((),)  # what stands for a cache that is inside the model
-_SEQUENCE_AXIS = 2  # of the state tensors, (batch, heads, tokens, head size)
 
 
 class SessionModel(OVModelForLlavaMPT):
@@ -38,11 +34,9 @@ class SessionModel(OVModelForLlavaMPT):
         with model._lock:
             model.compile()
             self.__dict__.update(model.__dict__)
-            self.language_model = copy.copy(model.language_model)
-            compiled = model.language_model.request.get_compiled_model()
+            self.language_model = model.language_model.with_own_cache()
         self._owner = model  # what was exported on the fly lives as long as its model
         self._lock = threading.RLock()
-        self.language_model.request = compiled.create_infer_request()
         self._embeddings = _request(model.language_model.text_emb_request)
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._keys: list[int | str] = []
@@ -69,11 +63,11 @@ class SessionModel(OVModelForLlavaMPT):
         self._cut(reused)
         rest = self._embed_keys(prompt, reused, prepare)
         try:
-            while rest.shape[1] > (chunk := CHUNK if self.cached_tokens else FIRST_CHUNK):
+            while rest.shape[1] > (piece := self.language_model.piece):  # between two of them, an answer can be cancelled
                 if cancelled():
                     return [], reused
-                self._process(rest[:, :chunk], prompt.keys)
-                rest = rest[:, chunk:]
+                self._process(rest[:, :piece], prompt.keys)
+                rest = rest[:, piece:]
             if cancelled():
                 return [], reused
             self._rest = rest
@@ -86,13 +80,12 @@ class SessionModel(OVModelForLlavaMPT):
             raise
         finally:
             self._rest = None
-            if len(prompt) - reused > CHUNK:
+            if len(prompt) - reused > LONG:
                 return_freed()  # of a long prompt's buffers, more than half of what its cache takes
 
     def reset(self) -> None:
         """Forget all tokens. Image features stay: the same picture may be asked about again."""
-        self.language_model.request.reset_state()
-        self.language_model._past_length = 0
+        self.language_model.reset()
         self._keys = []
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs) -> dict[str, Any]:
@@ -131,14 +124,11 @@ class SessionModel(OVModelForLlavaMPT):
         return self._features[key]
 
     def _cut(self, length: int) -> None:
-        """Keep the first `length` tokens of the cache. Copies what stays: far cheaper than to process it again."""
+        """Keep the first `length` tokens of the cache."""
         if length == 0:
             self.reset()
         elif length < self.cached_tokens:
-            for state in self.language_model.request.query_state():
-                kept = state.state.data[:, :, :length]
-                state.state = openvino.Tensor(np.ascontiguousarray(kept))
-            self.language_model._past_length = length
+            self.language_model.cut(length)
             self._keys = self._keys[:length]
 
 

@@ -31,7 +31,7 @@ from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import merge_image_features
-from optimum_llava_ov.runtime.language_model import LanguageModel
+from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.runtime.mapped import read_once
 from optimum_llava_ov.runtime.prompts import canonical_prompts
 from optimum_llava_ov.samples import question_inputs
@@ -39,6 +39,8 @@ from optimum_llava_ov.samples import question_inputs
 
 if TYPE_CHECKING:
     from optimum_llava_ov.chat.session import ChatSession
+
+ATTENTION_BACKEND = "ATTENTION_BACKEND"  # GenAI's name
 
 
 def _one_at_a_time(method):
@@ -91,18 +93,23 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     ):
         self._lock = threading.RLock()
         self._differs_from_files = False
-        super().__init__(language_model, text_embeddings, vision_embeddings, config, device, compile=False, **kwargs)
+        ov_config = {**(kwargs.pop("ov_config", None) or {})}
+        attention_backend = ov_config.pop(ATTENTION_BACKEND, PA)
+        super().__init__(
+            language_model, text_embeddings, vision_embeddings, config, device, compile=False, ov_config=ov_config, **kwargs
+        )
         # In place of the host's, before anything is compiled
         self.language_model = LanguageModel(
             language_model,
             text_embeddings,
             config=config,
             device=device,
-            ov_config=kwargs.get("ov_config"),
+            ov_config=ov_config,
             model_save_dir=self.model_save_dir,
             quantization_config=kwargs.get("quantization_config"),
             compile=self._compile_only,
             compile_only=self._compile_only,
+            attention_backend=attention_backend,
         )
         if compile and not self._compile_only:
             self.compile()
@@ -126,7 +133,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             model_id: folder or model id of a bundle, or of an original LLaVA-MPT checkpoint.
             vision_tower: of an original checkpoint, where its vision tower is, if not where it says.
             kwargs: those of [`OVModelForVisualCausalLM.from_pretrained`]: `device`, `ov_config`, `compile`, `cache_dir`, `token`,
-                `revision`, `subfolder`, `local_files_only`, ...
+                `revision`, `subfolder`, `local_files_only`, ... `ov_config` may also have GenAI's `ATTENTION_BACKEND`: `"PA"`, paged
+                attention, which is used on CPU unless it is `"SDPA"`.
 
         Raises:
             [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT.
@@ -134,6 +142,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if is_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
+        if kwargs.get("compile_only") and kwargs.get("ov_config"):  # what is compiled is the bundle's graph as it is
+            kwargs["ov_config"] = {name: value for name, value in kwargs["ov_config"].items() if name != ATTENTION_BACKEND}
         model = super().from_pretrained(folder, *args, **kwargs)
         if not isinstance(model, OVModelForLlavaMPT):
             _check_is_llava_mpt(model_id, model.config.model_type, model.config.text_config.model_type)

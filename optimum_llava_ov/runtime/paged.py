@@ -1,0 +1,141 @@
+"""The language model on paged attention: no padding is computed, nothing twice, and of a prompt only the half of the scores that is seen.
+
+With a mask for ALiBi, OpenVINO's other attention does not know that it is causal. On CPU; GenAI's default backend is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import openvino
+
+from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS
+from optimum_llava_ov.runtime.paged_cache import BLOCK, PagedCache
+
+
+# Tokens that are processed at once. What is computed on the way to the logits takes memory for so many, and more is not faster.
+PIECE = 512
+
+
+class PagedDecoder:
+    """
+    Args:
+        compiled: of [`paged`] and [`with_logit_positions`] along axis 0.
+    """
+
+    first_piece = piece = PIECE
+
+    def __init__(self, compiled: openvino.CompiledModel):
+        self.request = compiled.create_infer_request()
+        self._cache = PagedCache(self.request)
+        self._vocab_size = compiled.output("logits").get_partial_shape()[-1].get_length()
+
+    def begin(self, batch_size: int) -> None:
+        self._cache.begin(batch_size)
+
+    def free(self) -> None:
+        self._cache.free()
+
+    def cut(self, length: int) -> None:
+        self._cache.cut(length)
+
+    def __call__(self, inputs_embeds: np.ndarray, mask: np.ndarray, rows: np.ndarray, wanted: int) -> np.ndarray:
+        batch_size, length = inputs_embeds.shape[:2]
+        is_token = mask != 0
+        self._cache.reorder(rows)
+        past = is_token[:, :-length].sum(axis=1)
+        if not np.array_equal(past, self._cache.lengths):
+            raise ValueError(
+                f"attention_mask shows {past.tolist()} earlier tokens; the rows have {self._cache.lengths.tolist()}."
+            )
+        is_token = is_token[:, -length:]
+        is_whole = is_token.all()
+        sequences = list(inputs_embeds) if is_whole else [row[tokens] for row, tokens in zip(inputs_embeds, is_token)]
+        unwanted = is_token[:, : length - wanted].sum(axis=1)
+        run = self._run if past.any() or batch_size == 1 else self._run_alike
+        logits = run(sequences, unwanted)
+        if is_whole:
+            return np.stack(logits)
+        padded = np.zeros((batch_size, wanted, self._vocab_size), dtype=np.float32)
+        for row, values in enumerate(logits):
+            padded[row, is_token[row, length - wanted :]] = values
+        return padded
+
+    def _run_alike(self, sequences: Sequence[np.ndarray], unwanted: np.ndarray) -> list[np.ndarray]:
+        """Sequences that begin, without doing anything twice: rows that are equal, as those of beams, and what all rows begin with."""
+        found: dict[bytes, int] = {}
+        which = np.array([found.setdefault(sequence.tobytes(), len(found)) for sequence in sequences])
+        _, first = np.unique(which, return_index=True)
+        sequences, unwanted = [sequences[row] for row in first], unwanted[first]
+        if shared := min(_common_length(sequences), *unwanted) // BLOCK * BLOCK if len(sequences) > 1 else 0:
+            self._cache.begin(1)
+            self._run([sequences[0][:shared]], np.array([shared]))
+            self._cache.reorder(np.zeros(len(sequences), dtype=np.int64))
+            sequences, unwanted = [sequence[shared:] for sequence in sequences], unwanted - shared
+        else:
+            self._cache.begin(len(sequences))
+        logits = self._run(sequences, unwanted)
+        self._cache.reorder(which)
+        return [logits[number] for number in which]
+
+    def _run(self, sequences: Sequence[np.ndarray], unwanted: np.ndarray) -> list[np.ndarray]:
+        """Process `(tokens, d_model)` of every row. Logits, without those of the first `unwanted` tokens."""
+        logits: list[list[np.ndarray]] = [[np.empty((0, self._vocab_size), dtype=np.float32)] for _ in sequences]
+        for pieces in _pieces([len(sequence) for sequence in sequences]):
+            inputs_embeds = [sequences[row][start:stop] for row, start, stop in pieces]
+            begins = np.cumsum([0, *map(len, inputs_embeds)], dtype=np.int32)
+            wanted = [
+                np.arange(begin + max(unwanted[row] - start, 0), end)
+                for (row, start, _), begin, end in zip(pieces, begins, begins[1:])
+            ]
+            values = self._infer(np.concatenate(inputs_embeds), [row for row, _, _ in pieces], begins, np.concatenate(wanted))
+            for (row, _, _), part in zip(pieces, np.split(values, np.cumsum([len(positions) for positions in wanted])[:-1])):
+                logits[row].append(part)
+        return [np.concatenate(parts) for parts in logits]
+
+    def _infer(self, inputs_embeds: np.ndarray, rows: Sequence[int], begins: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """One call. `inputs_embeds` are those of rows, one behind the other; logits `(positions, vocab_size)` are of its positions."""
+        past = self._cache.lengths[rows]
+        for row, tokens in zip(rows, np.diff(begins)):
+            self._cache.extend(row, int(tokens))
+        blocks, block_begins = self._cache.blocks(rows)
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "past_lens": past,
+            "subsequence_begins": begins,
+            "block_indices": blocks,
+            "block_indices_begins": block_begins,
+            "max_context_len": self._cache.lengths[rows].max(),
+            LOGIT_POSITIONS: positions if len(positions) else np.zeros(1, dtype=np.int64),
+        }
+        self.request.infer(inputs, share_inputs=True, share_outputs=True)
+        logits = self.request.get_tensor("logits").data
+        return logits.reshape(-1, logits.shape[-1])[: len(positions)].copy()  # the request overwrites its output at the next call
+
+
+def _pieces(lengths: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Parts of sequences, as `(row, start, stop)`, at most `PIECE` tokens at a time."""
+    pieces, room = [], PIECE
+    for row, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            stop = min(length, start + room)
+            pieces.append((row, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield pieces
+                pieces, room = [], PIECE
+    if pieces:
+        yield pieces
+
+
+def _common_length(sequences: Sequence[np.ndarray]) -> int:
+    """How many first elements all have in common."""
+    first, *others = sequences
+    shortest = min(map(len, sequences))
+    differs = np.zeros(shortest, dtype=bool)
+    for other in others:
+        differs |= (first[:shortest] != other[:shortest]).any(axis=1)
+    return int(differs.argmax()) if differs.any() else shortest

@@ -1,0 +1,116 @@
+"""Keys and values of any number of rows, in blocks of tokens. Rows that began alike share blocks, until one of them writes there.
+
+Method: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", https://arxiv.org/abs/2309.06180.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import openvino
+
+
+BLOCK = 32  # tokens; OpenVINO's CPU plugin has no other
+_ALIGNMENT = 64  # bytes
+_BFLOAT16 = openvino.Type.bf16  # which numpy does not have
+
+
+class PagedCache:
+    """
+    Args:
+        request: of a graph with paged attention. The cache is a set of its inputs, which it writes into.
+
+    Attributes:
+        lengths: tokens of each row, `(rows,)` int32.
+    """
+
+    def __init__(self, request: openvino.InferRequest):
+        self._request = request
+        self._ports = [port for port in request.model_inputs if "_cache." in port.get_any_name()]
+        self._arrays: list[np.ndarray | None] = [None] * len(self._ports)
+        self._users = np.zeros(0, dtype=np.int64)  # how many rows have each block
+        self.begin(0)
+
+    def begin(self, rows: int) -> None:
+        """Forget all tokens. The memory is kept for what comes next."""
+        self._tables: list[list[int]] = [[] for _ in range(rows)]
+        self.lengths = np.zeros(rows, dtype=np.int32)
+        self._users[:] = 0
+
+    def free(self) -> None:
+        """Forget all tokens, and give the memory back."""
+        self.begin(0)
+        self._allocate(1)
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """Let row `i` go on from where row `rows[i]` is, for all `i`."""
+        if len(rows) == len(self._tables) and np.array_equal(rows, np.arange(len(rows))):
+            return
+        self._tables = [list(self._tables[row]) for row in rows]
+        self.lengths = self.lengths[rows]
+        self._count_users()
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens of every row."""
+        self._tables = [table[: _blocks(length)] for table in self._tables]
+        self.lengths = np.minimum(self.lengths, length).astype(np.int32)
+        self._count_users()
+
+    def extend(self, row: int, tokens: int) -> None:
+        """Make room for tokens behind a row's, in blocks that are this row's alone."""
+        table, length = self._tables[row], int(self.lengths[row])
+        if length % BLOCK and self._users[table[-1]] > 1:
+            shared, own = table[-1], self._take(1)[0]
+            for array in self._arrays:
+                array[own] = array[shared]
+            self._users[shared] -= 1
+            table[-1] = own
+        if missing := _blocks(length + tokens) - len(table):
+            table += self._take(missing)
+        self.lengths[row] = length + tokens
+
+    def blocks(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks of rows, one row behind the other, and where each begins and the last ends; int32."""
+        tables = [self._tables[row] for row in rows]
+        indices = np.fromiter((block for table in tables for block in table), dtype=np.int32)
+        return indices, np.cumsum([0, *map(len, tables)], dtype=np.int32)
+
+    def _take(self, count: int) -> list[int]:
+        free = np.flatnonzero(self._users == 0)[:count]
+        if len(free) < count:
+            self._allocate(max(2 * len(self._users), len(self._users) + count))
+            free = np.flatnonzero(self._users == 0)[:count]
+        self._users[free] = 1
+        return free.tolist()
+
+    def _allocate(self, blocks: int) -> None:
+        """Have so many blocks. One tensor at a time, so that there is not all of the cache twice."""
+        kept = min(len(self._users), blocks)
+        for number, port in enumerate(self._ports):
+            shape = [blocks, *(dimension.get_length() for dimension in list(port.get_partial_shape())[1:])]
+            element_type = port.get_element_type()
+            array = _zeros(shape, np.dtype(np.uint16) if element_type == _BFLOAT16 else element_type.to_dtype())
+            if self._arrays[number] is not None:
+                array[:kept] = self._arrays[number][:kept]
+            self._arrays[number] = array
+            self._request.set_tensor(port, openvino.Tensor(array, openvino.Shape(shape), element_type))
+        self._users = np.concatenate([self._users[:kept], np.zeros(blocks - kept, dtype=np.int64)])
+
+    def _count_users(self) -> None:
+        used = [block for table in self._tables for block in table]
+        self._users = np.bincount(used, minlength=len(self._users)) if used else np.zeros_like(self._users)
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK)
+
+
+def _zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that is zero until it is written, and takes none until then. OpenVINO multiplies what is behind the last token by zero,
+    which must not meet a NaN.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    buffer = np.zeros(size + _ALIGNMENT, dtype=np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)

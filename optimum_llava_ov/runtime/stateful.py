@@ -1,0 +1,47 @@
+"""The language model as the bundle has it: one tensor of keys and one of values per layer, padding included, as the request's state.
+
+What every device of OpenVINO can run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino
+
+from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS
+
+
+class StatefulDecoder:
+    """
+    Args:
+        compiled: of the bundle's graph, or of [`with_logit_positions`] of it along axis 1.
+    """
+
+    # Where there is a past, OpenVINO's attention takes one position after the other: a prompt of 2,000 tokens in pieces takes more
+    # than twice as long. So the first piece is long.
+    first_piece, piece = 1024, 128
+
+    def __init__(self, compiled: openvino.CompiledModel):
+        self.request = compiled.create_infer_request()
+        self._inputs = {name for port in compiled.inputs for name in port.get_names()}
+
+    def begin(self, batch_size: int) -> None:
+        self.request.reset_state()
+
+    def free(self) -> None:
+        self.request.reset_state()
+
+    def cut(self, length: int) -> None:
+        for state in self.request.query_state():
+            kept = state.state.data[:, :, :length]  # of (batch, heads, tokens, head size)
+            state.state = openvino.Tensor(np.ascontiguousarray(kept))
+
+    def __call__(self, inputs_embeds: np.ndarray, mask: np.ndarray, rows: np.ndarray, wanted: int) -> np.ndarray:
+        batch_size, length = inputs_embeds.shape[:2]
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": mask, "beam_idx": rows.astype(np.int32)}
+        if LOGIT_POSITIONS in self._inputs:
+            inputs[LOGIT_POSITIONS] = np.arange(length - wanted, length)
+        if "position_ids" in self._inputs:  # compiled elsewhere; nothing in the graph consumes it
+            inputs["position_ids"] = np.zeros((batch_size, length), dtype=np.int64)
+        self.request.infer(inputs, share_inputs=True, share_outputs=True)
+        return self.request.get_tensor("logits").data[:, -wanted:].copy()  # the request overwrites its output at the next step

@@ -1,0 +1,259 @@
+"""Paged attention inside `generate`: the same answers as the bundle's own attention gives, and nothing computed twice."""
+
+import logging
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from conftest import EXACT, Golden
+from openvino import opset8 as ops
+
+from optimum_llava_ov import OVModelForLlavaMPT
+from optimum_llava_ov.runtime import language_model as language_model_module
+from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS, paged, with_logit_positions
+from optimum_llava_ov.runtime.paged import PIECE, PagedDecoder
+from optimum_llava_ov.runtime.paged_cache import BLOCK, PagedCache
+from optimum_llava_ov.runtime.stateful import StatefulDecoder
+
+
+GOLDEN = Golden("linear_fp16_sharded")
+GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models[GOLDEN.name]
+
+
+@pytest.fixture(scope="module")
+def stateful(bundles):
+    return OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config={**EXACT, "ATTENTION_BACKEND": "SDPA"})
+
+
+@pytest.fixture(scope="module")
+def graph(bundles):
+    return openvino.Core().read_model(bundles[GOLDEN.name] / "openvino_language_model.xml")
+
+
+@pytest.fixture
+def calls(model, monkeypatch):
+    """Tokens of each call of the engine."""
+    calls = []
+    infer = PagedDecoder._infer
+    monkeypatch.setattr(
+        PagedDecoder, "_infer", lambda self, embeds, *args: calls.append(len(embeds)) or infer(self, embeds, *args)
+    )
+    return calls
+
+
+def embeddings(model, *shape, seed=0):
+    return torch.randn(*shape, model.config.text_config.d_model, generator=torch.Generator().manual_seed(seed))
+
+
+class TestGraph:
+    def test_inputs(self, graph):
+        model = with_logit_positions(paged(graph), axis=0)
+        names = {port.get_any_name() for port in model.inputs}
+        caches = {f"{kind}_cache.{layer}" for kind in ("key", "value") for layer in range(3)}
+        sequences = {"past_lens", "subsequence_begins", "block_indices", "block_indices_begins", "max_context_len"}
+        assert names == {"inputs_embeds", LOGIT_POSITIONS, *sequences, *caches}
+
+    def test_without_alibi_it_is_refused(self, graph):
+        """OpenVINO knows few ways to write ALiBi, and leaves out any other."""
+        other = graph.clone()
+        (distance,) = (node for node in other.get_ops() if node.get_type_name() == "Abs")
+        value = distance.input_value(0)
+        distance.output(0).replace(ops.maximum(value, ops.negative(value)).output(0))  # the same number
+        other.validate_nodes_and_infer_types()
+        assert paged(graph) is not None
+        assert paged(other) is None
+
+    def test_another_graph_is_refused(self, bundles):
+        assert paged(openvino.Core().read_model(bundles[GOLDEN.name] / "openvino_text_embeddings_model.xml")) is None
+
+
+class TestCache:
+    @pytest.fixture
+    def cache(self, graph):
+        compiled = openvino.Core().compile_model(with_logit_positions(paged(graph), axis=0), "CPU", EXACT)
+        cache = PagedCache(compiled.create_infer_request())
+        cache.begin(1)
+        return cache
+
+    def contents(self, cache, row):
+        """What a row has in the first layer, by the token."""
+        blocks, _ = cache.blocks([row])
+        return cache._arrays[0][blocks].swapaxes(1, 2).reshape(-1, *cache._arrays[0].shape[1::2])[: cache.lengths[row]]
+
+    def test_rows_share_blocks_until_they_write(self, cache):
+        cache.extend(0, 2 * BLOCK + 3)
+        cache.reorder(np.array([0, 0, 0]))
+        assert [cache.blocks([row])[0].tolist() for row in range(3)] == [[0, 1, 2]] * 3
+        cache._arrays[0][2] = 7
+        for row in range(3):
+            cache.extend(row, 1)
+        tables = [cache.blocks([row])[0].tolist() for row in range(3)]
+        assert [table[:2] for table in tables] == [[0, 1]] * 3
+        assert len({table[2] for table in tables}) == 3  # the last one has the original
+        assert all((cache._arrays[0][table[2]] == 7).all() for table in tables)
+        cache.reorder(np.array([1]))
+        assert cache._users.sum() == 3
+
+    def test_whole_blocks_are_never_copied(self, cache):
+        cache.extend(0, BLOCK)
+        cache.reorder(np.array([0, 0]))
+        cache.extend(0, 1)
+        cache.extend(1, BLOCK + 1)
+        indices, begins = cache.blocks([0, 1])
+        assert indices.tolist() == [0, 1, 0, 2, 3]
+        assert begins.tolist() == [0, 2, 5]
+
+    def test_grows_and_keeps(self, cache):
+        for step in range(1, 6):
+            cache.extend(0, 3 * BLOCK)
+            blocks, _ = cache.blocks([0])
+            cache._arrays[0][blocks[-3:]] = step
+        assert [block[0, 0, 0] for block in cache._arrays[0][cache.blocks([0])[0]]] == [
+            step for step in range(1, 6) for _ in range(3)
+        ]
+        tensor = cache._request.get_tensor(cache._ports[0])
+        assert tensor.data.ctypes.data == cache._arrays[0].ctypes.data
+        assert tensor.data.ctypes.data % 64 == 0
+
+    def test_cut_gives_blocks_back(self, cache):
+        cache.extend(0, 10 * BLOCK)
+        cache.cut(BLOCK + 1)
+        assert cache._users.sum() == 2
+        size = len(cache._users)
+        cache.extend(0, 8 * BLOCK)
+        assert len(cache._users) == size
+        cache.free()
+        assert len(cache._users) == 1
+
+
+class TestAnswers:
+    """Of both kinds of attention, and of torch."""
+
+    def test_backends(self, model, stateful):
+        assert isinstance(model.language_model._decoder, PagedDecoder)
+        assert isinstance(stateful.language_model._decoder, StatefulDecoder)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5}],
+        ids=["greedy", "beams", "several"],
+    )
+    def test_rows_of_different_lengths(self, model, stateful, processors, options):
+        inputs = processors[GOLDEN.name](
+            text=["<image>\nWhat is this?", "Hi", "<image> and <image>"],
+            images=[GOLDEN.image("img0_300x200"), GOLDEN.image("img1_64x480"), GOLDEN.image("img0_300x200")],
+            return_tensors="pt",
+            padding=True,
+        )
+        expected = stateful.generate(**inputs, **GREEDY, **options)
+        assert torch.equal(model.generate(**inputs, **GREEDY, **options), expected)
+
+    def test_sampling(self, model, stateful):
+        tokens = []
+        for each in (model, stateful):
+            torch.manual_seed(0)
+            tokens.append(each.generate(torch.tensor([[5, 6, 7]]), do_sample=True, num_return_sequences=3, max_new_tokens=20))
+        assert torch.equal(*tokens)
+
+    def test_right_padding_of_a_forward_call(self, model, torch_models):
+        embeds = embeddings(model, 2, 50)
+        mask = torch.ones(2, 50, dtype=torch.long)
+        mask[1, 30:] = 0
+        with torch.no_grad():
+            expected = torch_models[GOLDEN.name](inputs_embeds=embeds, attention_mask=mask).logits
+        logits = model(inputs_embeds=embeds, attention_mask=mask).logits
+        assert (logits - expected)[mask.bool()].abs().max() < 1e-3
+
+    @pytest.mark.parametrize("pieces", [[1, 1, 1], [PIECE, 1, 2 * PIECE + 3], [BLOCK - 1, 2, BLOCK]])
+    def test_calls_that_go_on(self, model, stateful, pieces):
+        embeds = embeddings(model, 2, sum(pieces))
+        for each in (model, stateful):
+            past, parts = None, []
+            for part in embeds.split(pieces, dim=1):
+                output = each(inputs_embeds=part, past_key_values=past)
+                past = output.past_key_values
+                parts.append(output.logits)
+            logits = torch.cat(parts, dim=1)
+            whole = each(inputs_embeds=embeds).logits
+            assert (logits - whole).abs().max() < 1e-3
+
+    @pytest.mark.parametrize("backend", ["PA", "SDPA"])
+    def test_a_mask_that_is_about_other_tokens(self, model, stateful, backend):
+        each = model if backend == "PA" else stateful
+        past = each(inputs_embeds=embeddings(each, 1, 4)).past_key_values
+        with pytest.raises(ValueError, match=r"attention_mask is \(1, 3\), expected .*: \(1, 5\)"):
+            each(inputs_embeds=embeddings(each, 1, 1), attention_mask=torch.ones(1, 3), past_key_values=past)
+
+    def test_a_mask_that_changes_its_mind(self, model):
+        past = model(inputs_embeds=embeddings(model, 1, 4)).past_key_values
+        with pytest.raises(ValueError, match=r"shows \[3\] earlier tokens; the rows have \[4\]"):
+            model(inputs_embeds=embeddings(model, 1, 1), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), past_key_values=past)
+
+    def test_a_session_on_either(self, model, stateful, processors):
+        """The second turn cuts the cache, whose tokens are no text."""
+        texts = []
+        for each in (model, stateful):
+            chat = each.chat(processors[GOLDEN.name], **GREEDY)
+            chat.send("What is this?", GOLDEN.image("img0_300x200")).result()
+            texts.append([chat.send("word " * 200).result(), chat.send("And this?").result(), chat.retry().result()])
+            assert chat._answer.stats.reused_tokens > 200
+        assert texts[0] == texts[1]
+
+
+class TestNothingTwice:
+    def test_beams(self, model, calls):
+        model.generate(torch.arange(5, 105)[None], **{**GREEDY, "max_new_tokens": 4}, num_beams=5)
+        assert calls == [100, 5, 5, 5]
+
+    def test_rows_that_begin_alike(self, model, calls):
+        beginning = torch.arange(5, 105)
+        rows = torch.stack([torch.cat([beginning, torch.arange(200, 210) + 20 * row]) for row in range(4)])
+        tokens = model.generate(rows, **{**GREEDY, "max_new_tokens": 2})
+        shared = 100 // BLOCK * BLOCK
+        assert calls == [shared, 4 * (110 - shared), 4]
+        alone = [model.generate(row[None], **{**GREEDY, "max_new_tokens": 2})[0] for row in rows]
+        assert torch.equal(tokens, torch.stack(alone))
+
+    def test_logits_of_all_positions(self, model, stateful, calls):
+        """What rows share is computed once, but what is asked for is there for each."""
+        embeds = embeddings(model, 1, 70).repeat(3, 1, 1)
+        embeds[2, 40:] = 0
+        assert (model(inputs_embeds=embeds).logits - stateful(inputs_embeds=embeds).logits).abs().max() < 1e-3
+        assert calls == [140]
+
+    def test_padding_is_not_computed(self, model, calls):
+        mask = torch.ones(2, 50, dtype=torch.long)
+        mask[0, :40] = 0
+        model(inputs_embeds=embeddings(model, 2, 50), attention_mask=mask)
+        assert calls == [60]
+
+    def test_long_prompts_in_pieces(self, model, calls):
+        model(inputs_embeds=embeddings(model, 2, 600), logits_to_keep=1)
+        assert calls == [PIECE, PIECE, 1200 - 2 * PIECE]
+
+
+class TestWhereItIsNot:
+    def test_a_processor_it_was_not_written_for(self, bundles, monkeypatch, caplog):
+        def fail(*args):
+            raise RuntimeError("not supported on this platform")
+
+        monkeypatch.setattr(language_model_module, "PagedDecoder", fail)
+        with caplog.at_level(logging.WARNING):
+            model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config=EXACT)
+        assert "not supported on this platform" in caplog.text
+        assert isinstance(model.language_model._decoder, StatefulDecoder)
+
+    def test_a_backend_that_there_is_not(self, bundles):
+        with pytest.raises(ValueError, match="ATTENTION_BACKEND is 'flash'. It may be 'PA' or 'SDPA'"):
+            OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config={"ATTENTION_BACKEND": "flash"})
+
+    def test_compiled_elsewhere(self, bundles):
+        options = {"compile_only": True, "ov_config": {**EXACT, "ATTENTION_BACKEND": "PA"}}
+        model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], **options)
+        assert isinstance(model.language_model._decoder, StatefulDecoder)
