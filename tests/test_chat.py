@@ -17,6 +17,7 @@ from optimum_llava_ov.chat.errors import ContextWindowError
 from optimum_llava_ov.chat.messages import pictures_of, text_of
 from optimum_llava_ov.chat.streaming import StopStringFilter
 from optimum_llava_ov.evaluation.shapes import held_out
+from optimum_llava_ov.runtime.language_model import LanguageModel
 
 
 GOLDEN = Golden("linear_fp16_sharded")
@@ -132,6 +133,13 @@ def test_a_picture_is_encoded_once(shapes, monkeypatch):
     chat.reset()
     chat.send("How many shapes are there?", [A, B]).result()
     assert len(encoded) == 2
+
+
+def test_computes_no_logits_but_those_of_the_next_token(chat, monkeypatch):
+    wanted, forward = [], LanguageModel.forward
+    monkeypatch.setattr(LanguageModel, "forward", lambda self, *args, **kwargs: wanted.append(args[3]) or forward(self, *args))
+    chat.send("What colour is the circle?", A).result()
+    assert set(wanted) == {1}
 
 
 def test_pieces_come_word_by_word(chat):

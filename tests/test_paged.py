@@ -1,6 +1,8 @@
 """Paged attention inside `generate`: the same answers as the bundle's own attention gives, and nothing computed twice."""
 
+import gc
 import logging
+import weakref
 
 import numpy as np
 import openvino
@@ -11,8 +13,9 @@ from openvino import opset8 as ops
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.runtime import language_model as language_model_module
+from optimum_llava_ov.runtime import paged_cache
 from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS, paged, with_logit_positions
-from optimum_llava_ov.runtime.paged import PIECE, PagedDecoder
+from optimum_llava_ov.runtime.paged import TOKENS_PER_CALL, PagedDecoder
 from optimum_llava_ov.runtime.paged_cache import BLOCK, PagedCache
 from optimum_llava_ov.runtime.stateful import StatefulDecoder
 
@@ -81,11 +84,6 @@ class TestCache:
         cache.begin(1)
         return cache
 
-    def contents(self, cache, row):
-        """What a row has in the first layer, by the token."""
-        blocks, _ = cache.blocks([row])
-        return cache._arrays[0][blocks].swapaxes(1, 2).reshape(-1, *cache._arrays[0].shape[1::2])[: cache.lengths[row]]
-
     def test_rows_share_blocks_until_they_write(self, cache):
         cache.extend(0, 2 * BLOCK + 3)
         cache.reorder(np.array([0, 0, 0]))
@@ -114,22 +112,41 @@ class TestCache:
             cache.extend(0, 3 * BLOCK)
             blocks, _ = cache.blocks([0])
             cache._arrays[0][blocks[-3:]] = step
-        assert [block[0, 0, 0] for block in cache._arrays[0][cache.blocks([0])[0]]] == [
-            step for step in range(1, 6) for _ in range(3)
-        ]
+        assert [block[0] for block in cache._arrays[0][cache.blocks([0])[0]]] == [step for step in range(1, 6) for _ in range(3)]
         tensor = cache._request.get_tensor(cache._ports[0])
         assert tensor.data.ctypes.data == cache._arrays[0].ctypes.data
         assert tensor.data.ctypes.data % 64 == 0
 
-    def test_cut_gives_blocks_back(self, cache):
+    def test_taking_back_gives_blocks_back(self, cache):
         cache.extend(0, 10 * BLOCK)
-        cache.cut(BLOCK + 1)
+        cache.take_back(9 * BLOCK - 1)
+        assert cache.lengths.tolist() == [BLOCK + 1]
         assert cache._users.sum() == 2
         size = len(cache._users)
         cache.extend(0, 8 * BLOCK)
         assert len(cache._users) == size
         cache.free()
         assert len(cache._users) == 1
+
+    def test_interrupted_while_it_grows(self, cache, monkeypatch):
+        """Half of the tensors are new, and the request holds none of the old ones: all are made anew."""
+        cache.extend(0, BLOCK)
+        make, made = paged_cache._zeros, []
+
+        def interrupted(*args):
+            if len(made) == 3:
+                raise KeyboardInterrupt
+            made.append(make(*args))
+            return made[-1]
+
+        monkeypatch.setattr(paged_cache, "_zeros", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.extend(0, BLOCK)
+        monkeypatch.setattr(paged_cache, "_zeros", make)
+        cache.begin(1)
+        cache.extend(0, 1)
+        for port, array in zip(cache._ports, cache._arrays):
+            assert cache._request.get_tensor(port).data.ctypes.data == array.ctypes.data
 
 
 class TestAnswers:
@@ -170,7 +187,7 @@ class TestAnswers:
         logits = model(inputs_embeds=embeds, attention_mask=mask).logits
         assert (logits - expected)[mask.bool()].abs().max() < 1e-3
 
-    @pytest.mark.parametrize("pieces", [[1, 1, 1], [PIECE, 1, PIECE + 3], [BLOCK - 1, 2, BLOCK]])
+    @pytest.mark.parametrize("pieces", [[1, 1, 1], [TOKENS_PER_CALL, 1, TOKENS_PER_CALL + 3], [BLOCK - 1, 2, BLOCK]])
     def test_calls_that_go_on(self, model, stateful, pieces):
         embeds = embeddings(model, 2, sum(pieces))
         for each in (model, stateful):
@@ -194,6 +211,53 @@ class TestAnswers:
         past = model(inputs_embeds=embeddings(model, 1, 4)).past_key_values
         with pytest.raises(ValueError, match=r"shows \[3\] earlier tokens; the rows have \[4\]"):
             model(inputs_embeds=embeddings(model, 1, 1), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), past_key_values=past)
+
+    def test_a_mask_that_was_wrong_can_be_put_right(self, model):
+        embeds, new = embeddings(model, 2, 4), embeddings(model, 2, 1)
+        past = model(inputs_embeds=embeds).past_key_values
+        model._reorder_cache(past, torch.tensor([1, 0]))
+        with pytest.raises(ValueError):
+            model(inputs_embeds=new, attention_mask=torch.zeros(2, 5), past_key_values=past)
+        logits = model(inputs_embeds=new, past_key_values=past).logits
+        expected = model(inputs_embeds=torch.cat([embeds[[1, 0]], new], dim=1), logits_to_keep=1).logits
+        assert (logits - expected).abs().max() < 1e-4
+
+    def test_equal_rows_padded_on_either_side(self, model):
+        embeds = embeddings(model, 1, 4).repeat(2, 1, 1)
+        embeds[1, 1:] = embeds[1, :3].clone()
+        logits = model(inputs_embeds=embeds, attention_mask=torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]), logits_to_keep=1).logits
+        assert (logits[1] - model(inputs_embeds=embeds[:1, :3], logits_to_keep=1).logits[0]).abs().max() < 1e-4
+
+    @pytest.mark.parametrize("precision", ["u8", "f16", "u4"])
+    def test_caches_of_fewer_bits(self, bundles, precision):
+        """The default has fewer bits than these tests: beams copy blocks of them, long answers make them grow. Rows stay themselves."""
+        model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config={**EXACT, "KV_CACHE_PRECISION": precision})
+        compiled = model.language_model.request.get_compiled_model()
+        assert compiled.input("key_cache.0").get_element_type().get_type_name() == precision
+        rows = torch.arange(5, 85).view(2, 40)
+        options = {**GREEDY, "num_beams": 3}
+        tokens = model.generate(rows, **options)
+        assert torch.equal(model.generate(rows.flip(0), **options).flip(0), tokens)
+        past = model(input_ids=tokens[:, :-1], logits_to_keep=1).past_key_values
+        model._reorder_cache(past, torch.tensor([1, 1]))
+        logits = model(input_ids=tokens[[0, 1], -1:], past_key_values=past).logits
+        past = model(input_ids=tokens[[1, 1], :-1], logits_to_keep=1).past_key_values
+        assert torch.equal(model(input_ids=tokens[[0, 1], -1:], past_key_values=past).logits, logits)
+
+    @pytest.mark.parametrize("backend", ["PA", "SDPA"])
+    def test_prompt_lookup(self, model, stateful, processors, backend, monkeypatch):
+        """Assisted generation: several tokens in one step where they are foreseen, and the same tokens."""
+        each = model if backend == "PA" else stateful
+        text = "<image>\nWhat is this? What is this? <image> What is"
+        images = [GOLDEN.image("img0_300x200"), GOLDEN.image("img1_64x480")]
+        inputs = processors[GOLDEN.name](text=text, images=images, return_tensors="pt")
+        options = {**GREEDY, "eos_token_id": 0}
+        expected = each.generate(**inputs, **options)
+        steps, forward = [], each.language_model.forward
+        monkeypatch.setattr(each.language_model, "forward", lambda *args: steps.append(len(args[0][0])) or forward(*args))
+        assert torch.equal(each.generate(**inputs, **options, prompt_lookup_num_tokens=5), expected)
+        assert 1 < len(steps) < 40
+        assert max(steps[1:]) > 1
 
     def test_a_session_on_either(self, model, stateful, processors):
         """The second turn cuts the cache, whose tokens are no text."""
@@ -235,7 +299,46 @@ class TestNothingTwice:
 
     def test_long_prompts_in_pieces(self, model, calls):
         model(inputs_embeds=embeddings(model, 2, 600), logits_to_keep=1)
-        assert calls == [PIECE, 1200 - PIECE]
+        assert calls == [TOKENS_PER_CALL, 1200 - TOKENS_PER_CALL]
+
+
+class TestAfterAnInterruption:
+    @pytest.mark.parametrize("number", [1, 2, 5])
+    def test_the_next_answer_is_right(self, model, monkeypatch, number):
+        rows = torch.stack([torch.arange(5, 75), torch.arange(5, 75)])
+        rows[1, 60:] = 9
+        expected = model.generate(rows, **GREEDY)
+        infer, calls = PagedDecoder._infer, []
+
+        def interrupted(self, *args):
+            calls.append(1)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return infer(self, *args)
+
+        monkeypatch.setattr(PagedDecoder, "_infer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(rows, **GREEDY)
+        assert torch.equal(model.generate(rows, **GREEDY), expected)
+
+    def test_to_clear_requests_gives_their_memory_back(self, bundles):
+        model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config=EXACT)
+        expected = model.generate(torch.tensor([[5, 6, 7]]), **GREEDY)
+        decoder = weakref.ref(model.language_model._decoder)
+        model.clear_requests()
+        gc.collect()
+        assert decoder() is None
+        assert torch.equal(model.generate(torch.tensor([[5, 6, 7]]), **GREEDY), expected)
+
+
+def test_compressed_and_halved_graphs_have_it(bundles):
+    """Whatever was done to the weights, the attention is still known."""
+    for options in ({"load_in_8bit": True}, {"quantization_config": {"bits": 4, "group_size": 64}}, {}):
+        model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], compile=False, **options)
+        if not options:
+            model.half()
+        model.compile()
+        assert isinstance(model.language_model._decoder, PagedDecoder)
 
 
 class TestWhereItIsNot:

@@ -92,7 +92,7 @@ class SessionModel(OVModelForLlavaMPT):
         if past_key_values is not None:
             return super().prepare_inputs_for_generation(input_ids, past_key_values, attention_mask, **kwargs)
         past = _PAST if self.cached_tokens else None
-        return {"inputs_embeds": self._rest, "attention_mask": attention_mask, "past_key_values": past}
+        return {"inputs_embeds": self._rest, "attention_mask": attention_mask, "past_key_values": past, "logits_to_keep": 1}
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # A request for the moment: pictures are rare, and an encoder's buffers large.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
 from optimum_llava_ov.models.merge import check_image_count
 
@@ -38,6 +39,11 @@ class ImageGenerationMixin(GenerationMixin):
         processors = super()._get_logits_processor(*args, **kwargs)
         return LogitsProcessorList([_WithoutImageTokens(processors, self.config.image_token_id)]) if processors else processors
 
+    def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        is_lookup = isinstance(generator, PromptLookupCandidateGenerator)
+        return _TextCandidates(generator, self.config.image_token_id) if is_lookup else generator
+
 
 class _WithoutImageTokens(LogitsProcessor):
     """Lets processors such as the repetition penalty see prompts without `<image>`, for which there is no logit.
@@ -50,6 +56,25 @@ class _WithoutImageTokens(LogitsProcessor):
         self.image_token_id = image_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        is_image = input_ids == self.image_token_id
-        first_text = input_ids.gather(1, is_image.int().argmin(dim=1, keepdim=True))
-        return self.processors(torch.where(is_image, first_text, input_ids), scores)
+        return self.processors(_as_text(input_ids, self.image_token_id), scores)
+
+
+class _TextCandidates(CandidateGenerator):
+    """Lets prompt lookup see prompts without `<image>`, which nobody would generate."""
+
+    def __init__(self, generator: PromptLookupCandidateGenerator, image_token_id: int):
+        self.generator = generator
+        self.image_token_id = image_token_id
+
+    def get_candidates(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.FloatTensor | None]:
+        candidates, logits = self.generator.get_candidates(_as_text(input_ids, self.image_token_id))
+        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
+
+    def update_candidate_strategy(self, *args) -> None:
+        self.generator.update_candidate_strategy(*args)
+
+
+def _as_text(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
+    """Each row with its first text token in place of `<image>`."""
+    is_image = input_ids == image_token_id
+    return torch.where(is_image, input_ids.gather(1, is_image.int().argmin(dim=1, keepdim=True)), input_ids)

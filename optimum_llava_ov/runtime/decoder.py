@@ -12,7 +12,7 @@ class Decoder(Protocol):
     """
     Attributes:
         request: what runs the graph.
-        first_piece, piece: into how many tokens a long prompt is best divided, by who wants to do something meanwhile.
+        first_piece, piece: how many tokens to give in one call when a prompt is processed piece by piece, so that it can be cancelled.
     """
 
     request: openvino.InferRequest
@@ -27,8 +27,8 @@ class Decoder(Protocol):
     def free(self) -> None:
         """Forget all tokens, and give their memory back, where that is possible."""
 
-    def cut(self, length: int) -> None:
-        """Keep the first `length` tokens of every row. For rows without padding."""
+    def take_back(self, tokens: int) -> None:
+        """Forget the last tokens of every row, at least one."""
 
     def __call__(self, inputs_embeds: np.ndarray, mask: np.ndarray, rows: np.ndarray, wanted: int) -> np.ndarray:
         """Process tokens behind those that are in the cache.

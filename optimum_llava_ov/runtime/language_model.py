@@ -25,6 +25,19 @@ logger = logging.getLogger(__name__)
 PA, SDPA = "PA", "SDPA"  # GenAI's names
 
 
+class Past(tuple):
+    """Stands for the cache, which is inside the model. transformers wants something of this form, and for assisted generation `crop`."""
+
+    def __new__(cls, model: LanguageModel) -> Past:
+        past = super().__new__(cls, ((),))
+        past._model = model
+        return past
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens, padding included."""
+        self._model.cut(length)
+
+
 class LanguageModel(OVModelWithEmbedForCausalLM):
     """The host's language model on paged attention where OpenVINO has that, with logits only where they are asked for.
 
@@ -48,7 +61,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
 
     def compile(self) -> None:
         """Compile, and run once: OpenVINO packs the weights when a graph first runs, seconds that belong to loading, at half the memory."""
-        if self.request is not None and self._decoder is not None:
+        if self.request is not None:
             return
         self._decoder = self._compiled_decoder()
         self.request = self._decoder.request
@@ -59,6 +72,10 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         with read_once(weights_file(self.model_save_dir, "language_model")):
             self.forward(torch.zeros(1, 1, self.config.text_config.d_model), logits_to_keep=1)
         self.reset()
+
+    def clear_requests(self) -> None:
+        super().clear_requests()
+        self._decoder = self._embedding_table = None
 
     def _compiled_decoder(self) -> Decoder:
         graph = paged(self.model) if self._attention_backend == PA and self._device == "CPU" else None
@@ -79,6 +96,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         other = copy.copy(self)
         other._decoder = type(self._decoder)(self.request.get_compiled_model())
         other.request = other._decoder.request
+        other._past_length = 0
         return other
 
     def reset(self) -> None:
@@ -87,18 +105,19 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         self._past_length = 0
 
     def cut(self, length: int) -> None:
-        """Keep the first `length` tokens, of rows without padding."""
-        self._decoder.cut(length)
-        self._past_length = length
+        """Keep the first `length` tokens, padding included."""
+        if length < self._past_length:
+            self._decoder.take_back(self._past_length - length)
+            self._past_length = length
 
     @property
     def piece(self) -> int:
-        """How many tokens of a long prompt are best processed next, by who wants to do something between pieces."""
+        """How many tokens to give in the next call when a prompt is processed piece by piece, so that it can be cancelled."""
         return self._decoder.piece if self._past_length else self._decoder.first_piece
 
     def look_up(self, input_ids: torch.LongTensor) -> torch.Tensor | None:
         """Embeddings `(batch, tokens, d_model)` float32 of a few tokens, or `None` where only a call of OpenVINO gives them."""
-        if self.request is None or self._embedding_table is None:  # without a request, the table may be that of an earlier graph
+        if self._embedding_table is None:
             return None
         return torch.from_numpy(self._embedding_table(input_ids.numpy()))
 
@@ -112,7 +131,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         """
         Args:
             inputs_embeds: `(batch, tokens, d_model)` float32.
-            attention_mask: `(batch, past + tokens)`, 0 for padding. All ones if not given.
+            attention_mask: `(batch, past + tokens)`, 0 for padding, which has no place in the row. All ones if not given.
             past_key_values: what the last call returned; `None` begins anew. The cache itself is inside.
             logits_to_keep: compute logits of so many last positions only; 0 for all.
 
@@ -139,4 +158,4 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         logits = self._decoder(inputs_embeds.numpy(), attention_mask.long().numpy(), self.next_beam_idx, wanted)
         self._past_length += length
         self.next_beam_idx = np.arange(batch_size)  # `generate` sets another order before the next call, if it wants one
-        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=((),))
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=Past(self))

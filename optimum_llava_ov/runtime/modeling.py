@@ -240,7 +240,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         Args:
             input_ids: `(batch, tokens)`; with a cache, the new tokens only.
             pixel_values: `(images, 3, height, width)`, the images of all rows in order; only with the prompt.
-            attention_mask: `(batch, past + tokens)`, 0 for padding. All ones if not given.
+            attention_mask: `(batch, past + tokens)`, 0 for padding, which has no place in the row: what follows it is as near to
+                what is before it as if it were not there. All ones if not given.
             past_key_values: what the last call returned; `None` begins anew. The cache itself is inside the model.
             inputs_embeds: `(batch, tokens, d_model)`, instead of `input_ids` and images.
             image_features: `(images, image_seq_length, d_model)`, instead of `pixel_values`.
@@ -294,10 +295,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if logits_to_keep is not None:
             inputs["logits_to_keep"] = logits_to_keep
         if past_key_values is not None:
-            return {
-                **inputs,
-                "input_ids": input_ids[:, self.language_model._get_past_length(past_key_values) - attention_mask.shape[1] :],
-            }
+            new = input_ids[:, self.language_model._get_past_length(past_key_values) - attention_mask.shape[1] :]
+            return {**inputs, "input_ids": new}
         if inputs_embeds is not None:
             return {**inputs, "inputs_embeds": inputs_embeds}
         images = {name: kwargs[name] for name in ("pixel_values", "image_features") if kwargs.get(name) is not None}

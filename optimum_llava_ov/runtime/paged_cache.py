@@ -5,6 +5,7 @@ Method: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,6 @@ import openvino
 
 BLOCK = 32  # tokens; OpenVINO's CPU plugin has no other
 _ALIGNMENT = 64  # bytes
-_BFLOAT16 = openvino.Type.bf16  # which numpy does not have
 
 
 class PagedCache:
@@ -23,12 +23,18 @@ class PagedCache:
 
     Attributes:
         lengths: tokens of each row, `(rows,)` int32.
+
+    Raises:
+        `RuntimeError`: the graph has blocks of another length.
     """
 
     def __init__(self, request: openvino.InferRequest):
         self._request = request
         self._ports = [port for port in request.model_inputs if "_cache." in port.get_any_name()]
-        self._arrays: list[np.ndarray | None] = [None] * len(self._ports)
+        for port in self._ports:  # keys have more behind the tokens: the scales of 8 bits
+            if port.get_any_name().startswith("value") and port.get_partial_shape()[2] != BLOCK:
+                raise RuntimeError(f"{port.get_any_name()} is {port.get_partial_shape()}, not in blocks of {BLOCK} tokens.")
+        self._arrays: list[np.ndarray | None] = [None] * len(self._ports)  # (blocks, bytes)
         self._users = np.zeros(0, dtype=np.int64)  # how many rows have each block
         self.begin(0)
 
@@ -51,10 +57,10 @@ class PagedCache:
         self.lengths = self.lengths[rows]
         self._count_users()
 
-    def cut(self, length: int) -> None:
-        """Keep the first `length` tokens of every row."""
-        self._tables = [table[: _blocks(length)] for table in self._tables]
-        self.lengths = np.minimum(self.lengths, length).astype(np.int32)
+    def take_back(self, tokens: int) -> None:
+        """Forget the last tokens of every row."""
+        self.lengths = np.maximum(self.lengths - tokens, 0).astype(np.int32)
+        self._tables = [table[: _blocks(length)] for table, length in zip(self._tables, self.lengths.tolist())]
         self._count_users()
 
     def extend(self, row: int, tokens: int) -> None:
@@ -86,16 +92,19 @@ class PagedCache:
 
     def _allocate(self, blocks: int) -> None:
         """Have so many blocks. One tensor at a time, so that there is not all of the cache twice."""
-        kept = min(len(self._users), blocks)
+        kept = np.flatnonzero(self._users[:blocks])
+        users = np.zeros(blocks, dtype=np.int64)
+        users[kept] = self._users[kept]
+        # The request does not hold the memory that it works on. If this is interrupted, all of it is made anew before the next call.
+        self._users = users[:0]
         for number, port in enumerate(self._ports):
             shape = [blocks, *(dimension.get_length() for dimension in list(port.get_partial_shape())[1:])]
-            element_type = port.get_element_type()
-            array = _zeros(shape, np.dtype(np.uint16) if element_type == _BFLOAT16 else element_type.to_dtype())
-            if self._arrays[number] is not None:
-                array[:kept] = self._arrays[number][:kept]
+            array = _zeros(blocks, math.prod(shape[1:]) * port.get_element_type().bitwidth // 8)
+            if len(kept):
+                array[kept] = self._arrays[number][kept]
+            self._request.set_tensor(port, openvino.Tensor(array, openvino.Shape(shape), port.get_element_type()))
             self._arrays[number] = array
-            self._request.set_tensor(port, openvino.Tensor(array, openvino.Shape(shape), element_type))
-        self._users = np.concatenate([self._users[:kept], np.zeros(blocks - kept, dtype=np.int64)])
+        self._users = users
 
     def _count_users(self) -> None:
         used = [block for table in self._tables for block in table]
@@ -106,11 +115,10 @@ def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-def _zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+def _zeros(blocks: int, size: int) -> np.ndarray:
     """Memory that is zero until it is written, and takes none until then. OpenVINO multiplies what is behind the last token by zero,
     which must not meet a NaN.
     """
-    size = int(np.prod(shape)) * dtype.itemsize
-    buffer = np.zeros(size + _ALIGNMENT, dtype=np.uint8)
+    buffer = np.zeros(blocks * size + _ALIGNMENT, dtype=np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
+    return buffer[start : start + blocks * size].reshape(blocks, size)

@@ -31,9 +31,9 @@ class StatefulDecoder:
     def free(self) -> None:
         self.request.reset_state()
 
-    def cut(self, length: int) -> None:
+    def take_back(self, tokens: int) -> None:
         for state in self.request.query_state():
-            kept = state.state.data[:, :, :length]  # of (batch, heads, tokens, head size)
+            kept = state.state.data[:, :, :-tokens]  # of (batch, heads, tokens, head size)
             state.state = openvino.Tensor(np.ascontiguousarray(kept))
 
     def __call__(self, inputs_embeds: np.ndarray, mask: np.ndarray, rows: np.ndarray, wanted: int) -> np.ndarray:
