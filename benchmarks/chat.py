@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.loading import GENAI, OPENVINO, session_factory
+from optimum_llava_ov.runtime.paged_cache import BLOCK
 
 
 HISTORY = "Tell me what you see in this picture, from the left to the right, and what people might do there. " * 4
@@ -96,12 +98,12 @@ def eight_sessions(model, processor) -> None:
     answers = [chat.send(HISTORY, picture(index), max_new_tokens=4) for index, chat in enumerate(sessions)]
     [answer.result() for answer in answers]
     added = anonymous_memory() - before
-    text = model.config.text_config
     tokens = sum(session._engine.model.cached_tokens for session in sessions)
-    values = tokens * text.n_layers * 2 * text.d_model
     compiled = model.language_model.request.get_compiled_model()
     precision = compiled.get_property("KV_CACHE_PRECISION")
-    cache = values * precision.size
+    blocks = [port for port in compiled.inputs if "_cache." in port.get_any_name()]
+    sizes = [math.prod(side.get_length() for side in list(port.get_partial_shape())[1:]) for port in blocks]
+    cache = tokens * sum(sizes) / BLOCK * precision.size
     print(
         f"eight sessions: {added / 1e6:.0f} MB for caches of {cache / 1e6:.0f} MB ({precision}): {added / cache:.2f} x (target: 1.2 x)"
     )

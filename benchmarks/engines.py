@@ -40,6 +40,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 
 from contenders import MODULES, NEEDS_PACKAGE, ONE_ROW, Job
@@ -93,12 +94,14 @@ def run_together(group: list[Job], workdir: Path) -> Iterator[dict]:
     """Processes that are all there and take turns, answer by answer: what else the machine does hits all of them alike."""
     with TemporaryDirectory(dir=workdir) as folder, ThreadPoolExecutor(len(group)) as pool:
         runs = {job.contender: pool.submit(run, replace(job, turns=folder), workdir) for job in group}
-        for number in range(1 + group[0].repeats + 1):  # load and answer; later answers; stages
-            first = number % len(group)  # whoever comes after a large one finds the caches cold
-            for job in group[first:] + group[:first]:
+        order, last = Random(group[0].prompt_tokens), 1 + group[0].repeats
+        for number in range(last + 1):  # load and answer; later answers; stages
+            for job in order.sample(group, len(group)):  # whoever comes after a large one finds the caches cold
                 if number == 0:
                     read_files(job)
                 give_turn(folder, job.contender, runs[job.contender].done)
+                if number == last:
+                    runs[job.contender].result()  # what it has is given back before the next one begins
         for one in runs.values():
             yield {**one.result(), "cpu_seconds": None}  # of all processes that ended meanwhile
 
