@@ -187,6 +187,15 @@ class TestAnswers:
         logits = model(inputs_embeds=embeds, attention_mask=mask).logits
         assert (logits - expected)[mask.bool()].abs().max() < 1e-3
 
+    @pytest.mark.parametrize("backend", ["PA", "SDPA"])
+    def test_embeddings_that_are_not_in_one_piece_of_memory(self, model, stateful, backend):
+        each = model if backend == "PA" else stateful
+        embeds = embeddings(model, 20, 2).transpose(0, 1)
+        expected = each(inputs_embeds=embeds.contiguous(), logits_to_keep=1).logits
+        assert torch.equal(each(inputs_embeds=embeds, logits_to_keep=1).logits, expected)
+        expected = each(inputs_embeds=embeds[:1].repeat(3, 1, 1)).logits
+        assert torch.equal(each(inputs_embeds=embeds[:1].expand(3, -1, -1)).logits, expected)
+
     @pytest.mark.parametrize("pieces", [[1, 1, 1], [TOKENS_PER_CALL, 1, TOKENS_PER_CALL + 3], [BLOCK - 1, 2, BLOCK]])
     def test_calls_that_go_on(self, model, stateful, pieces):
         embeds = embeddings(model, 2, sum(pieces))

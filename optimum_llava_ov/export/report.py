@@ -20,7 +20,7 @@ def closing_words(bundle: Path) -> str:
 
 def report(bundle: Path) -> str:
     """Table of part, precision mix (share of the weights' bytes) and size on disk."""
-    rows = [("part", "weights", "size")]
+    rows = [("part", "weights, by bytes", "size")]
     core, on_disk = openvino.Core(), part_sizes(bundle)
     for name, file in PARTS.items():
         sizes = weight_bytes(core.read_model(bundle / file))

@@ -155,7 +155,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected (batch, past + new tokens): {shape}.")
 
         wanted = min(logits_to_keep or length, length)
-        logits = self._decoder(inputs_embeds.numpy(), attention_mask.long().numpy(), self.next_beam_idx, wanted)
+        logits = self._decoder(inputs_embeds.contiguous().numpy(), attention_mask.long().numpy(), self.next_beam_idx, wanted)
         self._past_length += length
         self.next_beam_idx = np.arange(batch_size)  # `generate` sets another order before the next call, if it wants one
         return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=Past(self))

@@ -56,7 +56,7 @@ class PagedDecoder:
         run = self._run if past.any() or batch_size == 1 else self._run_alike
         logits = run(sequences, unwanted)
         if is_whole:
-            return np.stack(logits)
+            return np.stack(logits) if batch_size > 1 else logits[0][None]
         padded = np.zeros((batch_size, wanted, self._vocab_size), dtype=np.float32)
         for row, values in enumerate(logits):
             padded[row, is_token[row, length - wanted :]] = values
@@ -91,7 +91,7 @@ class PagedDecoder:
             values = self._infer(np.concatenate(inputs_embeds), [row for row, _, _ in pieces], begins, np.concatenate(wanted))
             for (row, _, _), part in zip(pieces, np.split(values, np.cumsum([len(positions) for positions in wanted])[:-1])):
                 logits[row].append(part)
-        return [np.concatenate(parts) for parts in logits]
+        return [np.concatenate(parts) if len(parts) > 2 else parts[-1] for parts in logits]
 
     def _infer(self, inputs_embeds: np.ndarray, rows: Sequence[int], begins: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """One call. `inputs_embeds` are those of rows, one behind the other; logits `(positions, vocab_size)` are of its positions."""
