@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import statistics
 import time
 from pathlib import Path
@@ -99,11 +98,8 @@ def eight_sessions(model, processor) -> None:
     [answer.result() for answer in answers]
     added = anonymous_memory() - before
     tokens = sum(session._engine.model.cached_tokens for session in sessions)
-    compiled = model.language_model.request.get_compiled_model()
-    precision = compiled.get_property("KV_CACHE_PRECISION")
-    blocks = [port for port in compiled.inputs if "_cache." in port.get_any_name()]
-    sizes = [math.prod(side.get_length() for side in list(port.get_partial_shape())[1:]) for port in blocks]
-    cache = tokens * sum(sizes) / BLOCK * precision.size
+    precision = model.language_model.request.get_compiled_model().get_property("KV_CACHE_PRECISION")
+    cache = tokens / BLOCK * model.language_model._decoder._cache.block_bytes
     print(
         f"eight sessions: {added / 1e6:.0f} MB for caches of {cache / 1e6:.0f} MB ({precision}): {added / cache:.2f} x (target: 1.2 x)"
     )

@@ -24,7 +24,6 @@ from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
 LONG = 128  # tokens; processing so many leaves buffers behind that are worth giving back
 MAX_PICTURES = 16  # image features kept; older ones are computed again if they are needed again
-_PAST = ((),)  # what stands for a cache that is inside the model
 
 
 class SessionModel(OVModelForLlavaMPT):
@@ -91,7 +90,7 @@ class SessionModel(OVModelForLlavaMPT):
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs) -> dict[str, Any]:
         if past_key_values is not None:
             return super().prepare_inputs_for_generation(input_ids, past_key_values, attention_mask, **kwargs)
-        past = _PAST if self.cached_tokens else None
+        past = self.language_model.past
         return {"inputs_embeds": self._rest, "attention_mask": attention_mask, "past_key_values": past, "logits_to_keep": 1}
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -107,7 +106,7 @@ class SessionModel(OVModelForLlavaMPT):
     def _process(self, inputs_embeds: torch.Tensor, keys: Sequence[int | str]) -> None:
         past, new = self.cached_tokens, inputs_embeds.shape[1]
         mask = torch.ones(1, past + new, dtype=torch.long)
-        self.forward(inputs_embeds=inputs_embeds, attention_mask=mask, past_key_values=_PAST if past else None, logits_to_keep=1)
+        self.forward(inputs_embeds=inputs_embeds, attention_mask=mask, past_key_values=self.language_model.past, logits_to_keep=1)
         self._keys = list(keys[: past + new])
 
     def _embed_keys(self, prompt: Prompt, start: int, prepare: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
@@ -127,7 +126,7 @@ class SessionModel(OVModelForLlavaMPT):
         """Keep the first `length` tokens of the cache."""
         if length == 0:
             self.reset()
-        elif length < self.cached_tokens:
+        else:
             self.language_model.cut(length)
             self._keys = self._keys[:length]
 

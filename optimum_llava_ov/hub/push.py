@@ -96,9 +96,8 @@ def push_bundle(
         card = _card(api, bundle, repo_id, revision, CARD in there)
         operations = [CommitOperationAdd(CARD, add_tags(card, tags).encode())]
         streamed = _client_has_xet() and not _server_has_xet(api, repo_id, revision, create_pr)
-        for name in sorted(
-            plan.files.keys() - {CARD}, key=plan.files.get
-        ):  # if the connection is lost, what is small has arrived
+        # What is small first: it has arrived then if the connection is lost
+        for name in sorted(plan.files.keys() - {CARD}, key=plan.files.get):
             # The client sends streams as git-LFS does, and paths by Xet, whether the server has that or not
             content = files.enter_context(open(bundle / name, "rb")) if streamed else bundle / name
             operations.append(CommitOperationAdd(name, content))

@@ -111,6 +111,11 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             self._past_length = length
 
     @property
+    def past(self) -> Past | None:
+        """What `forward` takes to go on behind the tokens that it has."""
+        return Past(self) if self._past_length else None
+
+    @property
     def piece(self) -> int:
         """How many tokens to give in the next call when a prompt is processed piece by piece, so that it can be cancelled."""
         return self._decoder.piece if self._past_length else self._decoder.first_piece
@@ -158,4 +163,4 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         logits = self._decoder(inputs_embeds.contiguous().numpy(), attention_mask.long().numpy(), self.next_beam_idx, wanted)
         self._past_length += length
         self.next_beam_idx = np.arange(batch_size)  # `generate` sets another order before the next call, if it wants one
-        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=Past(self))
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=self.past)

@@ -80,7 +80,8 @@ class PagedDecoder:
 
     def _run(self, sequences: Sequence[np.ndarray], unwanted: np.ndarray) -> list[np.ndarray]:
         """Process `(tokens, d_model)` of every row. Logits, without those of the first `unwanted` tokens."""
-        logits: list[list[np.ndarray]] = [[np.empty((0, self._vocab_size), dtype=np.float32)] for _ in sequences]
+        nothing = np.empty((0, self._vocab_size), dtype=np.float32)
+        logits: list[list[np.ndarray]] = [[] for _ in sequences]
         for pieces in _pieces([len(sequence) for sequence in sequences]):
             inputs_embeds = [sequences[row][start:stop] for row, start, stop in pieces]
             begins = np.cumsum([0, *map(len, inputs_embeds)], dtype=np.int32)
@@ -90,8 +91,9 @@ class PagedDecoder:
             ]
             values = self._infer(np.concatenate(inputs_embeds), [row for row, _, _ in pieces], begins, np.concatenate(wanted))
             for (row, _, _), part in zip(pieces, np.split(values, np.cumsum([len(positions) for positions in wanted])[:-1])):
-                logits[row].append(part)
-        return [np.concatenate(parts) if len(parts) > 2 else parts[-1] for parts in logits]
+                if len(part):
+                    logits[row].append(part)
+        return [parts[0] if len(parts) == 1 else np.concatenate([nothing, *parts]) for parts in logits]
 
     def _infer(self, inputs_embeds: np.ndarray, rows: Sequence[int], begins: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """One call. `inputs_embeds` are those of rows, one behind the other; logits `(positions, vocab_size)` are of its positions."""

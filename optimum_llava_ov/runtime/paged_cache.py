@@ -23,6 +23,7 @@ class PagedCache:
 
     Attributes:
         lengths: tokens of each row, `(rows,)` int32.
+        block_bytes: what a block takes in all layers, scales of its numbers included.
 
     Raises:
         `RuntimeError`: the graph has blocks of another length.
@@ -34,6 +35,9 @@ class PagedCache:
         for port in self._ports:  # keys have more behind the tokens: the scales of 8 bits
             if port.get_any_name().startswith("value") and port.get_partial_shape()[2] != BLOCK:
                 raise RuntimeError(f"{port.get_any_name()} is {port.get_partial_shape()}, not in blocks of {BLOCK} tokens.")
+        self._shapes = [[side.get_length() for side in list(port.get_partial_shape())[1:]] for port in self._ports]
+        self._sizes = [math.prod(shape) * port.get_element_type().bitwidth // 8 for port, shape in zip(self._ports, self._shapes)]
+        self.block_bytes = sum(self._sizes)
         self._arrays: list[np.ndarray | None] = [None] * len(self._ports)  # (blocks, bytes)
         self._users = np.zeros(0, dtype=np.int64)  # how many rows have each block
         self.begin(0)
@@ -98,17 +102,16 @@ class PagedCache:
         # The request does not hold the memory that it works on. If this is interrupted, all of it is made anew before the next call.
         self._users = users[:0]
         for number, port in enumerate(self._ports):
-            shape = [blocks, *(dimension.get_length() for dimension in list(port.get_partial_shape())[1:])]
-            array = _zeros(blocks, math.prod(shape[1:]) * port.get_element_type().bitwidth // 8)
+            array, shape = _zeros(blocks, self._sizes[number]), openvino.Shape([blocks, *self._shapes[number]])
             if len(kept):
                 array[kept] = self._arrays[number][kept]
-            self._request.set_tensor(port, openvino.Tensor(array, openvino.Shape(shape), port.get_element_type()))
+            self._request.set_tensor(port, openvino.Tensor(array, shape, port.get_element_type()))
             self._arrays[number] = array
         self._users = users
 
     def _count_users(self) -> None:
         used = [block for table in self._tables for block in table]
-        self._users = np.bincount(used, minlength=len(self._users)) if used else np.zeros_like(self._users)
+        self._users = np.bincount(np.array(used, dtype=np.int64), minlength=len(self._users))
 
 
 def _blocks(tokens: int) -> int:
