@@ -18,8 +18,9 @@ quickstart: install
 	$(BIN)/optimum-cli export openvino --model examples/shapes/checkpoint shapes-ov
 	$(BIN)/python examples/quickstart.py shapes-ov
 
+# In parallel, but not beyond what a few large imports and models take of memory
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 quality:
 	$(BIN)/python -m pip install --quiet "ruff==0.14.*"
