@@ -85,8 +85,8 @@ def cut(model, processor) -> None:
     chat = model.chat(processor, do_sample=False, eos_token_id=None)
     chat.send(HISTORY, picture(), max_new_tokens=8).result()
     start = time.perf_counter()
-    chat._engine.model._cut(chat._engine.model.cached_tokens - 8)
-    print(f"cutting {chat._engine.model.cached_tokens + 8} tokens back by 8: {1000 * (time.perf_counter() - start):.0f} ms")
+    chat._engine.crop(chat._engine.cached_tokens - 8)
+    print(f"cutting {chat._engine.cached_tokens + 8} tokens back by 8: {1000 * (time.perf_counter() - start):.0f} ms")
 
 
 def eight_sessions(model, processor) -> None:
@@ -97,7 +97,7 @@ def eight_sessions(model, processor) -> None:
     answers = [chat.send(HISTORY, picture(index), max_new_tokens=4) for index, chat in enumerate(sessions)]
     [answer.result() for answer in answers]
     added = anonymous_memory() - before
-    tokens = sum(session._engine.model.cached_tokens for session in sessions)
+    tokens = sum(session._engine.cached_tokens for session in sessions)
     precision = model.language_model.request.get_compiled_model().get_property("KV_CACHE_PRECISION")
     cache = tokens / BLOCK * model.language_model._decoder._cache.block_bytes
     print(

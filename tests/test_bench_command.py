@@ -17,7 +17,7 @@ from optimum_llava_ov.benchmark.main import benchmark
 from optimum_llava_ov.benchmark.memory import AnonymousPeak, anonymous_memory, peak_rss
 from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Run
-from optimum_llava_ov.chat.genai import picture_tensor
+from optimum_llava_ov.chat.genai_engine import picture_tensor
 from optimum_llava_ov.chat.messages import pictures_of, text_of
 
 

@@ -96,7 +96,7 @@ class TestCache:
         assert len({table[2] for table in tables}) == 3  # the last one has the original
         assert all((cache._arrays[0][table[2]] == 7).all() for table in tables)
         cache.reorder(np.array([1]))
-        assert cache._users.sum() == 3
+        assert cache.ref_counts.sum() == 3
 
     def test_whole_blocks_are_never_copied(self, cache):
         cache.extend(0, BLOCK)
@@ -119,14 +119,14 @@ class TestCache:
 
     def test_taking_back_gives_blocks_back(self, cache):
         cache.extend(0, 10 * BLOCK)
-        cache.take_back(9 * BLOCK - 1)
+        cache.crop(9 * BLOCK - 1)
         assert cache.lengths.tolist() == [BLOCK + 1]
-        assert cache._users.sum() == 2
-        size = len(cache._users)
+        assert cache.ref_counts.sum() == 2
+        size = len(cache.ref_counts)
         cache.extend(0, 8 * BLOCK)
-        assert len(cache._users) == size
+        assert len(cache.ref_counts) == size
         cache.free()
-        assert len(cache._users) == 1
+        assert len(cache.ref_counts) == 1
 
     def test_interrupted_while_it_grows(self, cache, monkeypatch):
         """Half of the tensors are new, and the request holds none of the old ones: all are made anew."""

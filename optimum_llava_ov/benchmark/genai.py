@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from optimum_llava_ov.benchmark.engine import SETTINGS, read_settings
 from optimum_llava_ov.bundle.layout import PARTS
-from optimum_llava_ov.chat.genai import picture_tensor, scheduler_config
+from optimum_llava_ov.chat.genai_engine import picture_tensor, scheduler_config
 from optimum_llava_ov.chat.messages import pictures_of, text_of
 from optimum_llava_ov.chat.prompt import Prompt
 

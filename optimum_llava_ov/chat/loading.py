@@ -90,7 +90,7 @@ def bundle_folder(bundle: str, reason: str) -> Path:
 def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
     from transformers import AutoConfig, AutoProcessor
 
-    from optimum_llava_ov.chat.genai import GenAIEngine, GenAIModel
+    from optimum_llava_ov.chat.genai_engine import GenAIEngine, GenAIModel
 
     folder = bundle_folder(bundle, "the genai engine converts nothing on the fly")
     model = GenAIModel(folder, device, ov_config)

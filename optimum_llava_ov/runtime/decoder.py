@@ -1,4 +1,4 @@
-"""What turns embeddings into logits and keeps keys and values meanwhile: one request of the compiled language model, and its cache."""
+"""The interface of what turns embeddings into logits and keeps keys and values: a request of the compiled language model, and its cache."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ import openvino
 class Decoder(Protocol):
     """
     Attributes:
-        request: what runs the graph.
-        first_piece, piece: how many tokens to give in one call when a prompt is processed piece by piece, so that it can be cancelled.
+        request (`openvino.InferRequest`): runs the graph.
+        first_chunk_size, chunk_size (`int`): Number of tokens to give in one call when a prompt is processed in chunks.
     """
 
     request: openvino.InferRequest
-    first_piece: int
-    piece: int
+    first_chunk_size: int
+    chunk_size: int
 
     def __init__(self, compiled: openvino.CompiledModel) -> None: ...
 
     def begin(self, batch_size: int) -> None:
-        """Forget all tokens; so many rows will come."""
+        """Forget all tokens, and expect a new batch."""
 
     def free(self) -> None:
-        """Forget all tokens, and give their memory back, where that is possible."""
+        """Forget all tokens, and free their memory where that is possible."""
 
-    def take_back(self, tokens: int) -> None:
-        """Forget the last tokens of every row, at least one."""
+    def crop(self, tokens: int) -> None:
+        """Remove the last `tokens` tokens of each sequence, at least one."""
 
-    def __call__(self, inputs_embeds: np.ndarray, mask: np.ndarray, rows: np.ndarray, wanted: int) -> np.ndarray:
-        """Process tokens behind those that are in the cache.
+    def __call__(
+        self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, beam_idx: np.ndarray, logits_to_keep: int
+    ) -> np.ndarray:
+        """Process tokens after those that are in the cache.
 
         Args:
-            inputs_embeds: `(batch, tokens, d_model)` float32.
-            mask: `(batch, past + tokens)` int64, 0 for padding.
-            rows: `(batch,)`, behind which row of the last call each row goes on.
-            wanted: for how many last positions logits are wanted.
+            inputs_embeds: `(batch, tokens, hidden_size)` float32.
+            attention_mask: `(batch, past + tokens)` int64, 0 for padding.
+            beam_idx: `(batch,)`, for each sequence, the sequence of the previous call that it continues.
+            logits_to_keep: Number of last positions to compute logits for.
 
         Returns:
-            `(batch, wanted, vocab_size)` float32. Those of padding mean nothing.
+            `(batch, logits_to_keep, vocab_size)` float32. Logits of padding are undefined.
         """

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import threading
 
-import numpy as np
 import openvino
 import torch
 from optimum.intel.openvino.modeling_visual_language import OVModelWithEmbedForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.layout import weights_file
+from optimum_llava_ov.runtime.cache import DecoderCache
 from optimum_llava_ov.runtime.decoder import Decoder
 from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
 from optimum_llava_ov.runtime.graph import paged, with_logit_positions
@@ -25,19 +25,6 @@ logger = logging.getLogger(__name__)
 PA, SDPA = "PA", "SDPA"  # GenAI's names
 
 
-class Past(tuple):
-    """Stands for the cache, which is inside the model. transformers wants something of this form, and for assisted generation `crop`."""
-
-    def __new__(cls, model: LanguageModel) -> Past:
-        past = super().__new__(cls, ((),))
-        past._model = model
-        return past
-
-    def crop(self, length: int) -> None:
-        """Keep the first `length` tokens, padding included."""
-        self._model.cut(length)
-
-
 class LanguageModel(OVModelWithEmbedForCausalLM):
     """The host's language model on paged attention where OpenVINO has that, with logits only where they are asked for.
 
@@ -47,35 +34,39 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         attention_backend: `"PA"`, or `"SDPA"` for attention as the bundle's graph has it.
     """
 
-    _decoder: Decoder | None = None
+    _cache: DecoderCache | None = None
     _embedding_table: EmbeddingTable | None = None
 
     def __init__(self, *args, attention_backend: str = PA, **kwargs):
         if attention_backend not in (PA, SDPA):
             raise ValueError(f"ATTENTION_BACKEND is {attention_backend!r}. It may be {PA!r} or {SDPA!r}.")
         self._attention_backend = attention_backend
+        self._compile_lock = threading.RLock()
         super().__init__(*args, **kwargs)
         if self._compile_only:
-            self._decoder = StatefulDecoder(self.model)
-            self.request = self._decoder.request
+            self._use(StatefulDecoder(self.model))
 
     def compile(self) -> None:
         """Compile, and run once: OpenVINO packs the weights when a graph first runs, seconds that belong to loading, at half the memory."""
-        if self.request is not None:
-            return
-        self._decoder = self._compiled_decoder()
-        self.request = self._decoder.request
-        self._compile_text_emb()
-        if isinstance(self.text_emb_model, openvino.Model):
-            self._embedding_table = EmbeddingTable.of(self.text_emb_model, lambda ids: self.text_emb_request(ids)[0])
-        logger.info("Packing the weights of the language model ...")
-        with read_once(weights_file(self.model_save_dir, "language_model")):
-            self.forward(torch.zeros(1, 1, self.config.text_config.d_model), logits_to_keep=1)
-        self.reset()
+        with self._compile_lock:
+            if self.request is not None:
+                return
+            self._use(self._compiled_decoder())
+            self._compile_text_emb()
+            if isinstance(self.text_emb_model, openvino.Model):
+                self._embedding_table = EmbeddingTable.of(self.text_emb_model, lambda ids: self.text_emb_request(ids)[0])
+            logger.info("Packing the weights of the language model ...")
+            with read_once(weights_file(self.model_save_dir, "language_model")):
+                self.forward(torch.zeros(1, 1, self.config.text_config.d_model), logits_to_keep=1)
+            self._cache.reset()
 
     def clear_requests(self) -> None:
         super().clear_requests()
-        self._decoder = self._embedding_table = None
+        self._cache = self._embedding_table = None
+
+    def _use(self, decoder: Decoder) -> None:
+        self._cache = DecoderCache(decoder)
+        self.request = decoder.request
 
     def _compiled_decoder(self) -> Decoder:
         graph = paged(self.model) if self._attention_backend == PA and self._device == "CPU" else None
@@ -91,34 +82,16 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
     def _compiled(self, graph: openvino.Model) -> openvino.CompiledModel:
         return self._compile_model(graph, self._device, {**self.ov_config}, self.model_save_dir)
 
-    def with_own_cache(self) -> LanguageModel:
-        """The same compiled model, with a request and a cache that nobody else uses."""
-        other = copy.copy(self)
-        other._decoder = type(self._decoder)(self.request.get_compiled_model())
-        other.request = other._decoder.request
-        other._past_length = 0
-        return other
-
-    def reset(self) -> None:
-        """Forget all tokens, and give their memory back."""
-        self._decoder.free()
-        self._past_length = 0
-
-    def cut(self, length: int) -> None:
-        """Keep the first `length` tokens, padding included."""
-        if length < self._past_length:
-            self._decoder.take_back(self._past_length - length)
-            self._past_length = length
+    def new_cache(self) -> DecoderCache:
+        """A cache of its own for a batch that is computed beside others. The weights are shared."""
+        self.compile()
+        return DecoderCache(type(self.cache.decoder)(self.request.get_compiled_model()))
 
     @property
-    def past(self) -> Past | None:
-        """What `forward` takes to go on behind the tokens that it has."""
-        return Past(self) if self._past_length else None
-
-    @property
-    def piece(self) -> int:
-        """How many tokens to give in the next call when a prompt is processed piece by piece, so that it can be cancelled."""
-        return self._decoder.piece if self._past_length else self._decoder.first_piece
+    def cache(self) -> DecoderCache:
+        """The cache that calls use which bring none."""
+        self.compile()
+        return self._cache
 
     def look_up(self, input_ids: torch.LongTensor) -> torch.Tensor | None:
         """Embeddings `(batch, tokens, d_model)` float32 of a few tokens, or `None` where only a call of OpenVINO gives them."""
@@ -130,37 +103,36 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: tuple | None = None,
+        past_key_values: DecoderCache | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            inputs_embeds: `(batch, tokens, d_model)` float32.
-            attention_mask: `(batch, past + tokens)`, 0 for padding, which has no place in the row. All ones if not given.
-            past_key_values: what the last call returned; `None` begins anew. The cache itself is inside.
-            logits_to_keep: compute logits of so many last positions only; 0 for all.
+            inputs_embeds: `(batch, tokens, hidden_size)` float32.
+            attention_mask: `(batch, past + tokens)`, 0 for padding, which has no place in its sequence. All ones if not given.
+            past_key_values: What the last call returned, or [`new_cache`]. `None` begins a new batch in the model's own cache.
+            logits_to_keep: Number of last positions to compute logits for; 0 for all.
 
         Returns:
-            `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32. Those of padding mean nothing.
+            `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32. Logits of padding are undefined.
 
         Raises:
-            `ValueError`: `attention_mask` is not about these tokens.
+            `ValueError`: `attention_mask` does not fit these tokens, or `past_key_values` is not a cache of this model.
         """
-        if self.request is None:
-            self.compile()
         batch_size, length = inputs_embeds.shape[:2]
-        if past_key_values is None:
-            self._decoder.begin(batch_size)
-            self._past_length = 0
-            self.next_beam_idx = np.arange(batch_size)
-        shape = (batch_size, self._past_length + length)
+        cache = self.cache if past_key_values is None else past_key_values
+        if not isinstance(cache, DecoderCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; expected what an earlier call returned, or a cache from new_cache()."
+            )
+        if past_key_values is None or not cache.get_seq_length():
+            cache.begin(batch_size)
+        shape = (batch_size, cache.get_seq_length() + length)
         if attention_mask is None:
             attention_mask = torch.ones(shape, dtype=torch.long)
         if attention_mask.shape != shape:
             raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected (batch, past + new tokens): {shape}.")
 
-        wanted = min(logits_to_keep or length, length)
-        logits = self._decoder(inputs_embeds.contiguous().numpy(), attention_mask.long().numpy(), self.next_beam_idx, wanted)
-        self._past_length += length
-        self.next_beam_idx = np.arange(batch_size)  # `generate` sets another order before the next call, if it wants one
-        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=self.past)
+        kept = min(logits_to_keep or length, length)
+        logits = cache.extend(inputs_embeds.contiguous().numpy(), attention_mask.long().numpy(), kept)
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=cache)

@@ -31,6 +31,7 @@ from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.runtime.cache import DecoderCache
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.runtime.mapped import read_once
 from optimum_llava_ov.runtime.prompts import canonical_prompts
@@ -44,11 +45,12 @@ ATTENTION_BACKEND = "ATTENTION_BACKEND"  # GenAI's name
 
 
 def _one_at_a_time(method):
-    """The infer requests and the cache are the model's: a call waits until another thread's call has ended."""
+    """Let calls that use the same cache wait for each other. Calls with caches of their own run in parallel."""
 
     @functools.wraps(method)
     def locked(self, *args, **kwargs):
-        with self._lock:
+        cache = kwargs.get("past_key_values")
+        with (cache if isinstance(cache, DecoderCache) else self.language_model.cache).lock:
             return method(self, *args, **kwargs)
 
     return locked
@@ -91,7 +93,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         compile: bool = True,
         **kwargs,
     ):
-        self._lock = threading.RLock()
+        self._parts_lock = threading.Lock()  # the encoder and the embedding table have one request each
         self._differs_from_files = False
         ov_config = {**(kwargs.pop("ov_config", None) or {})}
         attention_backend = ov_config.pop(ATTENTION_BACKEND, PA)
@@ -204,10 +206,21 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             kwargs: those of [`~optimum_llava_ov.chat.session.ChatSession`]: `system`, `messages`, `context_window`, `when_full`,
                 and options of `generate`.
         """
-        from optimum_llava_ov.chat.engine import OpenVINOEngine
+        from optimum_llava_ov.chat.openvino_engine import OpenVINOEngine
         from optimum_llava_ov.chat.session import ChatSession
 
         return ChatSession(OpenVINOEngine(self, processor), processor, self.config, **kwargs)
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache for `past_key_values` of [`generate`] and [`forward`], beside the model's own.
+
+        Calls with different caches run in parallel. A call continues after the tokens that are in its cache.
+
+        Example:
+            cache = model.new_cache()
+            output = model.generate(**inputs, past_key_values=cache)  # the next call takes all of the conversation, and computes what is new
+        """
+        return self.language_model.new_cache()
 
     def _canonical_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor):
         config = self.config
@@ -261,7 +274,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
         if input_ids.shape[1] == 1 and (inputs_embeds := self.language_model.look_up(input_ids)) is not None:
             return inputs_embeds
-        inputs_embeds = torch.from_numpy(np.asarray(self.get_text_embeddings(input_ids)))
+        with self._parts_lock:
+            inputs_embeds = torch.from_numpy(np.array(self.get_text_embeddings(input_ids)))
         image_token_id = self.config.image_token_index
         if image_features is None:
             if input_ids.shape[1] == 1 or not (input_ids == image_token_id).any():
@@ -278,10 +292,11 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         places: dict[bytes, list[int]] = {}
         for place, image in enumerate(pixel_values):
             places.setdefault(image.numpy().tobytes(), []).append(place)
-        features = self.vision_embeddings(pixel_values[[same[0] for same in places.values()]]).last_hidden_state
-        repeated = np.empty((len(pixel_values), *features.shape[1:]), dtype=np.float32)
-        for same, image_features in zip(places.values(), features):
-            repeated[same] = image_features
+        with self._parts_lock:
+            features = self.vision_embeddings(pixel_values[[same[0] for same in places.values()]]).last_hidden_state
+            repeated = np.empty((len(pixel_values), *features.shape[1:]), dtype=np.float32)
+            for same, image_features in zip(places.values(), features):
+                repeated[same] = image_features
         return torch.from_numpy(repeated)
 
     def get_vision_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -289,18 +304,25 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         return self.get_image_features(torch.as_tensor(pixel_values))
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, logits_to_keep=None, **kwargs
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        logits_to_keep=None,
+        is_first_iteration=False,
+        **kwargs,
     ) -> dict[str, Any]:
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         inputs: dict[str, Any] = {"past_key_values": past_key_values, "attention_mask": attention_mask}
         if logits_to_keep is not None:
             inputs["logits_to_keep"] = logits_to_keep
-        if past_key_values is not None:
-            new = input_ids[:, self.language_model._get_past_length(past_key_values) - attention_mask.shape[1] :]
-            return {**inputs, "input_ids": new}
-        if inputs_embeds is not None:
+        if inputs_embeds is not None and not past_length:
             return {**inputs, "inputs_embeds": inputs_embeds}
-        images = {name: kwargs[name] for name in ("pixel_values", "image_features") if kwargs.get(name) is not None}
-        return {**inputs, **images, "input_ids": input_ids}
+        images = {}
+        if is_first_iteration:
+            images = {name: kwargs[name] for name in ("pixel_values", "image_features") if kwargs.get(name) is not None}
+        return {**inputs, **images, "input_ids": input_ids[:, past_length - attention_mask.shape[1] :]}
 
     @staticmethod
     def _resolve_default_quantization_config(model_name_or_path: str, quantization_config):

@@ -26,7 +26,7 @@ class PagedDecoder:
         compiled: of [`paged`] and [`with_logit_positions`] along axis 0.
     """
 
-    first_piece = piece = 512  # 2 % slower than all at once
+    first_chunk_size = chunk_size = 512  # 2 % slower than all at once
 
     def __init__(self, compiled: openvino.CompiledModel):
         self.request = compiled.create_infer_request()
@@ -39,54 +39,56 @@ class PagedDecoder:
     def free(self) -> None:
         self._cache.free()
 
-    def take_back(self, tokens: int) -> None:
-        self._cache.take_back(tokens)
+    def crop(self, tokens: int) -> None:
+        self._cache.crop(tokens)
 
-    def __call__(self, inputs_embeds: np.ndarray, mask: np.ndarray, rows: np.ndarray, wanted: int) -> np.ndarray:
+    def __call__(
+        self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, beam_idx: np.ndarray, logits_to_keep: int
+    ) -> np.ndarray:
         batch_size, length = inputs_embeds.shape[:2]
-        is_token = mask != 0
-        past, there = is_token[:, :-length].sum(axis=1), self._cache.lengths[rows]
-        if not np.array_equal(past, there):
-            raise ValueError(f"attention_mask shows {past.tolist()} earlier tokens; the rows have {there.tolist()}.")
-        self._cache.reorder(rows)
+        is_token = attention_mask != 0
+        past, cached = is_token[:, :-length].sum(axis=1), self._cache.lengths[beam_idx]
+        if not np.array_equal(past, cached):
+            raise ValueError(f"attention_mask shows {past.tolist()} earlier tokens, but the cache holds {cached.tolist()}.")
+        self._cache.reorder(beam_idx)
         is_token = is_token[:, -length:]
         is_whole = is_token.all()
         sequences = list(inputs_embeds) if is_whole else [row[tokens] for row, tokens in zip(inputs_embeds, is_token)]
-        unwanted = is_token[:, : length - wanted].sum(axis=1)
+        skipped = is_token[:, : length - logits_to_keep].sum(axis=1)
         run = self._run if past.any() or batch_size == 1 else self._run_alike
-        logits = run(sequences, unwanted)
+        logits = run(sequences, skipped)
         if is_whole:
             return np.stack(logits) if batch_size > 1 else logits[0][None]
-        padded = np.zeros((batch_size, wanted, self._vocab_size), dtype=np.float32)
+        padded = np.zeros((batch_size, logits_to_keep, self._vocab_size), dtype=np.float32)
         for row, values in enumerate(logits):
-            padded[row, is_token[row, length - wanted :]] = values
+            padded[row, is_token[row, length - logits_to_keep :]] = values
         return padded
 
-    def _run_alike(self, sequences: Sequence[np.ndarray], unwanted: np.ndarray) -> list[np.ndarray]:
+    def _run_alike(self, sequences: Sequence[np.ndarray], skipped: np.ndarray) -> list[np.ndarray]:
         """Sequences that begin, without doing anything twice: rows that are equal, as those of beams, and what all rows begin with."""
-        which = _numbered((sha256(sequence).digest(), int(skipped)) for sequence, skipped in zip(sequences, unwanted))
+        which = _numbered((sha256(sequence).digest(), int(count)) for sequence, count in zip(sequences, skipped))
         _, first = np.unique(which, return_index=True)
-        sequences, unwanted = [sequences[row] for row in first], unwanted[first]
-        if shared := min(_common_length(sequences), *unwanted) // BLOCK * BLOCK if len(sequences) > 1 else 0:
+        sequences, skipped = [sequences[row] for row in first], skipped[first]
+        if shared := min(_common_length(sequences), *skipped) // BLOCK * BLOCK if len(sequences) > 1 else 0:
             self._cache.begin(1)
             self._run([sequences[0][:shared]], np.array([shared]))
             self._cache.reorder(np.zeros(len(sequences), dtype=np.int64))
-            sequences, unwanted = [sequence[shared:] for sequence in sequences], unwanted - shared
+            sequences, skipped = [sequence[shared:] for sequence in sequences], skipped - shared
         else:
             self._cache.begin(len(sequences))
-        logits = self._run(sequences, unwanted)
+        logits = self._run(sequences, skipped)
         self._cache.reorder(which)
         return [logits[number] for number in which]
 
-    def _run(self, sequences: Sequence[np.ndarray], unwanted: np.ndarray) -> list[np.ndarray]:
-        """Process `(tokens, d_model)` of every row. Logits, without those of the first `unwanted` tokens."""
+    def _run(self, sequences: Sequence[np.ndarray], skipped: np.ndarray) -> list[np.ndarray]:
+        """Process `(tokens, d_model)` of every row. Logits, without those of the first `skipped` tokens."""
         nothing = np.empty((0, self._vocab_size), dtype=np.float32)
         logits: list[list[np.ndarray]] = [[] for _ in sequences]
         for pieces in _pieces([len(sequence) for sequence in sequences]):
             inputs_embeds = [sequences[row][start:stop] for row, start, stop in pieces]
             begins = np.cumsum([0, *map(len, inputs_embeds)], dtype=np.int32)
             wanted = [
-                np.arange(begin + max(unwanted[row] - start, 0), end)
+                np.arange(begin + max(skipped[row] - start, 0), end)
                 for (row, start, _), begin, end in zip(pieces, begins, begins[1:])
             ]
             values = self._infer(np.concatenate(inputs_embeds), [row for row, _, _ in pieces], begins, np.concatenate(wanted))

@@ -23,6 +23,7 @@ class PagedCache:
 
     Attributes:
         lengths: tokens of each row, `(rows,)` int32.
+        ref_counts: number of sequences that use each block, `(blocks,)` int64.
         block_bytes: what a block takes in all layers, scales of its numbers included.
 
     Raises:
@@ -39,14 +40,14 @@ class PagedCache:
         self._sizes = [math.prod(shape) * port.get_element_type().bitwidth // 8 for port, shape in zip(self._ports, self._shapes)]
         self.block_bytes = sum(self._sizes)
         self._arrays: list[np.ndarray | None] = [None] * len(self._ports)  # (blocks, bytes)
-        self._users = np.zeros(0, dtype=np.int64)  # how many rows have each block
+        self.ref_counts = np.zeros(0, dtype=np.int64)
         self.begin(0)
 
     def begin(self, rows: int) -> None:
         """Forget all tokens. The memory is kept for what comes next."""
         self._tables: list[list[int]] = [[] for _ in range(rows)]
         self.lengths = np.zeros(rows, dtype=np.int32)
-        self._users[:] = 0
+        self.ref_counts[:] = 0
 
     def free(self) -> None:
         """Forget all tokens, and give the memory back."""
@@ -59,22 +60,22 @@ class PagedCache:
             return
         self._tables = [list(self._tables[row]) for row in rows]
         self.lengths = self.lengths[rows]
-        self._count_users()
+        self._count_refs()
 
-    def take_back(self, tokens: int) -> None:
-        """Forget the last tokens of every row."""
+    def crop(self, tokens: int) -> None:
+        """Remove the last `tokens` tokens of each sequence."""
         self.lengths = np.maximum(self.lengths - tokens, 0).astype(np.int32)
         self._tables = [table[: _blocks(length)] for table, length in zip(self._tables, self.lengths.tolist())]
-        self._count_users()
+        self._count_refs()
 
     def extend(self, row: int, tokens: int) -> None:
         """Make room for tokens behind a row's, in blocks that are this row's alone."""
         table, length = self._tables[row], int(self.lengths[row])
-        if length % BLOCK and self._users[table[-1]] > 1:
+        if length % BLOCK and self.ref_counts[table[-1]] > 1:
             shared, own = table[-1], self._take(1)[0]
             for array in self._arrays:
                 array[own] = array[shared]
-            self._users[shared] -= 1
+            self.ref_counts[shared] -= 1
             table[-1] = own
         if missing := _blocks(length + tokens) - len(table):
             table += self._take(missing)
@@ -87,31 +88,31 @@ class PagedCache:
         return indices, np.cumsum([0, *map(len, tables)], dtype=np.int32)
 
     def _take(self, count: int) -> list[int]:
-        free = np.flatnonzero(self._users == 0)[:count]
+        free = np.flatnonzero(self.ref_counts == 0)[:count]
         if len(free) < count:
-            self._allocate(max(2 * len(self._users), len(self._users) + count))
-            free = np.flatnonzero(self._users == 0)[:count]
-        self._users[free] = 1
+            self._allocate(max(2 * len(self.ref_counts), len(self.ref_counts) + count))
+            free = np.flatnonzero(self.ref_counts == 0)[:count]
+        self.ref_counts[free] = 1
         return free.tolist()
 
     def _allocate(self, blocks: int) -> None:
         """Have so many blocks. One tensor at a time, so that there is not all of the cache twice."""
-        kept = np.flatnonzero(self._users[:blocks])
-        users = np.zeros(blocks, dtype=np.int64)
-        users[kept] = self._users[kept]
+        kept = np.flatnonzero(self.ref_counts[:blocks])
+        ref_counts = np.zeros(blocks, dtype=np.int64)
+        ref_counts[kept] = self.ref_counts[kept]
         # The request does not hold the memory that it works on. If this is interrupted, all of it is made anew before the next call.
-        self._users = users[:0]
+        self.ref_counts = ref_counts[:0]
         for number, port in enumerate(self._ports):
             array, shape = _zeros(blocks, self._sizes[number]), openvino.Shape([blocks, *self._shapes[number]])
             if len(kept):
                 array[kept] = self._arrays[number][kept]
             self._request.set_tensor(port, openvino.Tensor(array, shape, port.get_element_type()))
             self._arrays[number] = array
-        self._users = users
+        self.ref_counts = ref_counts
 
-    def _count_users(self) -> None:
+    def _count_refs(self) -> None:
         used = [block for table in self._tables for block in table]
-        self._users = np.bincount(np.array(used, dtype=np.int64), minlength=len(self._users))
+        self.ref_counts = np.bincount(np.array(used, dtype=np.int64), minlength=len(self.ref_counts))
 
 
 def _blocks(tokens: int) -> int:

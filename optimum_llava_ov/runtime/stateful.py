@@ -19,7 +19,7 @@ class StatefulDecoder:
 
     # Where there is a past, OpenVINO's attention takes one position after the other: a prompt of 2,000 tokens in pieces takes more
     # than twice as long. So the first piece is long.
-    first_piece, piece = 1024, 128
+    first_chunk_size, chunk_size = 1024, 128
 
     def __init__(self, compiled: openvino.CompiledModel):
         self.request = compiled.create_infer_request()
@@ -31,17 +31,19 @@ class StatefulDecoder:
     def free(self) -> None:
         self.request.reset_state()
 
-    def take_back(self, tokens: int) -> None:
+    def crop(self, tokens: int) -> None:
         for state in self.request.query_state():
             kept = state.state.data[:, :, :-tokens]  # of (batch, heads, tokens, head size)
             state.state = openvino.Tensor(np.ascontiguousarray(kept))
 
-    def __call__(self, inputs_embeds: np.ndarray, mask: np.ndarray, rows: np.ndarray, wanted: int) -> np.ndarray:
+    def __call__(
+        self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, beam_idx: np.ndarray, logits_to_keep: int
+    ) -> np.ndarray:
         batch_size, length = inputs_embeds.shape[:2]
-        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": mask, "beam_idx": rows.astype(np.int32)}
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "beam_idx": beam_idx.astype(np.int32)}
         if LOGIT_POSITIONS in self._inputs:
-            inputs[LOGIT_POSITIONS] = np.arange(length - wanted, length)
+            inputs[LOGIT_POSITIONS] = np.arange(length - logits_to_keep, length)
         if "position_ids" in self._inputs:  # compiled elsewhere; nothing in the graph consumes it
             inputs["position_ids"] = np.zeros((batch_size, length), dtype=np.int64)
         self.request.infer(inputs, share_inputs=True, share_outputs=True)
-        return self.request.get_tensor("logits").data[:, -wanted:].copy()  # the request overwrites its output at the next step
+        return self.request.get_tensor("logits").data[:, -logits_to_keep:].copy()  # the request overwrites its output at the next step

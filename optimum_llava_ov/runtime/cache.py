@@ -1,0 +1,73 @@
+"""Keys and values of a batch: what transformers calls `past_key_values`."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+
+if TYPE_CHECKING:
+    from optimum_llava_ov.runtime.decoder import Decoder
+
+
+class DecoderCache:
+    """The cache of one batch, inside a request of the compiled language model. Give it to `generate` or `forward` to continue after its tokens.
+
+    It has the methods of [`~transformers.Cache`] that `generate` calls.
+
+    Args:
+        decoder ([`Decoder`]): owns the request. No other cache may use it.
+
+    Attributes:
+        lock (`threading.RLock`): held by whoever computes with the cache.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.lock = threading.RLock()
+        self._length = 0
+        self._beam_idx: np.ndarray | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens in each sequence, padding included. The same for all layers."""
+        return self._length
+
+    @property
+    def chunk_size(self) -> int:
+        """Number of tokens to give in the next call when a prompt is processed in chunks, so that it can be cancelled between two of them."""
+        return self.decoder.chunk_size if self._length else self.decoder.first_chunk_size
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` tokens of each sequence, padding included."""
+        if max_length < self._length:
+            self.decoder.crop(self._length - max_length)
+            self._length = max_length
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Continue sequence `beam_idx[i]` as sequence `i` from the next call on.
+
+        Args:
+            beam_idx: `(batch,)`.
+        """
+        self._beam_idx = np.asarray(beam_idx)
+
+    def begin(self, batch_size: int) -> None:
+        """Forget all tokens, and expect a new batch."""
+        self.decoder.begin(batch_size)
+        self._length, self._beam_idx = 0, None
+
+    def reset(self) -> None:
+        """Forget all tokens, and free their memory."""
+        self.decoder.free()
+        self._length, self._beam_idx = 0, None
+
+    def extend(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, logits_to_keep: int) -> np.ndarray:
+        """Process tokens after those that are in the cache. Arguments and result are those of [`Decoder`]."""
+        batch_size, length = inputs_embeds.shape[:2]
+        beam_idx = np.arange(batch_size) if self._beam_idx is None else self._beam_idx
+        logits = self.decoder(inputs_embeds, attention_mask, beam_idx, logits_to_keep)
+        self._length, self._beam_idx = self._length + length, None
+        return logits
