@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import MptConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from optimum_llava_ov.checkpoint.options import (
     MAX_SETTINGS_BYTES,
@@ -23,6 +23,9 @@ from optimum_llava_ov.checkpoint.options import (
 )
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
+
+if TYPE_CHECKING:
+    from transformers import MptConfig
 
 # Far beyond any model there is, and still built in a second
 MAX_LAYERS = 512
@@ -100,6 +103,9 @@ def mpt_config(config: PretrainedConfig) -> MptConfig:
     Only what has a meaning is copied: `attn_config` as transformers re-saves it contains an empty `model_type` and training
     options, with types that newer versions reject.
     """
+    # Brings transformers' table of configurations, which asks for this module when it is registered there
+    from transformers import MptConfig
+
     alibi_bias_max, softmax_scale, clip_qkv = (
         config.attn_config.get(name) for name in ("alibi_bias_max", "softmax_scale", "clip_qkv")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -67,7 +68,7 @@ def _special_tokens(config_file: Path) -> dict[str, str]:
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = settings.get(name)
         text = token.get("content") if isinstance(token, dict) else token
-        if token is not None and not isinstance(text, str):
+        if token is not None and not (isinstance(text, str) and _is_unicode(text)):
             raise InvalidCheckpointError(
                 f"{config_file} has {name}={shown(token)}, expected the text of a token. Take it from the checkpoint's own repository."
             )
@@ -76,20 +77,26 @@ def _special_tokens(config_file: Path) -> dict[str, str]:
     return tokens
 
 
+def _is_unicode(text: str) -> bool:
+    """JSON may also have halves of characters, which no file and no tokenizer can hold."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def _read_tokenizer(file: Path, tokens: dict[str, str]) -> PreTrainedTokenizerFast:
     """
     Raises:
         [`InvalidCheckpointError`]: it does not load, or `tokens` are not among its tokens.
         [`UnsupportedCheckpointError`]: it is not byte-pair encoding, as GPT-NeoX's is.
     """
-    model = read_json(file, MAX_TOKENIZER_BYTES).get("model")
+    values = read_json(file, MAX_TOKENIZER_BYTES)
+    model = values.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     if kind not in (None, "BPE"):  # `None`: written before there was a choice
         raise UnsupportedCheckpointError(
             f"{file} is a tokenizer of the type {shown(kind)}, expected 'BPE', as the original LLaVA-MPT has."
         )
-    tokens = {"eos_token": "<|endoftext|>"} | tokens
-    tokens = dict.fromkeys(("bos_token", "unk_token", "pad_token"), tokens["eos_token"]) | tokens
+    eos_token = tokens.get("eos_token", "<|endoftext|>")
+    tokens = dict.fromkeys(("eos_token", "bos_token", "unk_token", "pad_token"), eos_token) | tokens
     try:
         vocabulary = Tokenizer.from_file(str(file))
         for name, token in tokens.items():
@@ -97,6 +104,12 @@ def _read_tokenizer(file: Path, tokens: dict[str, str]) -> PreTrainedTokenizerFa
                 raise InvalidCheckpointError(
                     f"{file} does not know the token {shown(token)}, which tokenizer_config.json names as {name}. Take both files from the "
                     "checkpoint's own repository."
+                )
+        for token in values.get("added_tokens") or ():
+            if vocabulary.token_to_id(token["content"]) != token["id"]:
+                raise InvalidCheckpointError(
+                    f"{file} gives the added token {shown(token['content'])} the id {shown(token['id'])}, which does not follow from its "
+                    "vocabulary: something is missing there. Take it from the checkpoint's own repository."
                 )
         return PreTrainedTokenizerFast(
             tokenizer_object=vocabulary,

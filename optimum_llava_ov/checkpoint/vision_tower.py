@@ -62,17 +62,20 @@ def find_vision_tower(repository: Repository, named: str | None, chosen: str | N
         if os.path.isdir(folder):  # unlike Path.is_dir, never raises
             return Repository(os.path.normpath(folder))
 
+    what = f"The vision tower {shown(vision_tower)}" + (
+        "" if chosen else f", mm_vision_tower in config.json of {repository.name!r},"
+    )
     looks_like_id = vision_tower.count("/") == 1 and not vision_tower.startswith((".", "/", "~"))
     if not looks_like_id:
-        tried = " and ".join(str(folder) for folder in candidates)
+        tried = " and ".join(shown(str(folder)) for folder in candidates)
         reason = f"{tried} is no folder" if tried else f"{repository.name!r} is on the Hub, so it must name a model id there"
-        raise InvalidCheckpointError(f"The vision tower {shown(vision_tower)} was not found: {reason}. {_OVERRIDE}")
+        raise InvalidCheckpointError(f"{what} was not found: {reason}. {_OVERRIDE}")
 
-    tower = replace(repository, name=vision_tower, subfolder="", revision=None)
+    tower = replace(repository, name=vision_tower, subfolder="", revision=None, on_hub=True)
     try:
         tower.require("config.json", "it is the vision tower's configuration")
     except InvalidCheckpointError as error:
-        raise InvalidCheckpointError(f"The vision tower {vision_tower!r} was not found: {error} {_OVERRIDE}") from error
+        raise InvalidCheckpointError(f"{what} was not found: {error} {_OVERRIDE}") from error
     return tower
 
 
@@ -97,14 +100,15 @@ def read_vision_config(file: Path) -> CLIPVisionConfig:
     # What is absent is the class's default, for CLIP's first towers were published so
     known = {name: values[name] for name in _OPTIONS if values.get(name) is not None}
     problems = broken_rules(known, {name: _OPTIONS[name] for name in known})
-    if not problems:
-        config = CLIPVisionConfig(**known)
-        if config.hidden_size % config.num_attention_heads:
-            problems.append(
-                f"hidden_size={config.hidden_size} is not a multiple of num_attention_heads={config.num_attention_heads}"
-            )
-        if config.image_size < config.patch_size:
-            problems.append(f"image_size={config.image_size} is less than patch_size={config.patch_size}")
+    if not problems:  # each value makes sense; do they together?
+        size, heads, image_size, patch_size = (
+            known.get(name, getattr(CLIPVisionConfig, name))
+            for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size")
+        )
+        if size % heads:
+            problems.append(f"hidden_size={size} is not a multiple of num_attention_heads={heads}")
+        if image_size < patch_size:
+            problems.append(f"image_size={image_size} is less than patch_size={patch_size}")
     if problems:
         raise UnsupportedCheckpointError(f"{file} describes a vision tower that cannot be built: {'; '.join(problems)}.")
-    return config
+    return CLIPVisionConfig(**known)
