@@ -268,7 +268,7 @@ class TestDamage:
 
     def test_damaged_index(self, copy):
         checkpoint = copy()
-        (checkpoint / "pytorch_model.bin.index.json").write_text("{")
+        (checkpoint / "pytorch_model.bin.index.json").write_text('{"weight_map": []}')
         with pytest.raises(InvalidCheckpointError, match="is not an index of weights"):
             state_of(checkpoint)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
+from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.memory import free, move_to_disk, read_ahead
 from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
@@ -182,6 +184,7 @@ def _export_parts(
     )
     config = config_class(model.config)
     progress = tqdm(_PART_NAMES.items(), unit="part")
+    checker = ThreadPoolExecutor(1, "check-weights")
     for behavior, name in progress:
         part, part_config = config.get_model_for_behavior(model, behavior), config.with_behavior(behavior)
         part_recipe = recipe_for_part(recipe, name) if recipe else None
@@ -192,7 +195,10 @@ def _export_parts(
             dataset = calibration_dataset(part_recipe.dataset, part_recipe.num_samples, processor, folder)
         progress.set_description(f"Tracing {name}")
         spill = Spill(folder / ".weights")
-        finish = partial(_finish, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress)
+        own = {id(weight) for weight in part.parameters()}
+        weights = {name: weight for name, weight in model.named_parameters() if id(weight) in own}
+        check = checker.submit(check_finite, weights)
+        finish = partial(_finish, check=check, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress)
         with warnings.catch_warnings(), host.exporting(finish, spill.save):
             # Sizes that torch reports as constants are constants here, or symbolic in what Optimum patches
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -213,6 +219,7 @@ def _export_parts(
 
 def _finish(
     graph: openvino.Model,
+    check: Future,
     config: OVWeightQuantizationConfig | None,
     dataset: nncf.Dataset | None,
     spill: Spill,
@@ -220,6 +227,7 @@ def _finish(
     progress: tqdm,
 ) -> openvino.Model:
     """What happens between tracing and writing."""
+    check.result()
     if config is not None:
         progress.set_description(f"Compressing {name}")
         with host.compressing(spill.constant):

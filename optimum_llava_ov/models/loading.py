@@ -9,6 +9,9 @@ from optimum_llava_ov.errors import InvalidCheckpointError
 from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration, generation_config
 
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
 def load_model(checkpoint: OriginalCheckpoint, dtype: torch.dtype | None = None) -> LlavaMptForConditionalGeneration:
     """Build the modules on the `meta` device and let their parameters be the mapped tensors of the checkpoint.
 
@@ -18,7 +21,7 @@ def load_model(checkpoint: OriginalCheckpoint, dtype: torch.dtype | None = None)
         dtype: what to convert the weights to; `None` or `"auto"` keeps them as stored, mapped.
 
     Raises:
-        [`InvalidCheckpointError`]: a tensor is missing, left over, or of another shape than the configuration says.
+        [`InvalidCheckpointError`]: a tensor is missing, left over, no floats, or of another shape than the configuration says.
     """
     with torch.device("meta"):
         model = LlavaMptForConditionalGeneration(checkpoint.config)
@@ -44,7 +47,7 @@ def _language_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditio
         if name.startswith("mm_projector."):
             state_dict[f"image_encoder.projector.{name.removeprefix('mm_projector.')}"] = tensor
         elif name == "wte.weight":
-            is_padded = tensor.shape[0] == config.padded_vocab_size
+            is_padded = tensor.shape[:1] == (config.padded_vocab_size,)
             state_dict["language_model.lm_head.weight"] = tensor[: config.vocab_size] if is_padded else tensor
         else:
             state_dict[f"language_model.{name}"] = tensor
@@ -72,6 +75,11 @@ def _check_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditional
         f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(shape)}"
         for name, shape in wanted.items()
         if name in state_dict and state_dict[name].shape != shape
+    ]
+    problems += [
+        f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected fp16, bf16 or fp32"
+        for name, tensor in state_dict.items()
+        if tensor.dtype not in DTYPES
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
