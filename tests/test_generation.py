@@ -1,6 +1,7 @@
 """`generate` as transformers users expect it."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -155,6 +156,51 @@ def test_threads_take_turns(model, inputs_of):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert results == {row: [expected[row]] * 3 for row in rows}
+
+
+def number_of_torch_threads():
+    """That of a thread which begins now."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_calls_that_overlap_give_torch_its_threads_back(model, processor):
+    """Two sessions of one model: the first answer begins first, and ends first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        events = [(threading.Event(), threading.Event()) for _ in range(2)]
+
+        def wait_in(began, may_end):
+            def criterion(input_ids, scores, **kwargs):
+                began.set()
+                may_end.wait(30)
+                return torch.ones(len(input_ids), dtype=torch.bool)
+
+            return criterion
+
+        answers = []
+        for began, may_end in events:
+            answers.append(model.chat(processor, **GREEDY).send("Hi", stopping_criteria=[wait_in(began, may_end)]))
+            assert began.wait(30)
+        assert number_of_torch_threads() == 1
+        for answer, (_, may_end) in zip(answers, events):
+            may_end.set()
+            answer.result()
+        assert torch.get_num_threads() == number_of_torch_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_call_that_fails_gives_torch_its_threads_back(model):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="nonsense"):
+            model.generate(torch.tensor([[1]]), nonsense=1)
+        assert torch.get_num_threads() == number_of_torch_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_device_config_and_late_compilation(bundles, model, inputs_of):

@@ -34,6 +34,7 @@ from optimum_llava_ov.models.merge import merge_image_features
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.runtime.mapped import read_once
 from optimum_llava_ov.runtime.prompts import canonical_prompts
+from optimum_llava_ov.runtime.threads import one_torch_thread
 from optimum_llava_ov.samples import question_inputs
 
 
@@ -52,21 +53,6 @@ def _one_at_a_time(method):
             return method(self, *args, **kwargs)
 
     return locked
-
-
-def _on_one_torch_thread(method):
-    """Torch has little to do between two steps of OpenVINO, but its idle threads spin on the cores that OpenVINO needs: 5 % at 1.3B."""
-
-    @functools.wraps(method)
-    def limited(self, *args, **kwargs):
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            torch.set_num_threads(before)
-
-    return limited
 
 
 class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
@@ -170,7 +156,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         return model
 
     @_one_at_a_time
-    @_on_one_torch_thread
+    @one_torch_thread()
     def generate(self, inputs: torch.LongTensor | None = None, *args, images: Any = None, **kwargs):
         """As [`~transformers.GenerationMixin.generate`]; code written for the original LLaVA or the OpenVINO notebook runs too.
 
