@@ -247,6 +247,31 @@ def test_placeholder_without_image(model, processor):
         model.generate(**inputs, **GREEDY)
 
 
+@pytest.mark.parametrize("wrong", [-1, -100, -201, -(2**62), "one too many", 2**62])
+def test_ids_that_are_not_in_the_table(model, torch_models, wrong):
+    """Named with their place and the range, before an image is encoded."""
+    rows = model.config.image_token_index + 1
+    wrong = rows if wrong == "one too many" else wrong
+    ids = torch.tensor([[1, rows - 2, 0], [2, wrong, 3]])
+    sentence = rf"input_ids has {wrong} at position 1 of row 1\. Expected ids from 0 to {rows - 1}"
+    torch_model = torch_models[GOLDEN.name]
+    with pytest.raises(ValueError, match=f"{sentence}, or -200 for an image"):
+        model.generate(ids, pixel_values="never looked at", **GREEDY)
+    for call in (lambda: model(ids), lambda: torch_model(ids), lambda: torch_model.generate(ids, **GREEDY)):
+        with pytest.raises(ValueError, match=rf"{sentence}\. "):
+            call()
+    past = model(ids[:1]).past_key_values
+    with pytest.raises(ValueError, match=rf"input_ids has {wrong} at position 0 of row 0"):
+        model(ids[1:, 1:2], past_key_values=past)
+
+
+def test_the_original_id_of_an_image_is_for_generate(model, torch_models):
+    """`forward` would have to change the prompt's length."""
+    for call in (model, torch_models[GOLDEN.name]):
+        with pytest.raises(ValueError, match="input_ids has -200 at position 0 of row 0"):
+            call(torch.tensor([[-200, 1]]))
+
+
 def test_other_models_are_refused(tmp_path, bundles):
     import json
     import shutil

@@ -30,10 +30,10 @@ from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
-from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.runtime.mapped import read_once
-from optimum_llava_ov.runtime.prompts import canonical_prompts
+from optimum_llava_ov.runtime.prompts import ORIGINAL_IMAGE_TOKEN_ID, canonical_prompts
 from optimum_llava_ov.runtime.threads import one_torch_thread
 from optimum_llava_ov.samples import question_inputs
 
@@ -168,7 +168,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             As transformers: the prompt, as it was given, and what was generated.
 
         Raises:
-            `ValueError`: another number of images than the prompts have places for.
+            `ValueError`: another number of images than the prompts have places for, or an id that is not in the table.
         """
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if kwargs.get("pixel_values") is None and images is not None:
@@ -176,6 +176,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if prompt is None or kwargs.get("inputs_embeds") is not None:
             return super().generate(prompt, *args, **kwargs)
 
+        check_token_ids(prompt, self._num_embeddings, others=(ORIGINAL_IMAGE_TOKEN_ID,))
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(prompt) if mask is None else mask
         canonical, mask = self._canonical_prompts(prompt, mask)
@@ -236,13 +237,22 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Returns:
             `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32.
+
+        Raises:
+            `ValueError`: an id is not in the table, or there is another number of images than `input_ids` has places for.
         """
         if inputs_embeds is None:
+            check_token_ids(input_ids, self._num_embeddings)
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
             inputs_embeds = self._embed(input_ids, image_features)
         inputs_embeds = inputs_embeds.detach().float()
         return self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
+
+    @property
+    def _num_embeddings(self) -> int:
+        """Rows of the embedding table. The last one is `<image>`, unless a table that somebody else made is larger."""
+        return max(self.config.image_token_index + 1, self.config.text_config.vocab_size)
 
     def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
         if input_ids.shape[1] == 1 and (inputs_embeds := self.language_model.look_up(input_ids)) is not None:
