@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.checkpoint.config import LlavaMptConfig
 from optimum_llava_ov.models.generation import ImageGenerationMixin
-from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
 from optimum_llava_ov.models.mpt import MptLanguageModel
 from optimum_llava_ov.models.projector import build_projector
 from optimum_llava_ov.models.vision import ClipFeatures, ImageEncoder
@@ -92,8 +92,12 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
             pixel_values: `(images, 3, height, width)`, the images of all rows in order; only with the prompt.
             image_features: `(images, image_seq_length, d_model)`, instead of `pixel_values`.
             logits_to_keep: compute logits for so many last positions only; 0 for all.
+
+        Raises:
+            `ValueError`: an id is not in the table, or there is another number of images than `input_ids` has places for.
         """
         if inputs_embeds is None:
+            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)

@@ -30,10 +30,11 @@ from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
-from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.runtime.mapped import read_once
-from optimum_llava_ov.runtime.prompts import canonical_prompts
+from optimum_llava_ov.runtime.prompts import ORIGINAL_IMAGE_TOKEN_ID, canonical_prompts
+from optimum_llava_ov.runtime.threads import one_torch_thread
 from optimum_llava_ov.samples import question_inputs
 
 
@@ -52,21 +53,6 @@ def _one_at_a_time(method):
             return method(self, *args, **kwargs)
 
     return locked
-
-
-def _on_one_torch_thread(method):
-    """Torch has little to do between two steps of OpenVINO, but its idle threads spin on the cores that OpenVINO needs: 5 % at 1.3B."""
-
-    @functools.wraps(method)
-    def limited(self, *args, **kwargs):
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            torch.set_num_threads(before)
-
-    return limited
 
 
 class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
@@ -170,7 +156,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         return model
 
     @_one_at_a_time
-    @_on_one_torch_thread
+    @one_torch_thread()
     def generate(self, inputs: torch.LongTensor | None = None, *args, images: Any = None, **kwargs):
         """As [`~transformers.GenerationMixin.generate`]; code written for the original LLaVA or the OpenVINO notebook runs too.
 
@@ -182,7 +168,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             As transformers: the prompt, as it was given, and what was generated.
 
         Raises:
-            `ValueError`: another number of images than the prompts have places for.
+            `ValueError`: another number of images than the prompts have places for, or an id that is not in the table.
         """
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if kwargs.get("pixel_values") is None and images is not None:
@@ -190,6 +176,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if prompt is None or kwargs.get("inputs_embeds") is not None:
             return super().generate(prompt, *args, **kwargs)
 
+        check_token_ids(prompt, self._num_embeddings, others=(ORIGINAL_IMAGE_TOKEN_ID,))
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(prompt) if mask is None else mask
         canonical, mask = self._canonical_prompts(prompt, mask)
@@ -250,13 +237,22 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Returns:
             `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32.
+
+        Raises:
+            `ValueError`: an id is not in the table, or there is another number of images than `input_ids` has places for.
         """
         if inputs_embeds is None:
+            check_token_ids(input_ids, self._num_embeddings)
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
             inputs_embeds = self._embed(input_ids, image_features)
         inputs_embeds = inputs_embeds.detach().float()
         return self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
+
+    @property
+    def _num_embeddings(self) -> int:
+        """Rows of the embedding table. The last one is `<image>`, unless a table that somebody else made is larger."""
+        return max(self.config.image_token_index + 1, self.config.text_config.vocab_size)
 
     def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
         if input_ids.shape[1] == 1 and (inputs_embeds := self.language_model.look_up(input_ids)) is not None:
