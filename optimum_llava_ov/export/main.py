@@ -34,6 +34,7 @@ from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
 from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.memory import free, move_to_disk, read_ahead
+from optimum_llava_ov.export.names import name_after_module
 from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.export.spill import Spill
@@ -95,6 +96,7 @@ def main_export(
         _check_free_space(model, ov_config, recipe, folder)
         if os.name == "posix":
             move_to_disk(model.embed_tokens.weight, folder)  # the checkpoint's table and a row for `<image>`
+            model.language_model.lm_head.weight.data = model.embed_tokens.weight.data
         save_settings(checkpoint, processor, model.generation_config, folder)
         _export_parts(model, processor, folder, ov_config, recipe)
         if convert_tokenizer:
@@ -228,6 +230,8 @@ def _finish(
 ) -> openvino.Model:
     """What happens between tracing and writing."""
     check.result()
+    if name == LANGUAGE_MODEL:
+        name_after_module(graph, "language_model")
     if config is not None:
         progress.set_description(f"Compressing {name}")
         with host.compressing(spill.constant):

@@ -32,8 +32,8 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
     def __init__(self, config: LlavaMptConfig):
         super().__init__(config)
         text_config = config.text_config
-        # One row more than the checkpoint's table: <image>, which the head cannot produce.
-        self.embed_tokens = nn.Embedding(config.image_token_id + 1, text_config.d_model)
+        # One row more than the checkpoint's table: <image>, which the head never chooses
+        self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.d_model)
         self.language_model = MptLanguageModel(text_config)
         self.image_encoder = ImageEncoder(
             ClipFeatures(config.vision_config, config.mm_vision_select_layer, config.select_feature),
@@ -122,9 +122,9 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
 
 
 def generation_config(config: LlavaMptConfig, tokenizer) -> GenerationConfig:
-    """Greedy by default, ending at `<|endoftext|>` or at the end of the assistant's turn, `<|im_end|>`."""
+    """Greedy by default, ending at the end of the assistant's turn, `<|im_end|>`, or at `<|endoftext|>`."""
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")],
+        eos_token_id=config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

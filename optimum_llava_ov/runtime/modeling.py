@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -16,7 +17,7 @@ import openvino
 import torch
 from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig, OVModelForVisualCausalLM
-from transformers import AutoProcessor, PretrainedConfig
+from transformers import AutoProcessor, LogitsProcessorList, PretrainedConfig, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
@@ -163,13 +164,20 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         Args:
             inputs, input_ids: `(batch, tokens)`. Images may be spelled as the processor does, or as -200, one each.
             pixel_values, images: `(images, 3, height, width)`, the images of all rows in order.
+            past_key_values: of the last call with `return_dict_in_generate=True`, if no other call came since. `inputs` are the whole
+                conversation, as in transformers.
 
         Returns:
             As transformers: the prompt, as it was given, and what was generated.
 
         Raises:
-            `ValueError`: another number of images than the prompts have places for, or an id that is not in the table.
+            `ValueError`: another number of images than the prompts have places for; an id that is not in the table; `past_key_values`
+                of an earlier call than the last; the model itself as `assistant_model`.
         """
+        if kwargs.get("assistant_model") is self:
+            raise ValueError(
+                "assistant_model is the model itself, which has one cache. Load the assistant as a model of its own."
+            )
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if kwargs.get("pixel_values") is None and images is not None:
             kwargs["pixel_values"] = _stack(images)
@@ -179,6 +187,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         check_token_ids(prompt, self._num_embeddings, others=(ORIGINAL_IMAGE_TOKEN_ID,))
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(prompt) if mask is None else mask
+        if mask.shape != prompt.shape:  # with `past_key_values`, `input_ids` may be the new tokens alone
+            return super().generate(prompt, *args, attention_mask=mask, **kwargs)
         canonical, mask = self._canonical_prompts(prompt, mask)
         output = super().generate(canonical, *args, attention_mask=mask, **kwargs)
         return output if canonical is prompt else _with_prompt(output, prompt, canonical.shape[1])
@@ -291,12 +301,27 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if logits_to_keep is not None:
             inputs["logits_to_keep"] = logits_to_keep
         if past_key_values is not None:
-            new = input_ids[:, self.language_model._get_past_length(past_key_values) - attention_mask.shape[1] :]
-            return {**inputs, "input_ids": new}
+            past_length, length = self.language_model._get_past_length(past_key_values), attention_mask.shape[1]
+            if input_ids.shape[1] == 0 or length <= past_length:
+                raise ValueError(
+                    f"past_key_values have {past_length} tokens, and no new ones follow: attention_mask has {length}, input_ids "
+                    f"{input_ids.shape[1]}. Give input_ids and attention_mask of the whole conversation."
+                )
+            return {**inputs, "input_ids": input_ids[:, past_length - length :]}
         if inputs_embeds is not None:
             return {**inputs, "inputs_embeds": inputs_embeds}
         images = {name: kwargs[name] for name in ("pixel_values", "image_features") if kwargs.get(name) is not None}
         return {**inputs, **images, "input_ids": input_ids}
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        """Those of transformers. Guidance runs the model a second time at each step, so it gets a cache of its own."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = copy.copy(self)
+                processor.model.language_model = self.language_model.with_own_cache()
+                processor.unconditional_context["use_cache"] = True
+        return processors
 
     @staticmethod
     def _resolve_default_quantization_config(model_name_or_path: str, quantization_config):
