@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import MptConfig, PretrainedConfig
+# Not from `transformers`: this module is imported while modules of transformers are, and this one is ready by then
+from transformers.configuration_utils import PretrainedConfig
 
 from optimum_llava_ov.errors import UnsupportedCheckpointError
+
+
+if TYPE_CHECKING:
+    from transformers import MptConfig
 
 
 class LlavaMptConfig(PretrainedConfig):
@@ -69,6 +74,8 @@ def mpt_config(config: PretrainedConfig) -> MptConfig:
     Only what has a meaning is copied: `attn_config` as transformers re-saves it contains an empty `model_type` and training
     options, with types that newer versions reject.
     """
+    from transformers import MptConfig
+
     attn_config = config.attn_config
     softmax_scale, clip_qkv = attn_config.get("softmax_scale"), attn_config.get("clip_qkv")
     return MptConfig(
