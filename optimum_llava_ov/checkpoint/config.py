@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
+# Not from `transformers`: this module is imported while modules of transformers are, and this one is ready by then
+from transformers.configuration_utils import PretrainedConfig
 
 from optimum_llava_ov.checkpoint.options import (
     MAX_SETTINGS_BYTES,

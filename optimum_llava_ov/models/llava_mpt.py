@@ -43,14 +43,20 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> LlavaMptForConditionalGeneration:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, config: LlavaMptConfig | None = None, **kwargs
+    ) -> LlavaMptForConditionalGeneration:
         """Load an original LLaVA-MPT checkpoint without copying its weights.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): a folder, or a model id on the Hub.
             vision_tower (`str`, *optional*): where the vision tower is, if not where `mm_vision_tower` says.
             dtype, torch_dtype (`torch.dtype` or `str`, *optional*):
-                What to convert all weights to. As stored if not given.
+                What to convert all weights to. As stored if `"auto"` or not given.
+            config ([`LlavaMptConfig`], *optional*):
+                The checkpoint's, as the Auto classes hand it on. Only its `dtype` counts, if none is given here: they put there what
+                the caller asked them for.
+            device_map (`str` or `torch.device`, *optional*): where to put the model. On CPU if `"auto"` or not given.
             subfolder, revision, cache_dir, token, local_files_only, force_download: as everywhere in transformers.
 
         Raises:
@@ -60,8 +66,10 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         from optimum_llava_ov.models.loading import load_model
 
         checkpoint = OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs)
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        return load_model(checkpoint, dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or getattr(config, "dtype", None)
+        model = load_model(checkpoint, dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
+        device = kwargs.get("device_map")
+        return model if device in (None, "auto") else model.to(device)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens

@@ -35,6 +35,7 @@ def load_model(checkpoint: OriginalCheckpoint, dtype: torch.dtype | None = None)
 
     if dtype not in (None, "auto"):
         model.to(dtype)
+        model.config.dtype = dtype
     model.requires_grad_(False).eval()
     model.generation_config = generation_config(checkpoint.config, checkpoint.tokenizer)
     return model

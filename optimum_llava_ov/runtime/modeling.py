@@ -17,12 +17,19 @@ import openvino
 import torch
 from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig, OVModelForVisualCausalLM
-from transformers import AutoProcessor, LogitsProcessorList, PretrainedConfig, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import (
+    AutoProcessor,
+    GenerationConfig,
+    LogitsProcessorList,
+    PretrainedConfig,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
-from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, TOKENIZERS, check_bundle, weights_file
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS, check_bundle, weights_file
 from optimum_llava_ov.bundle.staging import staged
+from optimum_llava_ov.bundle.weights import weight_shares
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
 from optimum_llava_ov.errors import BundleError
@@ -68,6 +75,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         output = model.generate(**inputs, max_new_tokens=200)
     """
 
+    _support_new_processing = True  # the host's word for prompts that say `<image>` once for each of its features
+
     def __init__(
         self,
         language_model: openvino.Model,
@@ -80,6 +89,9 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     ):
         self._lock = threading.RLock()
         self._differs_from_files = False
+        self.name_or_path = getattr(config, "name_or_path", None)
+        # As the caller gave it. The host looks a default up by the model's name, and what it finds then is not ours.
+        self._quantization_config = kwargs.get("quantization_config")
         ov_config = {**(kwargs.pop("ov_config", None) or {})}
         attention_backend = ov_config.pop(ATTENTION_BACKEND, PA)
         super().__init__(
@@ -131,9 +143,40 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         folder = _download(model_id, kwargs)
         if kwargs.get("compile_only") and kwargs.get("ov_config"):  # what is compiled is the bundle's graph as it is
             kwargs["ov_config"] = {name: value for name, value in kwargs["ov_config"].items() if name != ATTENTION_BACKEND}
-        model = super().from_pretrained(folder, *args, **kwargs)
-        if not isinstance(model, OVModelForLlavaMPT):
-            _check_is_llava_mpt(model_id, model.config.model_type, model.config.text_config.model_type)
+        return super().from_pretrained(folder, *args, **kwargs)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        model_id: str | Path,
+        config: PretrainedConfig,
+        quantization_config: Any = None,
+        load_in_8bit: bool | None = None,
+        compile: bool = True,
+        compile_only: bool = False,
+        **kwargs,
+    ) -> OVModelForLlavaMPT:
+        """What the host does for each class, for this one: it would look the class up by the model's type, which is not ours alone."""
+        _check_is_llava_mpt(model_id, config.model_type, getattr(getattr(config, "text_config", None), "model_type", None))
+        folder = Path(model_id)
+        device, ov_config = kwargs.get("device", "CPU"), kwargs.get("ov_config")
+        parts = [
+            cls._compile_model(folder / file, device, ov_config, folder) if compile_only else cls.load_model(folder / file)
+            for file in PARTS.values()
+        ]
+        if (folder / "generation_config.json").exists():
+            kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
+        quantization_config = quantization_config or ({"bits": 8} if load_in_8bit else None)
+        model = cls(
+            *parts,
+            config,
+            model_save_dir=folder,
+            compile=compile and not quantization_config,
+            compile_only=compile_only,
+            **kwargs,
+        )
+        if quantization_config:
+            model._apply_quantization(quantization_config, compile_only, compile, str(model_id))
         return model
 
     @classmethod
@@ -192,6 +235,20 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         canonical, mask = self._canonical_prompts(prompt, mask)
         output = super().generate(canonical, *args, attention_mask=mask, **kwargs)
         return output if canonical is prompt else _with_prompt(output, prompt, canonical.shape[1])
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As [`~transformers.PreTrainedModel.num_parameters`], of matrix multiplications, convolutions and embedding tables.
+
+        Norms and biases, less than a thousandth at 7B, are not counted. Compressed weights count as what they stand for.
+
+        Args:
+            only_trainable: count what can be trained, which is nothing.
+            exclude_embeddings: leave the embedding table out.
+        """
+        files = [PARTS["language_model"], PARTS["vision_embeddings_model"]]
+        files += [] if exclude_embeddings else [PARTS["text_embeddings_model"]]
+        graphs = [openvino.Core().read_model(Path(self.model_save_dir) / file) for file in files]
+        return 0 if only_trainable else sum(share.parameters for graph in graphs for share in weight_shares(graph))
 
     def chat(self, processor: Any, **kwargs) -> ChatSession:
         """Begin a conversation that keeps the cache of its earlier turns. Any number of them share this model's weights.
@@ -334,7 +391,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         """Compress the loaded parts in memory, just as the export compresses them."""
         if compile_only:
             raise ValueError("A model loaded with compile_only=True cannot be compressed. Load it without.")
-        recipe = recipe_of(quantization_config)
+        recipe = recipe_of(self._quantization_config or quantization_config)
         for part, ov_model in self.ov_models.items():
             config, dataset = recipe_for_part(recipe, part), None
             if config is None:
