@@ -17,7 +17,6 @@ from optimum_llava_ov.runtime import paged_cache
 from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS, paged, with_logit_positions
 from optimum_llava_ov.runtime.paged import TOKENS_PER_CALL, PagedDecoder
 from optimum_llava_ov.runtime.paged_cache import BLOCK, PagedCache
-from optimum_llava_ov.runtime.stateful import StatefulDecoder
 
 
 GOLDEN = Golden("linear_fp16_sharded")
@@ -153,8 +152,8 @@ class TestAnswers:
     """Of both kinds of attention, and of torch."""
 
     def test_backends(self, model, stateful):
-        assert isinstance(model.language_model._decoder, PagedDecoder)
-        assert isinstance(stateful.language_model._decoder, StatefulDecoder)
+        assert model.attention_backend == "PA"
+        assert stateful.attention_backend == "SDPA"
 
     @pytest.mark.parametrize(
         "options",
@@ -339,7 +338,7 @@ class TestAfterAnInterruption:
     def test_to_clear_requests_gives_their_memory_back(self, bundles):
         model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config=EXACT)
         expected = model.generate(torch.tensor([[5, 6, 7]]), **GREEDY)
-        decoder = weakref.ref(model.language_model._decoder)
+        decoder = weakref.ref(model.language_model.cache.decoder)
         model.clear_requests()
         gc.collect()
         assert decoder() is None
@@ -353,7 +352,7 @@ def test_compressed_and_halved_graphs_have_it(bundles):
         if not options:
             model.half()
         model.compile()
-        assert isinstance(model.language_model._decoder, PagedDecoder)
+        assert model.attention_backend == "PA"
 
 
 class TestWhereItIsNot:
@@ -365,7 +364,7 @@ class TestWhereItIsNot:
         with caplog.at_level(logging.WARNING):
             model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config=EXACT)
         assert "not supported on this platform" in caplog.text
-        assert isinstance(model.language_model._decoder, StatefulDecoder)
+        assert model.attention_backend == "SDPA"
 
     def test_a_backend_that_there_is_not(self, bundles):
         with pytest.raises(ValueError, match="ATTENTION_BACKEND is 'flash'. It may be 'PA' or 'SDPA'"):
@@ -374,4 +373,4 @@ class TestWhereItIsNot:
     def test_compiled_elsewhere(self, bundles):
         options = {"compile_only": True, "ov_config": {**EXACT, "ATTENTION_BACKEND": "PA"}}
         model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], **options)
-        assert isinstance(model.language_model._decoder, StatefulDecoder)
+        assert model.attention_backend == "SDPA"

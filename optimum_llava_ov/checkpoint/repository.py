@@ -41,6 +41,7 @@ class Repository:
         name (`str`): path of a folder, or `owner/name`.
         subfolder (`str`): where in it the files are.
         revision, cache_dir, token, local_files_only, force_download: as for [`~huggingface_hub.hf_hub_download`].
+        on_hub (`bool`): whether `name` is a model id even if there is a folder of that name.
     """
 
     name: str
@@ -50,10 +51,11 @@ class Repository:
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
     force_download: bool = False
+    on_hub: bool = False
 
     @property
     def is_local(self) -> bool:
-        return Path(self.name).is_dir()
+        return not self.on_hub and Path(self.name).is_dir()
 
     @property
     def folder(self) -> Path:

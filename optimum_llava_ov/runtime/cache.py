@@ -25,15 +25,36 @@ class DecoderCache:
         lock (`threading.RLock`): held by whoever computes with the cache.
     """
 
+    is_compileable = False
+
     def __init__(self, decoder: Decoder):
-        self.decoder = decoder
         self.lock = threading.RLock()
-        self._length = 0
+        self._decoder: Decoder | None = decoder
+        self._length = self._batch_size = 0
         self._beam_idx: np.ndarray | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """
+        Raises:
+            `ValueError`: The request computes another batch now.
+        """
+        if self._decoder is None:
+            raise ValueError(
+                "past_key_values are of an earlier prompt, and the model has begun another one since. Leave past_key_values out and give the "
+                "whole prompt; or give each conversation a cache of its own, as model.new_cache() and model.chat() do."
+            )
+        return self._decoder
+
+    def replaced(self) -> DecoderCache:
+        """An empty cache on the same request. This one cannot be used any more."""
+        other = DecoderCache(self.decoder)
+        other.lock, self._decoder = self.lock, None
+        return other
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens in each sequence, padding included. The same for all layers."""
-        return self._length
+        return self._length if self.decoder else 0
 
     @property
     def chunk_size(self) -> int:
@@ -42,7 +63,7 @@ class DecoderCache:
 
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` tokens of each sequence, padding included."""
-        if max_length < self._length:
+        if max_length < self.get_seq_length():
             self.decoder.crop(self._length - max_length)
             self._length = max_length
 
@@ -53,20 +74,27 @@ class DecoderCache:
             beam_idx: `(batch,)`.
         """
         self._beam_idx = np.asarray(beam_idx)
+        self._batch_size = len(self._beam_idx)
 
     def begin(self, batch_size: int) -> None:
         """Forget all tokens, and expect a new batch."""
         self.decoder.begin(batch_size)
-        self._length, self._beam_idx = 0, None
+        self._length, self._batch_size, self._beam_idx = 0, batch_size, None
 
     def reset(self) -> None:
         """Forget all tokens, and free their memory."""
         self.decoder.free()
-        self._length, self._beam_idx = 0, None
+        self._length, self._batch_size, self._beam_idx = 0, 0, None
 
     def extend(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, logits_to_keep: int) -> np.ndarray:
-        """Process tokens after those that are in the cache. Arguments and result are those of [`Decoder`]."""
+        """Process tokens after those that are in the cache. Arguments and result are those of [`Decoder`].
+
+        Raises:
+            `ValueError`: The batch is not that of the cache.
+        """
         batch_size, length = inputs_embeds.shape[:2]
+        if batch_size != self._batch_size:
+            raise ValueError(f"The cache has {self._batch_size} sequence(s), but new tokens of {batch_size} sequence(s) were given.")
         beam_idx = np.arange(batch_size) if self._beam_idx is None else self._beam_idx
         logits = self.decoder(inputs_embeds, attention_mask, beam_idx, logits_to_keep)
         self._length, self._beam_idx = self._length + length, None

@@ -88,6 +88,11 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         return DecoderCache(type(self.cache.decoder)(self.request.get_compiled_model()))
 
     @property
+    def attention_backend(self) -> str:
+        """`"PA"` or `"SDPA"`, whichever runs."""
+        return PA if isinstance(self.cache.decoder, PagedDecoder) else SDPA
+
+    @property
     def cache(self) -> DecoderCache:
         """The cache that calls use which bring none."""
         self.compile()
@@ -117,17 +122,20 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32. Logits of padding are undefined.
 
         Raises:
-            `ValueError`: `attention_mask` does not fit these tokens, or `past_key_values` is not a cache of this model.
+            `ValueError`: `attention_mask` does not fit these tokens, or `past_key_values` is not a cache that can continue with them.
         """
         batch_size, length = inputs_embeds.shape[:2]
-        cache = self.cache if past_key_values is None else past_key_values
+        if past_key_values is None:
+            self._cache = self.cache.replaced()
+        cache = self._cache if past_key_values is None else past_key_values
         if not isinstance(cache, DecoderCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}; expected what an earlier call returned, or a cache from new_cache()."
             )
-        if past_key_values is None or not cache.get_seq_length():
+        past_length = cache.get_seq_length()
+        if not past_length:
             cache.begin(batch_size)
-        shape = (batch_size, cache.get_seq_length() + length)
+        shape = (batch_size, past_length + length)
         if attention_mask is None:
             attention_mask = torch.ones(shape, dtype=torch.long)
         if attention_mask.shape != shape:
