@@ -217,7 +217,7 @@ class TestAnswers:
 
     def test_a_mask_that_changes_its_mind(self, model):
         past = model(inputs_embeds=embeddings(model, 1, 4)).past_key_values
-        with pytest.raises(ValueError, match=r"shows \[3\] earlier tokens; the rows have \[4\]"):
+        with pytest.raises(ValueError, match=r"shows \[3\] earlier tokens, but the cache holds \[4\]"):
             model(inputs_embeds=embeddings(model, 1, 1), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), past_key_values=past)
 
     def test_a_mask_that_was_wrong_can_be_put_right(self, model):

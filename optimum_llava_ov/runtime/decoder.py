@@ -11,10 +11,12 @@ import openvino
 class Decoder(Protocol):
     """
     Attributes:
+        attention_backend (`str`): `"PA"`, paged attention, or `"SDPA"`, that of the bundle's graph.
         request (`openvino.InferRequest`): runs the graph.
         first_chunk_size, chunk_size (`int`): Number of tokens to give in one call when a prompt is processed in chunks.
     """
 
+    attention_backend: str
     request: openvino.InferRequest
     first_chunk_size: int
     chunk_size: int

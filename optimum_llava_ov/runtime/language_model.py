@@ -22,7 +22,7 @@ from optimum_llava_ov.runtime.stateful import StatefulDecoder
 
 logger = logging.getLogger(__name__)
 
-PA, SDPA = "PA", "SDPA"  # GenAI's names
+PA, SDPA = PagedDecoder.attention_backend, StatefulDecoder.attention_backend
 
 
 class LanguageModel(OVModelWithEmbedForCausalLM):
@@ -90,7 +90,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
     @property
     def attention_backend(self) -> str:
         """`"PA"` or `"SDPA"`, whichever runs."""
-        return PA if isinstance(self.cache.decoder, PagedDecoder) else SDPA
+        return self.cache.decoder.attention_backend
 
     @property
     def cache(self) -> DecoderCache:

@@ -17,6 +17,7 @@ class StatefulDecoder:
         compiled: of the bundle's graph, or of [`with_logit_positions`] of it along axis 1.
     """
 
+    attention_backend = "SDPA"  # GenAI's name
     # Where there is a past, OpenVINO's attention takes one position after the other: a prompt of 2,000 tokens in pieces takes more
     # than twice as long. So the first piece is long.
     first_chunk_size, chunk_size = 1024, 128
