@@ -95,6 +95,7 @@ SEEN = {
     "16 million, progressive.jpg": lambda: saved(Image.new("CMYK", (4000, 4000)), "JPEG", progressive=True),
     "300 frames.gif": lambda: saved(noise(mode="P"), "GIF", save_all=True, append_images=[noise(64, 64, "P")] * 299),
     "50 pages.tiff": lambda: saved(noise(), "TIFF", save_all=True, append_images=[noise()] * 49),
+    "4 images.jpg": lambda: saved(noise(), "MPO", save_all=True, append_images=[noise()] * 3),
     "CMYK.jpg": lambda: saved(noise(mode="CMYK"), "JPEG"),
     "palette with transparency.png": lambda: saved(noise(mode="P"), "PNG", transparency=bytes(range(256))),
     "orientation 65535.jpg": lambda: saved(noise(), "JPEG", exif=turned(65_535)),

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from optimum_llava_ov.errors import ImageError
+from optimum_llava_ov import ImageError
 from optimum_llava_ov.images import fit_to_model, open_image, see_image
 from optimum_llava_ov.samples import Sample
 
