@@ -21,8 +21,9 @@ from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.devices import check_device
-from optimum_llava_ov.chat.pictures import fetch_picture, open_picture
+from optimum_llava_ov.chat.pictures import fetch_picture
 from optimum_llava_ov.chat.terminal import Terminal, load_picture
+from optimum_llava_ov.images import ImageLimits, open_image
 
 
 PICTURES = EXAMPLES / "shapes" / "pictures"
@@ -179,10 +180,10 @@ def test_pictures_from_outside(website, tmp_path):
         with pytest.raises(ValueError, match=r"from 'localhost' are not fetched here, only from: 127\.0\.0\.1:"):
             fetch_picture(address, hosts=hosts)
     with pytest.raises(ValueError, match=r"has 0\.0 MB, and at most 1e-05 MB"):
-        open_picture(PICTURES / "a.png", max_bytes=10)
+        open_image(PICTURES / "a.png", ImageLimits(max_bytes=10))
     Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match="9000 x 9000 pixels, and at most 50 million"):
-        open_picture(tmp_path / "bomb.png")
+        open_image(tmp_path / "bomb.png")
 
 
 def test_devices():

@@ -16,8 +16,9 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from optimum_llava_ov.chat.loading import sampling_options
-from optimum_llava_ov.chat.pictures import MAX_BYTES, MAX_PIXELS, fetch_picture, open_picture
+from optimum_llava_ov.chat.pictures import fetch_picture
 from optimum_llava_ov.chat.session import ChatSession
+from optimum_llava_ov.images import DEFAULT_LIMITS
 
 
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
@@ -51,8 +52,8 @@ class Limits:
     queue: int = 16
     sessions: int = 32
     idle_seconds: float = 1800.0
-    max_bytes: int = MAX_BYTES
-    max_pixels: int = MAX_PIXELS
+    max_bytes: int = DEFAULT_LIMITS.max_bytes
+    max_pixels: int = DEFAULT_LIMITS.max_pixels
     max_new_tokens: int = 1024
     hosts: tuple[str, ...] = ()
 
@@ -171,10 +172,9 @@ class Demo:
             yield visitor.messages(), question_box(question)
             return
         try:
-            pictures = [open_picture(file, self.limits.max_bytes, self.limits.max_pixels) for file in files]
-            answer = visitor.session.send(text, pictures, **self._options(temperature, top_p, tokens))
+            answer = visitor.session.send(text, files, **self._options(temperature, top_p, tokens))
         except (ValueError, RuntimeError) as error:
-            gr.Warning(str(error).replace(f" {files[0]} " if files else "\0", " "))
+            gr.Warning(_without_paths(str(error), files))
             yield visitor.messages(), question_box(question)
             return
         if visitor.was_evicted and not visitor.turns:
@@ -316,6 +316,13 @@ def build_page(
             gr.on([fetch.click, address.submit], demo.fetch, [address, question], [question, address], api_visibility="private")
         page.unload(demo.leave)
     return page
+
+
+def _without_paths(message: str, files: list[str]) -> str:
+    """Where the server keeps an upload is nobody's business."""
+    for file in files:
+        message = message.replace(f" {file} ", " ")
+    return message
 
 
 def run_demo(page: gr.Blocks, visitors: Visitors, limits: Limits, host: str, port: int, open_browser: bool) -> None:

@@ -1,53 +1,22 @@
-"""Pictures from outside: opened within limits of bytes and pixels, and as text for JSON."""
+"""Pictures from the web, and as text for JSON."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import io
-import warnings
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-
-MAX_BYTES = 20_000_000
-MAX_PIXELS = 50_000_000  # width times height; a small file can unpack to gigabytes
-
-
-def open_picture(picture: Any, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """
-    Args:
-        picture: a `PIL.Image`, a path, or the bytes of a file.
-
-    Returns:
-        The picture in RGB, turned as its EXIF orientation says, in memory.
-
-    Raises:
-        `ValueError`: it is no picture, or is larger than `max_bytes` or `max_pixels`.
-    """
-    if isinstance(picture, Image.Image):
-        return _rgb(picture, "The picture", max_pixels)
-    name = "The picture" if isinstance(picture, bytes) else f"The picture {picture}"
-    try:
-        size = len(picture) if isinstance(picture, bytes) else Path(picture).stat().st_size
-        if size > max_bytes:
-            raise ValueError(f"{name} has {size / 1e6:.1f} MB, and at most {max_bytes / 1e6:g} MB are accepted.")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
-            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-                return _rgb(image, name, max_pixels)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+from optimum_llava_ov.images import DEFAULT_LIMITS, ImageLimits, open_image
 
 
 def fetch_picture(
     url: str,
-    max_bytes: int = MAX_BYTES,
-    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = DEFAULT_LIMITS.max_bytes,
+    max_pixels: int = DEFAULT_LIMITS.max_pixels,
     hosts: Collection[str] | None = None,
     timeout: float = 20.0,
 ) -> Image.Image:
@@ -78,7 +47,7 @@ def fetch_picture(
                     raise ValueError(f"The picture {url} has more than {max_bytes / 1e6:g} MB.")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"The picture {url} cannot be fetched: {error}") from error
-    return open_picture(data, max_bytes, max_pixels)
+    return open_image(data, ImageLimits(max_bytes, max_pixels))
 
 
 def is_url(text: str) -> bool:
@@ -95,22 +64,3 @@ def to_base64(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def from_base64(text: str) -> Image.Image:
-    """
-    Raises:
-        `ValueError`: it is no picture.
-    """
-    return open_picture(base64.b64decode(text))
-
-
-def _rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    from PIL import ImageOps
-
-    if image.width * image.height > max_pixels:
-        raise ValueError(
-            f"{name} has {image.width} x {image.height} pixels, and at most {max_pixels / 1e6:g} million are accepted. "
-            "Make it smaller; the model itself sees a few hundred pixels a side."
-        )
-    return ImageOps.exif_transpose(image).convert("RGB")

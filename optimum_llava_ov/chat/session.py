@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
+
 from optimum_llava_ov.chat.errors import ContextWindowError
 from optimum_llava_ov.chat.messages import (
     Message,
@@ -19,9 +21,9 @@ from optimum_llava_ov.chat.messages import (
     without_oldest_turns,
     write_messages,
 )
-from optimum_llava_ov.chat.pictures import open_picture
 from optimum_llava_ov.chat.prompt import Prompt, build_prompt
 from optimum_llava_ov.chat.streaming import Answer
+from optimum_llava_ov.images import DEFAULT_LIMITS, ImageLimits, check_number_of_images, see_image
 
 
 ERROR, DROP_OLDEST = "error", "drop_oldest"
@@ -56,6 +58,7 @@ class ChatSession:
         context_window: tokens that a prompt and its answer may have together. Default: those the model was trained with. The
             model has no limit of its own; its answers get worse with the distance from what it was trained with.
         when_full: "error", or "drop_oldest" to leave out the oldest turns, while their pictures stay.
+        image_limits: what an image may be, and how many of them a question may come with.
         options: of `generate`, for all turns: `temperature`, `top_p`, `max_new_tokens`, ...
     """
 
@@ -69,6 +72,7 @@ class ChatSession:
         messages: str | Path | Sequence[Message] = (),
         context_window: int | None = None,
         when_full: str = ERROR,
+        image_limits: ImageLimits = DEFAULT_LIMITS,
         **options: Any,
     ):
         if when_full not in (ERROR, DROP_OLDEST):
@@ -77,9 +81,10 @@ class ChatSession:
         self.config = config
         self.context_window = context_window or config.text_config.max_seq_len
         self.when_full = when_full
+        self.image_limits = image_limits
         self.options = {"max_new_tokens": MAX_NEW_TOKENS, **options}
         self._engine = engine
-        self._messages = read_messages(messages)
+        self._messages = read_messages(messages, self.see_image)
         if system is not None:
             kept = [message for message in self._messages if message["role"] != "system"]
             self._messages = [system_message(system), *kept]
@@ -102,7 +107,8 @@ class ChatSession:
 
         Args:
             text: the question.
-            images: pictures that come with it: a `PIL.Image`, a path, or a list of these.
+            images: images that come with it: a `PIL.Image`, a path, the bytes of a file, or a list of these. The session keeps what
+                the model sees of them.
             options: those of `generate`, for this turn: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `stop_strings`,
                 `streamer`, `stopping_criteria`, ... A stop string is not part of the answer.
 
@@ -111,14 +117,17 @@ class ChatSession:
 
         Raises:
             [`ContextWindowError`]: the conversation does not fit, and `when_full` is "error".
-            `ValueError`: a picture cannot be read, or the text spells `<image>`.
+            [`~optimum_llava_ov.errors.ImageError`]: an image cannot be read, or more came than `image_limits` allow.
+            `ValueError`: the text spells `<image>`.
             `RuntimeError`: the last answer is not complete.
         """
         with self._lock:
             self._check_idle()
             options = {**self.options, **options}
             _check_options(options)
-            message = user_message(text, [open_picture(image) for image in _listed(images)])
+            images = _listed(images)
+            check_number_of_images(len(images), self.image_limits)
+            message = user_message(text, [self.see_image(image) for image in images])
             prompt = self._fit([*self._messages, message], options["max_new_tokens"])
             stop_strings = options.get("stop_strings") or []
             stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
@@ -132,6 +141,14 @@ class ChatSession:
 
             self._answer = Answer(work, stop_strings)
             return self._answer
+
+    def see_image(self, image: Any) -> Image.Image:
+        """What the model sees of an image: as small as that, and as good as the image in [`send`].
+
+        Raises:
+            [`~optimum_llava_ov.errors.ImageError`]: it cannot be read, or is more than `image_limits` allow.
+        """
+        return see_image(image, self.processor.image_processor, self.image_limits)
 
     def cancel(self) -> None:
         """Stop the answer after the token that is being computed, and wait for that. What was said stays in the conversation.

@@ -12,9 +12,10 @@ from typing import Any, TextIO
 from PIL import Image
 
 from optimum_llava_ov.chat.messages import pictures_of, text_of
-from optimum_llava_ov.chat.pictures import fetch_picture, is_url, open_picture
+from optimum_llava_ov.chat.pictures import fetch_picture, is_url
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.chat.streaming import Answer
+from optimum_llava_ov.images import open_image
 
 
 HELP = """\
@@ -37,7 +38,7 @@ def load_picture(source: str) -> Image.Image:
     Raises:
         `ValueError`: it cannot be read.
     """
-    return fetch_picture(source) if is_url(source) else open_picture(Path(source).expanduser())
+    return fetch_picture(source) if is_url(source) else open_image(Path(source).expanduser())
 
 
 def answer_once(chat: ChatSession, text: str, pictures: list[Image.Image], output: TextIO, show_stats: bool) -> None:
@@ -92,7 +93,7 @@ class Terminal:
         if not source:
             return self._say("Which one? /image PATH or /image URL")
         picture = load_picture(_unquoted(source))
-        self.pictures.append(picture)
+        self.pictures.append(self.chat.see_image(picture))
         return self._say(f"A picture of {picture.width} x {picture.height} pixels comes with the next question.")
 
     def undo(self, _: str) -> None:
@@ -173,7 +174,7 @@ def run_chat(
     chat: ChatSession, images: list[str], show_stats: bool, commands: TextIO = sys.stdin, output: TextIO = sys.stdout
 ) -> None:
     """A conversation if somebody sits at a terminal; else what comes through the pipe is one question."""
-    pictures = [load_picture(source) for source in images]
+    pictures = [chat.see_image(load_picture(source)) for source in images]
     if not commands.isatty():
         text = commands.read().strip()
         if not text:

@@ -127,9 +127,11 @@ class DemoCommand(BaseOptimumCLICommand):
         from optimum_llava_ov.chat.demo import Demo, Limits, Visitors, build_page, run_demo
         from optimum_llava_ov.chat.devices import available_devices
         from optimum_llava_ov.chat.loading import session_factory
+        from optimum_llava_ov.images import ImageLimits
 
         def factory_of(device: str):
             options = {"system": args.system, "context_window": args.context_window, "when_full": args.when_full}
+            options["image_limits"] = ImageLimits(limits.max_bytes, limits.max_pixels)
             factory = session_factory(args.model, device, engine=args.engine)
             return lambda: factory(**options)
 
