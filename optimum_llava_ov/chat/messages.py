@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import secrets
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,9 +81,34 @@ def read_messages(source: str | Path | Sequence[Message], open_image: Callable[[
 
 
 def write_messages(messages: Sequence[Message], file: str | Path) -> None:
-    """As JSON that [`read_messages`] reads, pictures included."""
+    """As JSON that [`read_messages`] reads, pictures included.
+
+    Raises:
+        `OSError`: it cannot be written. What was in the file before is still there.
+    """
     values = [{**message, "content": [_as_json(item) for item in message["content"]]} for message in messages]
-    Path(file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _replace(Path(file), json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file as a whole or not at all: beside its place first, then renamed. Keeps the mode of a file that was there."""
+    if file.exists() and not file.is_file():  # a pipe or a terminal, which nothing can take the place of
+        file.write_text(text, encoding="utf-8")
+        return
+    file = file.resolve()  # a link stays one
+    partial = file.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if file.exists():
+            shutil.copymode(file, partial)
+        partial.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, f"Not saved, and what was there before is unchanged: {error.strerror}", str(file)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _content(content: Any, open_image: Callable[[Any], Image.Image]) -> list[dict[str, Any]]:

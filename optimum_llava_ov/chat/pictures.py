@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -11,6 +12,9 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from optimum_llava_ov.images import DEFAULT_LIMITS, ImageLimits, open_image
+
+
+MAX_REDIRECTS = 5
 
 
 def fetch_picture(
@@ -24,30 +28,55 @@ def fetch_picture(
 
     Args:
         hosts: the only ones that may be asked, redirects included, as `name` or `name:port`. Default: any.
+        timeout: seconds that all of it may take, redirects included.
 
     Raises:
-        `ValueError`: it cannot be fetched, is too large, or is no picture.
+        `ValueError`: it cannot be fetched, takes too long, is too large or compressed, or is no picture.
     """
     import httpx
 
-    def check(request: httpx.Request) -> None:
-        if hosts is not None and not {request.url.host, request.url.netloc.decode()} & set(hosts):
-            raise ValueError(f"Pictures from {request.url.host!r} are not fetched here, only from: {', '.join(sorted(hosts))}.")
-
     try:
-        with (
-            httpx.Client(event_hooks={"request": [check]}, follow_redirects=True, timeout=timeout) as client,
-            client.stream("GET", url) as response,
-        ):
-            response.raise_for_status()
-            data = b""
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > max_bytes:
-                    raise ValueError(f"The picture {url} has more than {max_bytes / 1e6:g} MB.")
+        data = asyncio.run(asyncio.wait_for(_fetch(url, max_bytes, hosts), timeout))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"The picture {url} cannot be fetched: {error}") from error
+    except asyncio.TimeoutError as error:
+        raise ValueError(f"The picture {url} cannot be fetched: it did not come within {timeout:g} seconds.") from error
     return open_image(data, ImageLimits(max_bytes, max_pixels))
+
+
+async def _fetch(url: str, max_bytes: int, hosts: Collection[str] | None) -> bytes:
+    """The body of a response as it was sent. Asynchronous, because only so can a server that sends slowly be left at any time.
+
+    Nothing is decompressed: pictures are compressed already, and a decoder could make gigabytes of little. Of a redirect only
+    the head is read.
+    """
+    import httpx
+
+    async with httpx.AsyncClient(headers={"Accept-Encoding": "identity"}, timeout=None) as client:
+        request = client.build_request("GET", url)
+        for _ in range(MAX_REDIRECTS + 1):
+            if hosts is not None and not {request.url.host, request.url.netloc.decode()} & set(hosts):
+                allowed = ", ".join(sorted(hosts))
+                raise ValueError(f"Pictures from {request.url.host!r} are not fetched here, only from: {allowed}.")
+            response = await client.send(request, stream=True)
+            try:
+                if response.next_request is not None:
+                    request = response.next_request
+                    continue
+                response.raise_for_status()
+                if (coding := response.headers.get("content-encoding", "identity").lower()) != "identity":
+                    raise ValueError(
+                        f"The picture {url} is sent compressed ({coding}); only one that is sent as it is can be read."
+                    )
+                data = bytearray()
+                async for chunk in response.aiter_raw():
+                    data += chunk
+                    if len(data) > max_bytes:
+                        raise ValueError(f"The picture {url} has more than {max_bytes / 1e6:g} MB.")
+                return bytes(data)
+            finally:
+                await response.aclose()
+    raise ValueError(f"The picture {url} cannot be fetched: it is redirected more than {MAX_REDIRECTS} times.")
 
 
 def is_url(text: str) -> bool:

@@ -13,10 +13,8 @@ from optimum_llava_ov.chat.errors import ContextWindowError
 from optimum_llava_ov.chat.messages import (
     Message,
     assistant_message,
-    pictures_of,
     read_messages,
     system_message,
-    text_of,
     user_message,
     without_oldest_turns,
     write_messages,
@@ -123,24 +121,10 @@ class ChatSession:
         """
         with self._lock:
             self._check_idle()
-            options = {**self.options, **options}
-            _check_options(options)
             images = _listed(images)
             check_number_of_images(len(images), self.image_limits)
-            message = user_message(text, [self.see_image(image) for image in images])
-            prompt = self._fit([*self._messages, message], options["max_new_tokens"])
-            stop_strings = options.get("stop_strings") or []
-            stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
-
-            def work(answer: Answer) -> str:
-                answer.stats.prompt_tokens = len(prompt)
-                self._engine.answer(prompt, answer, **options)
-                if answer.stats.new_tokens or not answer.cancelled:
-                    self._messages += [message, assistant_message(answer.text)]
-                return answer.text
-
-            self._answer = Answer(work, stop_strings)
-            return self._answer
+            question = user_message(text, [self.see_image(image) for image in images])
+            return self._ask(self._messages, question, options)
 
     def see_image(self, image: Any) -> Image.Image:
         """What the model sees of an image: as small as that, and as good as the image in [`send`].
@@ -164,9 +148,9 @@ class ChatSession:
         """Take back the last question and its answer. Returns the question, `None` if there is none."""
         with self._lock:
             self._check_idle()
-            if len(self._messages) < 2 or self._messages[-2]["role"] != "user":
+            question = self._last_question()
+            if question is None:
                 return None
-            question, _ = self._messages[-2:]
             del self._messages[-2:]
             self._dropped = min(self._dropped, len(self._messages) // 2)
             return question
@@ -174,13 +158,18 @@ class ChatSession:
     def retry(self, **options: Any) -> Answer:
         """Ask the last question again.
 
+        The new answer replaces the old one when it ends. If it fails, or is cancelled before its first word, the old one stays.
+
         Raises:
             `ValueError`: nothing was asked yet.
+            [`ContextWindowError`], `RuntimeError`: as in [`send`].
         """
-        question = self.undo()
-        if question is None:
-            raise ValueError("There is no question yet that could be asked again.")
-        return self.send(text_of(question), pictures_of([question]), **options)
+        with self._lock:
+            self._check_idle()
+            question = self._last_question()
+            if question is None:
+                raise ValueError("There is no question yet that could be asked again.")
+            return self._ask(self._messages[:-2], question, options)
 
     def reset(self, system: str | None = None) -> None:
         """Begin anew, with the same system prompt or another."""
@@ -192,19 +181,46 @@ class ChatSession:
             self._engine.reset()
 
     def save(self, file: str | Path) -> None:
-        """Write the conversation as JSON messages, pictures included. `model.chat(processor, messages=file)` goes on with it."""
+        """Write the conversation as JSON messages, pictures included. `model.chat(processor, messages=file)` goes on with it.
+
+        Raises:
+            `OSError`: it cannot be written. What was in the file before is still there.
+        """
         with self._lock:
             self._check_idle()
             write_messages(self._messages, file)
 
-    def _fit(self, messages: list[Message], max_new_tokens: int) -> Prompt:
-        """The prompt, with as many of the oldest turns left out as must be."""
+    def _ask(self, history: list[Message], question: Message, options: dict[str, Any]) -> Answer:
+        """Begin the answer to a question that follows `history`. The conversation changes when the answer ends, if it is kept."""
+        options = {**self.options, **options}
+        _check_options(options)
+        prompt, dropped = self._fit([*history, question], options["max_new_tokens"])
+        stop_strings = options.get("stop_strings") or []
+        stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+
+        def work(answer: Answer) -> str:
+            answer.stats.prompt_tokens = len(prompt)
+            self._engine.answer(prompt, answer, **options)
+            if answer.stats.new_tokens or not answer.cancelled:
+                self._messages = [*history, question, assistant_message(answer.text)]
+                self._dropped = dropped
+                answer.kept = True
+            return answer.text
+
+        self._answer = Answer(work, stop_strings)
+        return self._answer
+
+    def _last_question(self) -> Message | None:
+        asked = len(self._messages) >= 2 and self._messages[-2]["role"] == "user"
+        return self._messages[-2] if asked else None
+
+    def _fit(self, messages: list[Message], max_new_tokens: int) -> tuple[Prompt, int]:
+        """The prompt, with as many of the oldest turns left out as must be, and how many these are."""
         dropped, turns = self._dropped, len(messages) // 2
         while True:
             prompt = build_prompt(without_oldest_turns(messages, dropped), self.processor, self.config)
             if len(prompt) + max_new_tokens <= self.context_window:
-                self._dropped = dropped
-                return prompt
+                return prompt, dropped
             if self.when_full == ERROR or dropped >= turns - (messages[0]["role"] == "system"):
                 raise ContextWindowError(
                     f"The conversation has {len(prompt)} tokens, and with {max_new_tokens} for the answer (max_new_tokens) that is "

@@ -86,8 +86,11 @@ class Terminal:
 
     def ask(self, text: str) -> None:
         answer = self.chat.send(text, self.pictures)
-        self.pictures = []
-        _show(answer, self.output, self.show_stats)
+        try:
+            _show(answer, self.output, self.show_stats)
+        finally:
+            if answer.kept:  # else they come with the next question
+                self.pictures = []
 
     def image(self, source: str) -> None:
         if not source:
@@ -150,9 +153,15 @@ def _show(answer: Answer, output: TextIO, show_stats: bool) -> None:
     with _interrupt(answer.cancel):
         for piece in answer:
             print(piece, end="", file=output, flush=True)
-    print(" [stopped]" if answer.cancelled else "", file=output, flush=True)
+    print(_ending(answer), file=output, flush=True)
     if show_stats:
         print(f"[{answer.stats}]", file=sys.stderr, flush=True)
+
+
+def _ending(answer: Answer) -> str:
+    if not answer.cancelled:
+        return ""
+    return " [stopped]" if answer.kept else "[stopped before the first word; the conversation is as it was]"
 
 
 @contextmanager
