@@ -19,3 +19,7 @@ class BundleError(ValueError):
 
 class HubError(ValueError):
     """The Hub refused to publish a bundle, or could not be reached. Nothing was published."""
+
+
+class ImageError(ValueError):
+    """An image cannot be read, or is more than is accepted. Nothing was computed with it."""

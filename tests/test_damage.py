@@ -15,6 +15,7 @@ from conftest import Golden, fill_hub_cache
 from transformers import AutoConfig
 
 from optimum_llava_ov import (
+    BundleError,
     InvalidCheckpointError,
     LlavaMptConfig,
     LlavaMptForConditionalGeneration,
@@ -22,7 +23,8 @@ from optimum_llava_ov import (
     UnsupportedCheckpointError,
     main_export,
 )
-from optimum_llava_ov.bundle.card import source_license
+from optimum_llava_ov.bundle.card import card_text, source_license
+from optimum_llava_ov.bundle.reading import load_processor
 from optimum_llava_ov.bundle.settings import build_config, build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import Repository
@@ -208,7 +210,7 @@ DAMAGES = {
         f"attn_config.{name}={value!r}": (attention(**{name: value}), f"attn_config.{name}")
         for name, values in {
             "alibi_bias_max": [7.5, 8.0, 0, -8, "8", NAN, INFINITE, 10**9, True],
-            "clip_qkv": [NAN, INFINITE, "6", -1, 0],
+            "clip_qkv": [NAN, INFINITE, "6", -1],
             "softmax_scale": [NAN, INFINITE, "0.1", -1, 0],
             "alibi": [None, "true"],
         }.items()
@@ -582,3 +584,85 @@ def test_damaged_configuration_is_still_ours_to_report(folder):
     assert is_original_checkpoint(folder / "checkpoint")
     write(CONFIG, '{"model_type": "llama"')(folder)
     assert not is_original_checkpoint(folder / "checkpoint")
+
+
+GRAPH = "openvino_vision_embeddings_model"
+BUNDLE_DAMAGES = {
+    **{
+        f"{file}: {name}": (write(file, NO_JSON[name]), file)
+        for file in (
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "preprocessor_config.json",
+            "openvino_config.json",
+        )
+        for name in ("empty", "not UTF-8", "a list", "nested")
+    },
+    "config.json: cut": (cut("config.json", 0.3), "config.json"),
+    "config.json: no model": (write("config.json", "{}"), "not a LLaVA-MPT"),
+    "config.json: text": (change("config.json", text_config=[]), "not a LLaVA-MPT"),
+    "config.json: vision": (change("config.json", vision_config=[]), "vision_config=[]"),
+    "config.json: layers": (change("config.json", "text_config", n_layers="3"), "text_config.n_layers='3'"),
+    "config.json: side": (change("config.json", "vision_config", image_size=NAN), "vision_config.image_size=nan"),
+    "config.json: length": (change("config.json", image_seq_length=-1), "image_seq_length=-1"),
+    "config.json: of no meaning": (change("config.json", "vision_config", hidden_size="64"), "config.json"),
+    "graph: empty": (write(f"{GRAPH}.xml", ""), GRAPH),
+    "graph: cut": (cut(f"{GRAPH}.xml"), GRAPH),
+    "graph: a folder": (as_folder(f"{GRAPH}.xml"), GRAPH),
+    "weights: empty": (write(f"{GRAPH}.bin", ""), GRAPH),
+    "weights: cut": (cut(f"{GRAPH}.bin"), GRAPH),
+}
+
+
+@pytest.fixture
+def bundle(bundles, tmp_path):
+    """A bundle whose files are links that can be replaced."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for file in bundles["linear_fp16_sharded"].iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.mark.parametrize(("damage", "named"), BUNDLE_DAMAGES.values(), ids=BUNDLE_DAMAGES)
+def test_damage_of_a_bundle_is_refused_by_name(bundle, damage, named):
+    damage(bundle)
+    for use in (OVModelForLlavaMPT.from_pretrained, card_text):
+        with pytest.raises((BundleError, InvalidCheckpointError)) as error:  # damaged, it may look like a checkpoint's
+            use(bundle)
+        assert named in str(error.value) or use is card_text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        write("tokenizer.json", "{}"),
+        change("processor_config.json", processor_class="Evil", auto_map={"AutoProcessor": "evil.P"}),
+        write("chat_template.jinja", b"\xff\xfe"),
+    ],
+)
+def test_processor_of_a_bundle_names_no_code(bundle, damage):
+    """transformers would ask at the terminal whether to run it."""
+    damage(bundle)
+    with pytest.raises(BundleError, match="The processor or the tokenizer in .* does not load"):
+        load_processor(bundle)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        write("eval.json", '{"accuracy": "all", "num_samples": 3, "num_tokens": 3}'),
+        write("eval.json", '{"accuracy": 1.0}'),
+        write("eval.json", '{"settings": [], "num_samples": 3, "num_tokens": 3}'),
+        write("eval.json", "[]"),
+        write("openvino_config.json", '{"quantization_config": []}'),
+        write("openvino_config.json", '{"quantization_config": {"quantization_configs": {"lm_model": [1]}}}'),
+        write("openvino_config.json", '{"versions": []}'),
+    ],
+)
+def test_card_of_a_damaged_record(bundle, damage):
+    (bundle / "eval.json").write_text("{}")
+    damage(bundle)
+    with pytest.raises(BundleError, match="eval.json"):
+        card_text(bundle)

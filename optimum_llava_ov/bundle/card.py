@@ -110,14 +110,20 @@ def card_text(folder: Path, license: str | None = None, previous: str | None = N
     model_id = model_id or written.get("model_id") or THIS_MODEL
     facts = BundleFacts.read(folder)
     source, license = license, _license(license, metadata, written)
-    card = ModelCard.from_template(
-        _card_data(facts, license, model_id),
-        template_path=str(TEMPLATE),
-        model_id=model_id,
-        license=license,
-        title=_title(facts, model_id),
-        **facts.values(),
-    )
+    try:
+        card = ModelCard.from_template(
+            _card_data(facts, license, model_id),
+            template_path=str(TEMPLATE),
+            model_id=model_id,
+            license=license,
+            title=_title(facts, model_id),
+            **facts.values(),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"config.json, openvino_config.json or eval.json in {folder} does not hold what a bundle's does ({error!r}), so there is "
+            "nothing to write its card from. Export it again."
+        ) from error
     new_metadata = card.data.to_dict()
     sections = {match[1]: _seal(match) for match in _SECTION.finditer(card.text)}
     if not previous:

@@ -31,12 +31,11 @@ def session_factory(
     """
     if resolve_engine(bundle, device, engine) == GENAI:
         return _genai_factory(bundle, device, ov_config)
-    from transformers import AutoProcessor
-
+    from optimum_llava_ov.bundle.reading import load_processor
     from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
     model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
-    processor = AutoProcessor.from_pretrained(model.model_save_dir)
+    processor = load_processor(model.model_save_dir)
     return lambda **kwargs: model.chat(processor, **kwargs)
 
 
@@ -88,13 +87,15 @@ def bundle_folder(bundle: str, reason: str) -> Path:
 
 
 def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
 
+    from optimum_llava_ov.bundle.reading import load_processor, read_settings
     from optimum_llava_ov.chat.genai_engine import GenAIEngine, GenAIModel
 
     folder = bundle_folder(bundle, "the genai engine converts nothing on the fly")
+    read_settings(folder)
     model = GenAIModel(folder, device, ov_config)
-    config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    config, processor = AutoConfig.from_pretrained(folder), load_processor(folder)
     return lambda **kwargs: ChatSession(GenAIEngine(model, processor), processor, config, **kwargs)
 
 

@@ -15,6 +15,7 @@ from optimum_llava_ov.checkpoint.options import (
     broken_rules,
     either,
     integer,
+    number,
     one_of,
     optional,
     positive,
@@ -168,7 +169,7 @@ _ATTENTION_OPTIONS = {
     "prefix_lm": one_of(None, False),
     "qk_ln": one_of(None, False),
     "attn_uses_sequence_id": one_of(None, False),
-    "clip_qkv": optional(positive(MAX_SCALE)),
+    "clip_qkv": optional(number(0, MAX_SCALE)),  # 0 is off
     "softmax_scale": optional(positive(MAX_SCALE)),
 }
 

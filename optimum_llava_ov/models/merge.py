@@ -57,7 +57,7 @@ def check_token_ids(input_ids: torch.Tensor, num_embeddings: int, others: Collec
     if not input_ids.numel():
         return
     lowest, highest = input_ids.aminmax()
-    if 0 <= int(lowest) and int(highest) < num_embeddings:  # all there is to do in a step of `generate`
+    if int(lowest) >= 0 and int(highest) < num_embeddings:  # all there is to do in a step of `generate`
         return
     is_wrong = (input_ids < 0) | (input_ids >= num_embeddings)
     for other in others:

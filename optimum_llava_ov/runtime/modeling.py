@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import shutil
 import tempfile
 import threading
@@ -17,7 +16,6 @@ import torch
 from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig, OVModelForVisualCausalLM
 from transformers import (
-    AutoProcessor,
     GenerationConfig,
     LogitsProcessorList,
     PretrainedConfig,
@@ -27,8 +25,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS, check_bundle, weights_file
+from optimum_llava_ov.bundle.reading import load_processor, read_graphs, read_settings
 from optimum_llava_ov.bundle.staging import staged
 from optimum_llava_ov.bundle.weights import weight_shares
+from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
 from optimum_llava_ov.errors import BundleError
@@ -137,14 +137,18 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
                 attention, which is used on CPU unless it is `"SDPA"`.
 
         Raises:
-            [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT.
+            [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT, or one of its files is damaged.
         """
         if is_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
         if kwargs.get("compile_only") and kwargs.get("ov_config"):  # what is compiled is the bundle's graph as it is
             kwargs["ov_config"] = {name: value for name, value in kwargs["ov_config"].items() if name != ATTENTION_BACKEND}
-        return super().from_pretrained(folder, *args, **kwargs)
+        try:
+            return super().from_pretrained(folder, *args, **kwargs)
+        except RuntimeError:
+            read_graphs(Path(folder))  # says which file it is, if it is one
+            raise
 
     @classmethod
     def _from_pretrained(
@@ -425,7 +429,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             if config is None:
                 continue
             if part == LANGUAGE_MODEL and needs_data(config):
-                processor = AutoProcessor.from_pretrained(self.model_save_dir)
+                processor = load_processor(self.model_save_dir)
                 dataset = calibration_dataset(config.dataset, config.num_samples, processor, Path(self.model_save_dir))
             compress(ov_model, config, dataset)
         self._differs_from_files = True
@@ -537,11 +541,15 @@ def _download(model_id: str | Path, kwargs: dict[str, Any]) -> str | Path:
     """
     options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     repository = Repository(str(model_id), **options)
+    config = read_json(repository.require("config.json", "it says what the model is"), error_class=BundleError)
+    text_config = config.get("text_config")
+    _check_is_llava_mpt(
+        model_id, config.get("model_type"), text_config.get("model_type") if isinstance(text_config, dict) else None
+    )
+    folder = repository.folder if repository.is_local else repository.download((*FILES, *EXTRA_FILES))
+    read_settings(folder)
     if repository.is_local and not repository.subfolder:
         return model_id
-    config = json.loads(repository.require("config.json", "it says what the model is").read_text())
-    _check_is_llava_mpt(model_id, config.get("model_type"), config.get("text_config", {}).get("model_type"))
-    folder = repository.folder if repository.is_local else repository.download((*FILES, *EXTRA_FILES))
     check_bundle(folder, tokenizers=False)
     for name in HUB_OPTIONS:
         kwargs.pop(name, None)
