@@ -25,7 +25,7 @@ from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
 from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS, TOKENIZERS
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
-from optimum_llava_ov.bundle.staging import check_output, staged
+from optimum_llava_ov.bundle.staging import prepare_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
@@ -78,8 +78,8 @@ def main_export(
             downloaded where that is possible. The output is then as it was.
     """
     _check_arguments(task, stateful, model_kwargs, kwargs)
-    check_output(Path(output))
-    previous_card = read_card(Path(output) / CARD)
+    output = prepare_output(output)
+    previous_card = read_card(output / CARD)
     checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
     license = source_license(checkpoint)
     recipe = recipe_of(ov_config.quantization_config) if _is_compressed(ov_config) else None

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, TOKENIZERS, check_bundle, weights_file
-from optimum_llava_ov.bundle.staging import staged
+from optimum_llava_ov.bundle.staging import complete_replacement, staged
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
 from optimum_llava_ov.errors import BundleError
@@ -139,6 +139,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         Raises:
             [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT.
         """
+        complete_replacement(model_id)
         if is_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
