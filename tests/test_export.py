@@ -329,3 +329,33 @@ def test_other_models_export_as_without_this_package(tmp_path):
     assert [op.get_type_name() for op in models[0].get_ordered_ops()] == [
         op.get_type_name() for op in models[1].get_ordered_ops()
     ]
+
+
+class TestOptions:
+    """A misspelt option of Python is an error, as one of the command is."""
+
+    @pytest.mark.parametrize("function", ["ours", "optimum's"])
+    def test_misspelt(self, tmp_path, function):
+        from optimum.exporters.openvino import main_export as optimum_main_export
+
+        export = main_export if function == "ours" else optimum_main_export
+        with pytest.raises(TypeError, match=r"main_export\(\) got an unknown option 'ov_confg'. Did you mean 'ov_config'\?"):
+            export(str(SHARDED.checkpoint), tmp_path / "out", ov_confg=OVConfig(dtype="fp16"))
+        assert files(tmp_path) == set()
+
+    def test_what_optimum_takes(self, tmp_path):
+        options = {"device": "cpu", "framework": "pt", "trust_remote_code": True, "library_name": "transformers", "batch_size": 2}
+        main_export(SHARDED.checkpoint, tmp_path / "out", convert_tokenizer=False, **options)
+        assert files(tmp_path / "out") == {
+            name for name in EXPECTED_FILES if "tokenizer." not in name or name == "tokenizer.json"
+        }
+
+    def test_saving_and_publishing(self, models, tmp_path):
+        model = models[SHARDED.name]
+        with pytest.raises(TypeError, match=r"push_to_hub\(\) got an unknown option 'privat'. Did you mean 'private'\?"):
+            model.push_to_hub("me/new", privat=True)
+        with pytest.raises(TypeError, match=r"save_pretrained\(\) got an unknown option 'repoid'. Did you mean 'repo_id'\?"):
+            model.save_pretrained(tmp_path / "out", push_to_hub=True, repoid="me/new")
+        assert files(tmp_path) == set()
+        model.save_pretrained(tmp_path / "out", max_shard_size="5GB", safe_serialization=True)
+        assert files(tmp_path / "out") == EXPECTED_FILES

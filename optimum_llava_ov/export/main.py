@@ -15,9 +15,11 @@ import nncf
 import openvino
 import openvino_tokenizers
 import torch
+from optimum.exporters.openvino import main_export as optimum_main_export
 from optimum.exporters.openvino.convert import export
 from optimum.exporters.tasks import TasksManager
 from optimum.intel.openvino.configuration import OVConfig
+from optimum.utils import DEFAULT_DUMMY_SHAPES
 from tqdm.auto import tqdm
 from transformers import LlavaProcessor
 
@@ -36,6 +38,7 @@ from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.models.loading import load_model
+from optimum_llava_ov.options import check_options, names_of
 
 
 if TYPE_CHECKING:
@@ -71,9 +74,11 @@ def main_export(
             Optimum's rule for all models.
         convert_tokenizer: also write the tokenizer as OpenVINO models, which GenAI needs.
         model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint.
-        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. What else Optimum's `main_export`
+            takes, such as `trust_remote_code` and shapes to trace with, is accepted and has no effect.
 
     Raises:
+        `TypeError`: there is no such option; suggests the nearest.
         [`UnsupportedCheckpointError`], [`InvalidCheckpointError`], [`BundleError`]: see there; all before weights are
             downloaded where that is possible. The output is then as it was.
     """
@@ -105,6 +110,8 @@ def main_export(
 
 
 def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwargs: dict) -> None:
+    # `kwargs_shapes` of Optimum's
+    check_options("main_export", kwargs, names_of(main_export) | names_of(optimum_main_export) | DEFAULT_DUMMY_SHAPES.keys())
     if TasksManager.map_from_synonym(task.removesuffix("-with-past")) not in ("auto", TASK):
         raise ValueError(f"LLaVA-MPT is exported for the task {TASK!r}, not {task!r}. Leave --task out.")
     if not stateful:
