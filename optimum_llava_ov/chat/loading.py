@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, TOKENIZERS
+from optimum_llava_ov.bundle.staging import complete_replacement
 from optimum_llava_ov.chat.devices import check_device
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
@@ -47,6 +48,7 @@ def resolve_engine(bundle: str, device: str, engine: str) -> str:
         `ImportError`: the engine is not installed.
     """
     check_device(device)
+    complete_replacement(bundle)
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
     if engine == AUTO:

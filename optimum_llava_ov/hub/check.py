@@ -10,6 +10,7 @@ import openvino_tokenizers  # noqa: F401  lets OpenVINO read tokenizers
 from optimum_llava_ov.bundle.card import CARD, UNKNOWN_LICENSE, license_of, missing_metadata, read_card
 from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS, check_bundle
 from optimum_llava_ov.bundle.reading import load_processor, read_graphs, read_settings
+from optimum_llava_ov.bundle.staging import complete_replacement
 from optimum_llava_ov.errors import BundleError
 
 
@@ -23,6 +24,7 @@ def check_publishable(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder. Expected one with a bundle, as `optimum-cli export openvino` writes it.")
+    complete_replacement(folder)
     check_bundle(folder)
     _check_settings(folder)
     read_graphs(folder, (*PARTS.values(), *TOKENIZERS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import shutil
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PretrainedConfig,
+    PreTrainedModel,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from optimum_llava_ov.bundle.card import update_card
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS, check_bundle, weights_file
 from optimum_llava_ov.bundle.reading import load_processor, read_graphs, read_settings
-from optimum_llava_ov.bundle.staging import staged
+from optimum_llava_ov.bundle.staging import complete_replacement, staged
 from optimum_llava_ov.bundle.weights import weight_shares
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
@@ -39,6 +39,7 @@ from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
+from optimum_llava_ov.options import check_options, names_of
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.runtime.mapped import read_once
 from optimum_llava_ov.runtime.prompts import ORIGINAL_IMAGE_TOKEN_ID, canonical_prompts
@@ -138,6 +139,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         Raises:
             [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT, or one of its files is damaged.
         """
+        complete_replacement(model_id)
         if is_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
@@ -422,7 +424,11 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Raises:
             [`BundleError`]: `save_directory` holds something else.
+            `TypeError`: there is no such option; suggests the nearest.
         """
+        check_options(
+            "save_pretrained", kwargs, names_of(self.save_pretrained) | names_of(self.push_to_hub) | _options_of_transformers()
+        )
         source = self._whole_source()
         with staged(save_directory, tokenizers=(source / TOKENIZERS[0]).exists()) as folder:
             if self._differs_from_files:
@@ -467,7 +473,9 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Raises:
             [`HubError`]: the Hub refused, or could not be reached; nothing is published then.
+            `TypeError`: there is no such option; suggests the nearest.
         """
+        check_options("push_to_hub", kwargs, names_of(self.push_to_hub) | _options_of_transformers())
         options = {"private": private, "token": token, "commit_message": commit_message, "revision": revision}
         options |= {"commit_description": commit_description, "create_pr": create_pr, "tags": tags}
         if repository_id is not None:
@@ -483,7 +491,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     def _push(folder: str | Path, repo_id: str, **options) -> CommitInfo:
         from optimum_llava_ov.hub.push import push_bundle
 
-        known = inspect.signature(push_bundle).parameters
+        known = names_of(push_bundle)
         return push_bundle(folder, repo_id, **{name: value for name, value in options.items() if name in known})
 
     def _whole_source(self) -> Path:
@@ -526,6 +534,11 @@ def _download(model_id: str | Path, kwargs: dict[str, Any]) -> str | Path:
     for name in HUB_OPTIONS:
         kwargs.pop(name, None)
     return folder
+
+
+def _options_of_transformers() -> set[str]:
+    """Options that code for transformers passes on when it saves or publishes: about shards, which a bundle does not have."""
+    return names_of(PreTrainedModel.save_pretrained) | names_of(PreTrainedModel.push_to_hub) | {"safe_serialization"}
 
 
 def _check_is_llava_mpt(model_id: str | Path, model_type: str | None, text_model_type: str | None) -> None:
