@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import openvino
 import openvino_tokenizers  # noqa: F401  lets OpenVINO read tokenizers
 from transformers import AutoConfig, AutoProcessor
@@ -22,6 +24,17 @@ _PORTS = {
     PARTS["text_embeddings_model"]: ({"input"}, {"inputs_embeds"}),
     PARTS["vision_embeddings_model"]: ({"pixel_values"}, {"last_hidden_state"}),
 }
+# Settings without which a bundle would answer something else, or fail only when it answers
+_TYPES = {
+    "config.json": {"image_token_index": "an integer", "image_seq_length": "an integer", "vision_config": "an object"},
+    "generation_config.json": {"eos_token_id": "an integer or a list of them"},
+    "preprocessor_config.json": {
+        "size": "an object",
+        "crop_size": "an object",
+        "image_mean": "a list of numbers",
+        "image_std": "a list of numbers",
+    },
+}
 _NOT_READ = ("README.md", "openvino_config.json")  # by nothing that runs a bundle
 
 
@@ -35,12 +48,19 @@ def check_readable(folder: Path, tokenizers: bool = False) -> None:
         [`BundleError`]: names the file.
     """
     check_bundle(folder, tokenizers, unneeded=_NOT_READ)
-    settings = {file: _read_object(folder / file) for file in FILES if file.endswith(".json") and (folder / file).exists()}
-    config = settings["config.json"]
-    check_is_llava_mpt(folder, config)
-    for name in ("image_token_index", "image_seq_length"):
-        if not isinstance(config.get(name), int):
-            raise BundleError(f"{folder / 'config.json'} has {name}={config.get(name)!r}, expected an integer. {_AGAIN}")
+    for file in FILES:
+        if file.endswith(".json") and (folder / file).exists():
+            values = _read_object(folder / file)
+            if file == "config.json":
+                check_is_llava_mpt(folder, values)
+            for name, types in _TYPES.get(file, {}).items():
+                if not _is_one_of(types, values.get(name)):
+                    raise BundleError(f"{folder / file} has {name}={values.get(name)!r}, which is not {types}. {_AGAIN}")
+    template = folder / "chat_template.jinja"
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+        raise BundleError(f"{template} is not a template ({error}). {_AGAIN}") from error
 
 
 def check_is_llava_mpt(name: str | Path, config: dict) -> None:
@@ -105,9 +125,19 @@ def _read_object(file: Path) -> dict:
         values = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is not valid JSON ({error}). {_AGAIN}") from error
-    if not isinstance(values, dict):
-        raise BundleError(f"{file} is a JSON {type(values).__name__}, expected an object. {_AGAIN}")
+    if not isinstance(values, dict) or not values:
+        found = "an empty object" if values == {} else f"a JSON {type(values).__name__}"
+        raise BundleError(f"{file} holds {found}, expected an object with settings. {_AGAIN}")
     return values
+
+
+def _is_one_of(types: str, value: Any) -> bool:
+    if "object" in types:
+        return isinstance(value, dict)
+    if "list of numbers" in types:
+        return isinstance(value, list) and all(isinstance(number, (int, float)) for number in value)
+    numbers = value if isinstance(value, list) and "list" in types else [value]
+    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
 
 
 def _reason(error: Exception) -> str:

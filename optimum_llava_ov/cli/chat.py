@@ -74,7 +74,7 @@ class ChatCommand(Command):
             when_full=args.when_full,
             **sampling_options(args.temperature, args.top_p, args.max_new_tokens),
         )
-        return run_chat(chat, args.image, args.stats)
+        return run_chat(chat, args.image, args.stats, sys.stdin, sys.stdout)
 
 
 def list_devices() -> None:
