@@ -48,12 +48,16 @@ def refusing():
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "reason"), [(refusing(), "refused"), ("http://no-such-host.invalid", "not known|resol|address")], ids=["refused", "unknown name"]
+    ("endpoint", "reason"),
+    [(refusing(), "refused"), ("http://no-such-host.invalid", "not known|resol|address")],
+    ids=["refused", "unknown name"],
 )
 class TestUnreachable:
     def test_nothing_cached(self, tmp_path, endpoint, reason):
         env = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
-        for error, message in user(env, "Repository('me/model').get('config.json')", "Repository('me/model').require('config.json', 'why')"):
+        for error, message in user(
+            env, "Repository('me/model').get('config.json')", "Repository('me/model').require('config.json', 'why')"
+        ):
             assert error == "HubUnreachableError"
             assert f"The Hub ({endpoint}) cannot be reached: " in message
             assert any(word in message for word in reason.split("|"))
@@ -124,7 +128,9 @@ def test_names_that_cannot_be_on_the_hub(hub, tmp_path):
     """Refused before any request; a name without an owner is none of ours."""
     before = len(hub.requests)
     names = ("./nowhere", "../nowhere", "/no/where", "~/nowhere", "a/b/c", "a\\b", "nope", "me/not valid")
-    for name, (error, message) in zip(names, user(hub.env(tmp_path), *(f"Repository({name!r}).get('config.json')" for name in names))):
+    for name, (error, message) in zip(
+        names, user(hub.env(tmp_path), *(f"Repository({name!r}).get('config.json')" for name in names))
+    ):
         assert (error, message) == (
             "InvalidCheckpointError",
             f"There is no folder {name!r}, and no model id on the Hub is written so: expected `owner/name`.",

@@ -141,4 +141,4 @@ def _is_one_of(types: str, value: Any) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).rstrip(".")
+    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")

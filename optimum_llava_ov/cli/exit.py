@@ -19,8 +19,8 @@ FAILED, INTERRUPTED = 1, 130  # as shells count: 128 and the number of the signa
 _OURS = (UnsupportedCheckpointError, InvalidCheckpointError, BundleError, HubError)
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REPORT = (
-    "This is a bug of optimum-llava-ov, or of a library that it uses. Please report it to the maintainers (`pip show optimum-llava-ov` "
-    "says where), with all of the above."
+    "This is a bug of optimum-llava-ov, or of a library that it uses. Please open an issue in the repository of optimum-llava-ov, with all "
+    "of the above."
 )
 
 
