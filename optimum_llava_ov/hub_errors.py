@@ -33,7 +33,7 @@ def clean_token(token: str | bool | None) -> str | bool | None:
 def redacted(text: str, *tokens: str | bool | None) -> str:
     """`text` with each token replaced by `hf_***`: those given, that of HF_TOKEN, and all that look like one."""
     for token in (*tokens, os.environ.get("HF_TOKEN")):
-        if isinstance(token, str) and token.strip():
+        if isinstance(token, str) and len(token.strip()) >= 4:  # a shorter one is a placeholder, and its letters are everywhere
             text = text.replace(token.strip(), "hf_***")
     return _TOKEN.sub("hf_***", text)
 

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import openvino
 import pytest
 from conftest import EXAMPLES, fill_hub_cache, run
 from hub_server import HubServer
 from optimum.commands.optimum_cli import main
+from optimum.intel import OVWeightQuantizationConfig
 
 from optimum_llava_ov.cli.exit import exit_status
+from optimum_llava_ov.export.compression import compress
 
 
 CHECKPOINT = EXAMPLES / "shapes" / "checkpoint"
@@ -177,6 +180,33 @@ class TestExport:
         assert status == 1
         assert "Traceback" in errors
         assert "\nerror: " in errors
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            (["--ratio", "1.5"], "ratio"),
+            (["--weight-format", "fp16", "--ratio", "0.5"], "no compressed format"),
+            (["--quant-mode", "int8"], "quantizes activations"),
+            (["--task", "text-generation"], "is exported for the task"),
+            (["--disable-stateful"], "not available for LLaVA-MPT"),
+            (["--model-kwargs", '{"tower": "x"}'], "knows only `vision_tower`"),
+            (["--dataset", "/no/such/file"], "/no/such/file"),
+        ],
+        ids=lambda value: value[0] if isinstance(value, list) else "",
+    )
+    def test_options_that_cannot_be(self, optimum_cli, tmp_path, options, sentence):
+        status, _, errors = optimum_cli(
+            "export", "openvino", "--model", CHECKPOINT, "--weight-format", "int4", *options, tmp_path / "out"
+        )
+        assert status == 1
+        assert "Traceback" not in errors
+        assert sentence in errors[errors.index("error: ") :]
+        assert not (tmp_path / "out").exists()
+
+    def test_what_nncf_refuses(self, shapes_bundle):
+        model = openvino.Core().read_model(shapes_bundle / "openvino_language_model.xml")
+        with pytest.raises(ValueError, match="NNCF cannot compress the weights with these options: .* group size value 17"):
+            compress(model, OVWeightQuantizationConfig(bits=4, group_size=17))
 
     @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere", "a/b/c", "C:\\nowhere", "a b"])
     def test_a_path_that_leads_nowhere(self, optimum_cli, tmp_path, name):

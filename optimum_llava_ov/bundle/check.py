@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2
 import openvino
-import openvino_tokenizers  # noqa: F401  lets OpenVINO read tokenizers
 from transformers import AutoConfig, AutoProcessor
 
 from optimum_llava_ov.bundle.layout import FILES, PARTS, TOKENIZERS, check_bundle
@@ -93,6 +92,8 @@ def check_loads(folder: Path, tokenizers: bool = False) -> None:
 
 
 def _check_graph(core: openvino.Core, file: Path) -> None:
+    import openvino_tokenizers  # noqa: F401  lets OpenVINO read tokenizers
+
     try:
         model = core.read_model(file)  # maps the weights, and checks that they are all there
     except RuntimeError as error:
