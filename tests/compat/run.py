@@ -32,23 +32,12 @@ TABLE = ROOT / "docs" / "compatibility.md"
 
 # What the tools import at their start and this environment does not have. Without what these depend on, so that nothing that is
 # here is replaced.
-PACKAGES = (
-    *("accelerate", "aiohappyeyeballs", "aiohttp", "aiosignal", "attrs", "audioread", "cffi", "datasets", "decorator"),
-    *("diffusers<0.36", "dill", "frozenlist", "imageio", "importlib_metadata", "lazy_loader", "librosa", "llvmlite", "msgpack"),
-    *(
-        "multidict",
-        "multiprocess",
-        "networkx",
-        "numba",
-        "opencv-python-headless",
-        "pandas",
-        "parameterized",
-        "peft",
-        "platformdirs",
-    ),
-    *("pooch", "propcache", "pyarrow", "pycparser", "scikit-image", "sentence-transformers", "soundfile", "soxr", "tifffile"),
-    *("xxhash", "yarl", "zipp"),
-)
+PACKAGES = """
+    accelerate aiohappyeyeballs aiohttp aiosignal attrs audioread cffi datasets<4.9 decorator diffusers<0.40 dill frozenlist imageio
+    importlib_metadata lazy_loader librosa llvmlite msgpack multidict multiprocess networkx numba opencv-python-headless pandas
+    parameterized peft platformdirs pooch propcache pyarrow pycparser scikit-image scikit-learn scipy sentence-transformers soundfile
+    soxr threadpoolctl joblib tifffile xxhash yarl zipp
+""".split()
 
 
 @dataclass(frozen=True)
