@@ -210,7 +210,8 @@ def hook_modeling() -> None:
     from optimum.intel.openvino import modeling_visual_language
 
     mapping = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING
-    mapping["llava"] = _llava_class(mapping["llava"])
+    # The bundle's type and the checkpoint's
+    mapping["llava"] = mapping["llava_mpt"] = _llava_class(mapping["llava"])
 
 
 def _llava_class(stock: type) -> type:

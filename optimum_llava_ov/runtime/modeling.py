@@ -245,7 +245,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """As [`~transformers.PreTrainedModel.num_parameters`], of matrix multiplications, convolutions and embedding tables.
 
-        Norms and biases, less than a thousandth at 7B, are not counted. Compressed weights count as what they stand for.
+        Norms, biases and position embeddings, less than a thousandth at 7B, are not counted. Compressed weights count as what they
+        stand for.
 
         Args:
             only_trainable: count what can be trained, which is nothing.
