@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test imports quality style clean
+.PHONY: install quickstart test imports compat quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
@@ -25,6 +25,10 @@ test: install
 # Every public name of transformers, Optimum and optimum-intel as the first import, beside this package: half an hour.
 imports: install
 	$(BIN)/python tests/import_order.py --all
+
+# Tools and tests of others against our bundles: writes docs/compatibility.md. PEERS holds checkouts of openvino.genai and optimum-intel.
+compat: install
+	$(BIN)/python tests/compat/run.py $(PEERS)
 
 quality:
 	$(BIN)/python -m pip install --quiet "ruff==0.14.*"

@@ -124,6 +124,7 @@ def test_the_hosts_table_has_a_class(bundles):
     model = OVModelForVisualCausalLM.from_pretrained(bundles[GOLDENS[0].name], compile=False)
     assert type(model) is OVModelForLlavaMPT
     assert isinstance(model, llava)
+    assert modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING["llava_mpt"] is llava
 
 
 def test_our_class_does_not_need_the_hosts_table(bundles, monkeypatch):
@@ -141,7 +142,9 @@ def test_attributes_that_others_read(bundles, torch_models):
     model = OVModelForLlavaMPT.from_pretrained(bundle, compile=False)
     assert Path(model.name_or_path) == bundle
     assert model._support_new_processing
-    in_torch = sum(weight.numel() for weight in torch_models[GOLDENS[0].name].parameters() if weight.squeeze().ndim >= 2)
-    assert model.num_parameters() == in_torch
-    assert 0 < model.num_parameters(exclude_embeddings=True) < in_torch
+    in_torch = torch_models[GOLDENS[0].name]
+    layers = [layer for layer in in_torch.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    expected = sum(layer.weight.numel() for layer in (in_torch.embed_tokens, *layers))
+    assert model.num_parameters() == expected
+    assert 0 < model.num_parameters(exclude_embeddings=True) < expected
     assert model.num_parameters(only_trainable=True) == 0

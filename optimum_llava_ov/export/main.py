@@ -16,9 +16,12 @@ import nncf
 import openvino
 import openvino_tokenizers
 import torch
+from optimum.exporters.openvino import main_export as optimum_main_export
 from optimum.exporters.openvino.convert import export
+from optimum.exporters.openvino.convert import export_from_model as optimum_export_from_model
 from optimum.exporters.tasks import TasksManager
 from optimum.intel.openvino.configuration import OVConfig
+from optimum.utils import DEFAULT_DUMMY_SHAPES
 from tqdm.auto import tqdm
 from transformers import LlavaProcessor
 
@@ -26,7 +29,7 @@ from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
 from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS, TOKENIZERS
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
-from optimum_llava_ov.bundle.staging import check_output, staged
+from optimum_llava_ov.bundle.staging import prepare_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
 from optimum_llava_ov.errors import BundleError
@@ -40,6 +43,7 @@ from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.models.loading import load_model
+from optimum_llava_ov.options import check_options, names_of
 
 
 if TYPE_CHECKING:
@@ -77,16 +81,20 @@ def main_export(
             Optimum's rule for all models.
         convert_tokenizer: also write the tokenizer as OpenVINO models, which GenAI needs.
         model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint.
-        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. What else Optimum's `main_export`
+            takes, such as `trust_remote_code` and shapes to trace with, is accepted and has no effect.
 
     Raises:
+        `TypeError`: there is no such option; suggests the nearest.
         [`UnsupportedCheckpointError`], [`InvalidCheckpointError`], [`BundleError`]: see there; all before weights are
             downloaded where that is possible. The output is then as it was.
     """
+    # `kwargs_shapes` of Optimum's
+    check_options("main_export", kwargs, names_of(main_export) | names_of(optimum_main_export) | DEFAULT_DUMMY_SHAPES.keys())
     _check_arguments(task, stateful, model_kwargs, kwargs)
-    check_output(Path(output))
+    output = prepare_output(output)
     checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
-    _export(checkpoint, None, Path(output), ov_config, convert_tokenizer)
+    _export(checkpoint, None, output, ov_config, convert_tokenizer)
 
 
 def export_from_model(
@@ -113,11 +121,13 @@ def export_from_model(
     Raises:
         As [`main_export`].
     """
+    known = names_of(export_from_model) | names_of(optimum_export_from_model) | {*HUB_OPTIONS} | DEFAULT_DUMMY_SHAPES.keys()
+    check_options("export_from_model", kwargs, known)
     _check_arguments(task or "auto", stateful, model_kwargs, kwargs)
-    check_output(Path(output))
+    output = prepare_output(output)
     options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     checkpoint = OriginalCheckpoint.open(model.config.name_or_path, **(model_kwargs or {}), **options)
-    _export(checkpoint, model, Path(output), ov_config, convert_tokenizer=True)
+    _export(checkpoint, model, output, ov_config, convert_tokenizer=True)
     return list(PARTS.values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import shutil
 import tempfile
 import threading
@@ -15,21 +14,23 @@ import openvino
 import torch
 from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig, OVModelForVisualCausalLM
+from optimum.intel.openvino.modeling_base import OVBaseModel
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PretrainedConfig,
+    PreTrainedModel,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
-from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS, check_bundle, weights_file
-from optimum_llava_ov.bundle.reading import load_processor, read_graphs, read_settings
-from optimum_llava_ov.bundle.staging import staged
+from optimum_llava_ov.bundle.check import check_is_llava_mpt, check_readable, load_processor, naming_damage
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS, weights_file
+from optimum_llava_ov.bundle.staging import complete_replacement, staged
 from optimum_llava_ov.bundle.weights import weight_shares
 from optimum_llava_ov.checkpoint.options import read_json
-from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
@@ -38,6 +39,7 @@ from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
+from optimum_llava_ov.options import check_options, names_of
 from optimum_llava_ov.runtime.cache import DecoderCache
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.runtime.mapped import read_once
@@ -137,18 +139,18 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
                 attention, which is used on CPU unless it is `"SDPA"`.
 
         Raises:
-            [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT, or one of its files is damaged.
+            [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT, or a file of it is missing or damaged.
+            [`HubError`]: the Hub does not know `model_id`, refuses it, or cannot be reached.
         """
-        if is_original_checkpoint(model_id, **kwargs):
+        complete_replacement(model_id)
+        if holds_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
         if kwargs.get("compile_only") and kwargs.get("ov_config"):  # what is compiled is the bundle's graph as it is
             kwargs["ov_config"] = {name: value for name, value in kwargs["ov_config"].items() if name != ATTENTION_BACKEND}
-        try:
-            return super().from_pretrained(folder, *args, **kwargs)
-        except RuntimeError:
-            read_graphs(Path(folder))  # says which file it is, if it is one
-            raise
+        with naming_damage(folder):
+            # Past the host's method of this name, which looks for a folder in the Hub's cache where there is no network
+            return super(OVBaseModel, cls).from_pretrained(folder, *args, **kwargs)
 
     @classmethod
     def _from_pretrained(
@@ -162,7 +164,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         **kwargs,
     ) -> OVModelForLlavaMPT:
         """What the host does for each class, for this one: it would look the class up by the model's type, which is not ours alone."""
-        _check_is_llava_mpt(model_id, config.model_type, getattr(getattr(config, "text_config", None), "model_type", None))
+        check_is_llava_mpt(model_id, config.to_dict())
         folder = Path(model_id)
         device, ov_config = kwargs.get("device", "CPU"), kwargs.get("ov_config")
         parts = [
@@ -244,7 +246,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """As [`~transformers.PreTrainedModel.num_parameters`], of matrix multiplications, convolutions and embedding tables.
 
-        Norms and biases, less than a thousandth at 7B, are not counted. Compressed weights count as what they stand for.
+        Norms, biases and position embeddings, less than a thousandth at 7B, are not counted. Compressed weights count as what they
+        stand for.
 
         Args:
             only_trainable: count what can be trained, which is nothing.
@@ -450,7 +453,11 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Raises:
             [`BundleError`]: `save_directory` holds something else.
+            `TypeError`: there is no such option; suggests the nearest.
         """
+        check_options(
+            "save_pretrained", kwargs, names_of(self.save_pretrained) | names_of(self.push_to_hub) | _options_of_transformers()
+        )
         source = self._whole_source()
         with staged(save_directory, tokenizers=(source / TOKENIZERS[0]).exists()) as folder:
             if self._differs_from_files:
@@ -495,7 +502,9 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Raises:
             [`HubError`]: the Hub refused, or could not be reached; nothing is published then.
+            `TypeError`: there is no such option; suggests the nearest.
         """
+        check_options("push_to_hub", kwargs, names_of(self.push_to_hub) | _options_of_transformers())
         options = {"private": private, "token": token, "commit_message": commit_message, "revision": revision}
         options |= {"commit_description": commit_description, "create_pr": create_pr, "tags": tags}
         if repository_id is not None:
@@ -511,7 +520,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     def _push(folder: str | Path, repo_id: str, **options) -> CommitInfo:
         from optimum_llava_ov.hub.push import push_bundle
 
-        known = inspect.signature(push_bundle).parameters
+        known = names_of(push_bundle)
         return push_bundle(folder, repo_id, **{name: value for name, value in options.items() if name in known})
 
     def _whole_source(self) -> Path:
@@ -534,34 +543,25 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         return question_inputs(processor, text, [] if image is None else [image])
 
 
-def _download(model_id: str | Path, kwargs: dict[str, Any]) -> str | Path:
+def _download(model_id: str | Path, kwargs: dict[str, Any]) -> Path:
     """Folder of a bundle's files: all of them, so that it can be saved and published, and no others.
 
-    What was said about the Hub is taken out of `kwargs` where it has been heeded.
+    What was said about the Hub is taken out of `kwargs`, for it has been heeded.
     """
-    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-    repository = Repository(str(model_id), **options)
-    config = read_json(repository.require("config.json", "it says what the model is"), error_class=BundleError)
-    text_config = config.get("text_config")
-    _check_is_llava_mpt(
-        model_id, config.get("model_type"), text_config.get("model_type") if isinstance(text_config, dict) else None
-    )
-    folder = repository.folder if repository.is_local else repository.download((*FILES, *EXTRA_FILES))
-    read_settings(folder)
-    if repository.is_local and not repository.subfolder:
-        return model_id
-    check_bundle(folder, tokenizers=False)
-    for name in HUB_OPTIONS:
-        kwargs.pop(name, None)
+    options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    repository = Repository(str(model_id), **{name: value for name, value in options.items() if value is not None})
+    folder = repository.folder
+    if not repository.is_local:
+        config = repository.require("config.json", "it says what the model is")
+        check_is_llava_mpt(model_id, read_json(config, error_class=BundleError))
+        folder = repository.download((*FILES, *EXTRA_FILES))
+    check_readable(folder)
     return folder
 
 
-def _check_is_llava_mpt(model_id: str | Path, model_type: str | None, text_model_type: str | None) -> None:
-    if (model_type, text_model_type) != ("llava", "mpt"):
-        raise BundleError(
-            f"{model_id} is a {model_type!r} model around a {text_model_type!r} language model, not a LLaVA-MPT. Load it with "
-            "optimum.intel.OVModelForVisualCausalLM."
-        )
+def _options_of_transformers() -> set[str]:
+    """Options that code for transformers passes on when it saves or publishes: about shards, which a bundle does not have."""
+    return names_of(PreTrainedModel.save_pretrained) | names_of(PreTrainedModel.push_to_hub) | {"safe_serialization"}
 
 
 def _temporary_folder(prefix: str) -> tempfile.TemporaryDirectory:
