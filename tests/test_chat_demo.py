@@ -71,17 +71,9 @@ class Server:
 @pytest.fixture(scope="module")
 def server(shapes_bundle, website, tmp_path_factory):
     log = tmp_path_factory.mktemp("demo") / "log"
-    limits = (
-        "--max-megapixels",
-        1,
-        "--max-upload-mb",
-        0.5,
-        "--allow-host",
-        website.removeprefix("http://"),
-        "--allow-name",
-        "shapes.example",
-    )
-    server = Server(shapes_bundle, log, "--title", "Coloured shapes", *limits)
+    limits = ("--max-megapixels", 1, "--max-upload-mb", 0.5)
+    hosts = ("--allow-host", website.removeprefix("http://"), "--allow-name", "shapes.example")
+    server = Server(shapes_bundle, log, "--title", "Coloured shapes", *limits, *hosts)
     yield server
     server.stop()
 
@@ -104,6 +96,8 @@ class Page:
         self.page = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()
         self.requests = []
         self.page.on("request", lambda request: self.requests.append(request.url))
+        self.messages = []
+        self.page.on("console", lambda message: self.messages.append(message.text))
         self.page.goto(server.url)
         self.box = self.page.locator("#question textarea")
         expect(self.box).to_be_visible(timeout=30_000)
@@ -172,6 +166,7 @@ def test_two_visitors_talk_about_their_own_pictures(browser, server):
     # With no internet: all that the page asked for came from the server
     for page in (first, second):
         assert page.requests
+        assert not [message for message in page.messages if "Content Security Policy" in message]
         assert {url.split("/")[2] for url in page.requests if url.startswith("http")} == {f"127.0.0.1:{server.port}"}
 
 
