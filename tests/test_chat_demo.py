@@ -172,10 +172,12 @@ def test_two_visitors_talk_about_their_own_pictures(browser, server):
 
 def test_limits(browser, server, tmp_path):
     page = Page(browser, server)
-    Image.new("1", (1500, 1500)).save(tmp_path / "wide.png")
-    page.upload(tmp_path / "wide.png")
+    file = tmp_path / "<img src=x onerror=document.title='taken'>.png"
+    Image.new("1", (1500, 1500)).save(file)
+    page.upload(file)
     page.send("What is this?")
     expect(page.page.get_by_text("1500 x 1500 pixels, and at most 1 million are accepted")).to_be_visible(timeout=15_000)
+    expect(page.page).to_have_title("Coloured shapes")  # a name of a file is text
 
 
 def test_pictures_from_hosts_that_the_operator_allows(browser, server, website):
