@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test quality style clean
+.PHONY: install quickstart test imports compat quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
@@ -18,8 +18,17 @@ quickstart: install
 	$(BIN)/optimum-cli export openvino --model examples/shapes/checkpoint shapes-ov
 	$(BIN)/python examples/quickstart.py shapes-ov
 
+# In parallel, but not beyond what a few large imports and models take of memory
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# Every public name of transformers, Optimum and optimum-intel as the first import, beside this package: half an hour.
+imports: install
+	$(BIN)/python tests/import_order.py --all
+
+# Tools and tests of others against our bundles: writes docs/compatibility.md. PEERS holds checkouts of openvino.genai and optimum-intel.
+compat: install
+	$(BIN)/python tests/compat/run.py $(PEERS)
 
 quality:
 	$(BIN)/python -m pip install --quiet "ruff==0.14.*"

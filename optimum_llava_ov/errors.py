@@ -18,4 +18,12 @@ class BundleError(ValueError):
 
 
 class HubError(ValueError):
-    """The Hub refused to publish a bundle, or could not be reached. Nothing was published."""
+    """The Hub does not have what was asked for, refused, or could not be reached. Nothing was published."""
+
+
+class HubUnreachableError(HubError):
+    """There is no connection to the Hub, and the cache does not have the file."""
+
+
+class ImageError(ValueError):
+    """An image cannot be read, or is more than is accepted. Nothing was computed with it."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 
@@ -123,12 +125,26 @@ def frozen_heap():
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory) -> dict[str, Path]:
-    """Bundles of the golden checkpoints, made by the real command."""
-    folder = tmp_path_factory.mktemp("bundles")
-    for golden in GOLDENS:
-        run("optimum-cli", "export", "openvino", "--model", golden.checkpoint, folder / golden.name)
-    return {golden.name: folder / golden.name for golden in GOLDENS}
+def export_once(tmp_path_factory) -> Callable[[str, Path], Path]:
+    """Exports a checkpoint by the real command, once for all processes that run tests in parallel. Tests do not write into it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each process has its own below
+
+    def export(name: str, checkpoint: Path) -> Path:
+        output = folder / "bundles" / name
+        with FileLock(folder / f"{name}.lock"):
+            if not output.exists():
+                run("optimum-cli", "export", "openvino", "--model", checkpoint, output)
+        return output
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def bundles(export_once) -> dict[str, Path]:
+    """Bundles of the golden checkpoints."""
+    return {golden.name: export_once(golden.name, golden.checkpoint) for golden in GOLDENS}
 
 
 @pytest.fixture(scope="session")
@@ -147,11 +163,9 @@ def processors(bundles):
 
 
 @pytest.fixture(scope="session")
-def shapes_bundle(tmp_path_factory) -> Path:
+def shapes_bundle(export_once) -> Path:
     """A bundle of the model that answers about coloured shapes."""
-    output = tmp_path_factory.mktemp("shapes") / "shapes-ov"
-    run("optimum-cli", "export", "openvino", "--model", EXAMPLES / "shapes" / "checkpoint", output)
-    return output
+    return export_once("shapes-ov", EXAMPLES / "shapes" / "checkpoint")
 
 
 class _Pictures(SimpleHTTPRequestHandler):

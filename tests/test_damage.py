@@ -24,7 +24,7 @@ from optimum_llava_ov import (
     main_export,
 )
 from optimum_llava_ov.bundle.card import card_text, source_license
-from optimum_llava_ov.bundle.reading import load_processor
+from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.bundle.settings import build_config, build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import Repository

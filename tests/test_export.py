@@ -110,7 +110,7 @@ class TestBundle:
         assert config["text_config"]["model_type"] == "mpt"
         assert config["vision_config"]["model_type"] == "clip_vision_model"
         assert "model_type" not in config["text_config"]["attn_config"]
-        assert config["image_token_index"] == config["text_config"]["vocab_size"] == 462
+        assert config["image_token_index"] == config["text_config"]["vocab_size"] - 1 == 462
         assert config["image_seq_length"] == (image_size // 14) ** 2 + (2 if golden is SHARDED else 0)
         assert config["converted_from"]["model"] == "checkpoint"  # a folder's name, not somebody's path
         assert str(Path.home()) not in json.dumps(config)
@@ -242,7 +242,7 @@ class TestOutput:
     def test_refused_checkpoint_leaves_the_bundle(self, tmp_path, bundles):
         output = shutil.copytree(bundles[SINGLE.name], tmp_path / "out")
         before = digest(output)
-        with pytest.raises(ValueError, match="not a folder here"):
+        with pytest.raises(ValueError, match="There is no folder"):
             main_export("./no/such/folder", output)
         assert digest(output) == before
 
@@ -274,10 +274,9 @@ class TestOutput:
         output = shutil.copytree(bundles[SINGLE.name], tmp_path / "out")
         before = digest(output)
         code = "import sys; from optimum_llava_ov import main_export; main_export(sys.argv[1], sys.argv[2])"
-        staging = tmp_path / ".out.partial"
         for _ in range(3):  # Python drops an interrupt that comes in a destructor; the export is then whole, and is tried again
             process = subprocess.Popen([sys.executable, "-c", code, SHARDED.checkpoint, output], stderr=subprocess.DEVNULL)
-            while not (staging / "openvino_vision_embeddings_model.xml").exists():
+            while not any(output.glob(".*/*/openvino_vision_embeddings_model.xml")):
                 assert process.poll() is None
                 time.sleep(0.02)
             process.send_signal(how)
@@ -288,11 +287,10 @@ class TestOutput:
         assert process.returncode != 0
         assert digest(output) == before
         assert OVModelForLlavaMPT.from_pretrained(output, compile=False)
-        if how == signal.SIGINT:
-            assert not staging.exists()
-        else:  # nobody could clean up; the next export does
+        if how == signal.SIGKILL:  # nobody could clean up; the next export does
             main_export(SHARDED.checkpoint, output)
-            assert files(tmp_path) == {"out"}
+        assert files(output) == EXPECTED_FILES
+        assert files(tmp_path) == {"out"}
 
 
 TINY_LLAMA = """
@@ -331,3 +329,33 @@ def test_other_models_export_as_without_this_package(tmp_path):
     assert [op.get_type_name() for op in models[0].get_ordered_ops()] == [
         op.get_type_name() for op in models[1].get_ordered_ops()
     ]
+
+
+class TestOptions:
+    """A misspelt option of Python is an error, as one of the command is."""
+
+    @pytest.mark.parametrize("function", ["ours", "optimum's"])
+    def test_misspelt(self, tmp_path, function):
+        from optimum.exporters.openvino import main_export as optimum_main_export
+
+        export = main_export if function == "ours" else optimum_main_export
+        with pytest.raises(TypeError, match=r"main_export\(\) got an unknown option 'ov_confg'. Did you mean 'ov_config'\?"):
+            export(str(SHARDED.checkpoint), tmp_path / "out", ov_confg=OVConfig(dtype="fp16"))
+        assert files(tmp_path) == set()
+
+    def test_what_optimum_takes(self, tmp_path):
+        options = {"device": "cpu", "framework": "pt", "trust_remote_code": True, "library_name": "transformers", "batch_size": 2}
+        main_export(SHARDED.checkpoint, tmp_path / "out", convert_tokenizer=False, **options)
+        assert files(tmp_path / "out") == {
+            name for name in EXPECTED_FILES if "tokenizer." not in name or name == "tokenizer.json"
+        }
+
+    def test_saving_and_publishing(self, models, tmp_path):
+        model = models[SHARDED.name]
+        with pytest.raises(TypeError, match=r"push_to_hub\(\) got an unknown option 'privat'. Did you mean 'private'\?"):
+            model.push_to_hub("me/new", privat=True)
+        with pytest.raises(TypeError, match=r"save_pretrained\(\) got an unknown option 'repoid'. Did you mean 'repo_id'\?"):
+            model.save_pretrained(tmp_path / "out", push_to_hub=True, repoid="me/new")
+        assert files(tmp_path) == set()
+        model.save_pretrained(tmp_path / "out", max_shard_size="5GB", safe_serialization=True)
+        assert files(tmp_path / "out") == EXPECTED_FILES

@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from optimum_llava_ov.bundle.check import read_graph, read_settings
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
-from optimum_llava_ov.bundle.reading import read_graphs, read_settings
 from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
 from optimum_llava_ov.bundle.weights import WeightShare, weight_shares
 from optimum_llava_ov.checkpoint.options import read_json
@@ -58,12 +58,12 @@ class BundleFacts:
         Raises:
             [`BundleError`]: a file does not hold what a bundle's does; names it.
         """
-        config, evaluation = read_settings(folder), folder / "eval.json"
+        config, evaluation = read_settings(folder / "config.json"), folder / "eval.json"
         return cls(
             config=config,
             openvino_config=read_json(folder / "openvino_config.json", error_class=BundleError),
             evaluation=read_json(evaluation, error_class=BundleError) if evaluation.is_file() else None,
-            shares={part: weight_shares(graph) for part, graph in zip(PARTS, read_graphs(folder))},
+            shares={part: weight_shares(read_graph(folder / file)) for part, file in PARTS.items()},
             sizes=part_sizes(folder),
             has_picture=(folder / "eval.png").is_file(),
         )

@@ -93,6 +93,20 @@ def build_processor(checkpoint: OriginalCheckpoint) -> LlavaProcessor:
     )
 
 
+class LlavaMptProcessor(LlavaProcessor):
+    """What `AutoProcessor` gives for an original checkpoint: the processor that its bundle will have."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> LlavaProcessor:
+        """Build it from the checkpoint's tokenizer and its vision tower's image processor.
+
+        Args:
+            pretrained_model_name_or_path: folder or model id of an original LLaVA-MPT checkpoint.
+            kwargs: those of [`OriginalCheckpoint.open`].
+        """
+        return build_processor(OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs))
+
+
 def save_settings(checkpoint: OriginalCheckpoint, processor: LlavaProcessor, generation: GenerationConfig, folder: Path) -> None:
     """Write `config.json`, `generation_config.json` and all files of tokenizer and processor."""
     _save_config(build_config(checkpoint), folder)

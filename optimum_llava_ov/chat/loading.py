@@ -7,10 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from optimum_llava_ov.bundle.check import check_readable, load_processor, naming_damage
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, TOKENIZERS
+from optimum_llava_ov.bundle.staging import complete_replacement
 from optimum_llava_ov.chat.devices import check_device
 from optimum_llava_ov.chat.session import ChatSession
-from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import Repository
 
 
@@ -31,11 +33,11 @@ def session_factory(
     """
     if resolve_engine(bundle, device, engine) == GENAI:
         return _genai_factory(bundle, device, ov_config)
-    from optimum_llava_ov.bundle.reading import load_processor
     from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
     model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
-    processor = load_processor(model.model_save_dir)
+    with naming_damage(Path(model.model_save_dir)):
+        processor = load_processor(model.model_save_dir)
     return lambda **kwargs: model.chat(processor, **kwargs)
 
 
@@ -47,6 +49,7 @@ def resolve_engine(bundle: str, device: str, engine: str) -> str:
         `ImportError`: the engine is not installed.
     """
     check_device(device)
+    complete_replacement(bundle)
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
     if engine == AUTO:
@@ -67,7 +70,7 @@ def choose_engine(bundle: str) -> str:
         return OPENVINO
     if Path(bundle).is_dir():
         return GENAI if all((Path(bundle) / name).exists() for name in (*PARTS.values(), *TOKENIZERS)) else OPENVINO
-    return OPENVINO if is_original_checkpoint(bundle) else GENAI
+    return OPENVINO if holds_original_checkpoint(bundle) else GENAI
 
 
 def bundle_folder(bundle: str, reason: str) -> Path:
@@ -89,13 +92,13 @@ def bundle_folder(bundle: str, reason: str) -> Path:
 def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
     from transformers import AutoConfig
 
-    from optimum_llava_ov.bundle.reading import load_processor, read_settings
     from optimum_llava_ov.chat.genai import GenAIEngine, GenAIModel
 
     folder = bundle_folder(bundle, "the genai engine converts nothing on the fly")
-    read_settings(folder)
-    model = GenAIModel(folder, device, ov_config)
-    config, processor = AutoConfig.from_pretrained(folder), load_processor(folder)
+    check_readable(folder, tokenizers=True)
+    with naming_damage(folder, tokenizers=True):
+        config, processor = AutoConfig.from_pretrained(folder), load_processor(folder)
+        model = GenAIModel(folder, device, ov_config)
     return lambda **kwargs: ChatSession(GenAIEngine(model, processor), processor, config, **kwargs)
 
 

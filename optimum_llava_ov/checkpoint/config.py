@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
+# Not from `transformers`: this module is imported while modules of transformers are, and this one is ready by then
+from transformers.configuration_utils import PretrainedConfig
 
 from optimum_llava_ov.checkpoint.options import (
     MAX_SETTINGS_BYTES,
@@ -49,10 +50,12 @@ class LlavaMptConfig(PretrainedConfig):
             The vision tower's own configuration. It lives in another repository and is filled in when that is read.
         im_start_token_id, im_end_token_id (`int`, *optional*):
             Ids of `<im_start>` and `<im_end>`, from the tokenizer, if the checkpoint puts them around an image.
+        eos_token_id (`list[int]`, *optional*):
+            Ids that end an answer: `<|im_end|>` and the checkpoint's own end of text.
         image_token_id (`int`, *optional*):
             Id of `<image>`, which the original spells -200 and no tokenizer of its knows.
         padded_vocab_size (`int`, *optional*):
-            Rows of the checkpoint's embedding table; `vocab_size` are those in use.
+            Rows of the checkpoint's embedding table; `vocab_size` are those in use and one for `<image>`.
     """
 
     model_type = "llava_mpt"
@@ -68,6 +71,7 @@ class LlavaMptConfig(PretrainedConfig):
     vision_config: Any = None
     im_start_token_id: int | None = None
     im_end_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     image_token_id: int | None = None
     padded_vocab_size: int | None = None
 
@@ -125,6 +129,7 @@ def mpt_config(config: PretrainedConfig) -> MptConfig:
             "softmax_scale": None if softmax_scale is None else float(softmax_scale),
         },
         use_cache=True,
+        eos_token_id=getattr(config, "eos_token_id", None),
     )
 
 

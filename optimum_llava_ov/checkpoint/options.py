@@ -52,6 +52,12 @@ def numbers(count: int, rule: Rule) -> Rule:
     )
 
 
+def list_of(rule: Rule) -> Rule:
+    return Rule(
+        lambda value: isinstance(value, list) and len(value) > 0 and all(map(rule.accepts, value)), f"a list, each {rule.text}"
+    )
+
+
 def number(low: float, high: float) -> Rule:
     return Rule(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:,} to {high:,}")
 

@@ -22,13 +22,14 @@ TURN_START_TOKEN, TURN_END_TOKEN = "<|im_start|>", "<|im_end|>"
 
 
 def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrainedTokenizerFast:
-    """Tokenizer that knows `<image>`, under the first id behind those the model can generate.
+    """Tokenizer that knows `<image>`, under the first id after those of the checkpoint.
 
     The original splits the prompt at `<image>` and writes -200 between the pieces. A special token splits a prompt in just the
-    same way. `image_token_id`, `im_start_token_id` and `im_end_token_id` of `config` are filled in.
+    same way. `image_token_id`, `im_start_token_id`, `im_end_token_id` and `eos_token_id` of `config` are filled in.
 
     A vocabulary padded past the tokenizer is cut to it, as the original does when it loads a checkpoint (`llava/model/builder.py`:
-    `resize_token_embeddings(len(tokenizer))`): `vocab_size` becomes the tokenizer's, `padded_vocab_size` the checkpoint's.
+    `resize_token_embeddings(len(tokenizer))`): `vocab_size` becomes the tokenizer's, `<image>` included; `padded_vocab_size` the
+    checkpoint's.
     """
     tokenizer_file = repository.require("tokenizer.json", "original LLaVA-MPT checkpoints ship a fast tokenizer")
     config_file = repository.get("tokenizer_config.json")
@@ -44,13 +45,17 @@ def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrained
             f"The tokenizer of {repository.name!r} has {len(tokenizer)} tokens, the model only {config.vocab_size} (vocab_size): "
             "these files are not of one checkpoint."
         )
-    config.padded_vocab_size, config.vocab_size = config.vocab_size, len(tokenizer)
+    num_tokens = len(tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if config.image_token_id != config.vocab_size:
+    if config.image_token_id != num_tokens:
         raise UnsupportedCheckpointError(
             f"{IMAGE_TOKEN!r} is already a token of this tokenizer (id {config.image_token_id}), expected it to be free."
         )
+    config.padded_vocab_size, config.vocab_size = config.vocab_size, len(tokenizer)
+    # An answer ends with the turn. Some loaders of a bundle read only the tokenizer's one end, which must be this one.
+    config.eos_token_id = [tokenizer.convert_tokens_to_ids(TURN_END_TOKEN), tokenizer.eos_token_id]
+    tokenizer.eos_token = TURN_END_TOKEN
     return tokenizer
 
 

@@ -12,7 +12,7 @@ from optimum_llava_ov.checkpoint.config import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 from optimum_llava_ov.checkpoint.image_processor import MAX_SIDE
 from optimum_llava_ov.checkpoint.options import broken_rules, integer, number, one_of, positive, read_json, shown
 from optimum_llava_ov.checkpoint.repository import Repository
-from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
+from optimum_llava_ov.errors import HubError, InvalidCheckpointError, UnsupportedCheckpointError
 
 
 _OVERRIDE = (
@@ -74,7 +74,7 @@ def find_vision_tower(repository: Repository, named: str | None, chosen: str | N
     tower = replace(repository, name=vision_tower, subfolder="", revision=None, on_hub=True)
     try:
         tower.require("config.json", "it is the vision tower's configuration")
-    except InvalidCheckpointError as error:
+    except (HubError, InvalidCheckpointError) as error:
         raise InvalidCheckpointError(f"{what} was not found: {error} {_OVERRIDE}") from error
     return tower
 

@@ -89,4 +89,7 @@ def ov_config_of(args: Namespace) -> OVConfig | None:
     config = prepare_wc_config(args, {"ratio": 1.0})
     if args.dataset is not None and Path(args.dataset).exists():
         config["dataset"] = [args.dataset]  # a list, for Optimum takes a string for the name of a data set it knows
-    return OVConfig(quantization_config=config)
+    try:
+        return OVConfig(quantization_config=config)
+    except ValueError as error:  # Optimum's sentences about values are for the user
+        raise ValueError(f"--weight-format {args.weight_format}: {error}") from error

@@ -16,9 +16,12 @@ import nncf
 import openvino
 import openvino_tokenizers
 import torch
+from optimum.exporters.openvino import main_export as optimum_main_export
 from optimum.exporters.openvino.convert import export
+from optimum.exporters.openvino.convert import export_from_model as optimum_export_from_model
 from optimum.exporters.tasks import TasksManager
 from optimum.intel.openvino.configuration import OVConfig
+from optimum.utils import DEFAULT_DUMMY_SHAPES
 from tqdm.auto import tqdm
 from transformers import LlavaProcessor
 
@@ -26,21 +29,26 @@ from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
 from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS, TOKENIZERS
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
-from optimum_llava_ov.bundle.staging import check_output, staged
+from optimum_llava_ov.bundle.staging import prepare_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
+from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
 from optimum_llava_ov.errors import BundleError, UnsupportedCheckpointError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
 from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.memory import free, move_to_disk, read_ahead
+from optimum_llava_ov.export.names import name_after_module
 from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.models.loading import load_model
+from optimum_llava_ov.options import check_options, names_of
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from optimum.intel.openvino.configuration import OVPipelineQuantizationConfig, OVWeightQuantizationConfig
 
     from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
@@ -73,32 +81,84 @@ def main_export(
             Optimum's rule for all models.
         convert_tokenizer: also write the tokenizer as OpenVINO models, which GenAI needs.
         model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint.
-        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. What else Optimum's `main_export`
+            takes, such as `trust_remote_code` and shapes to trace with, is accepted and has no effect.
 
     Raises:
+        `TypeError`: there is no such option; suggests the nearest.
         [`UnsupportedCheckpointError`], [`InvalidCheckpointError`], [`BundleError`]: see there; all before weights are
             downloaded where that is possible. The output is then as it was.
     """
+    # `kwargs_shapes` of Optimum's
+    check_options("main_export", kwargs, names_of(main_export) | names_of(optimum_main_export) | DEFAULT_DUMMY_SHAPES.keys())
     _check_arguments(task, stateful, model_kwargs, kwargs)
-    check_output(Path(output))
-    previous_card = read_card(Path(output) / CARD)
+    output = prepare_output(output)
     checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
+    _export(checkpoint, None, output, ov_config, convert_tokenizer)
+
+
+def export_from_model(
+    model: LlavaMptForConditionalGeneration,
+    output: str | Path,
+    task: str | None = None,
+    ov_config: OVConfig | None = None,
+    stateful: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs,
+) -> list[str]:
+    """Export a torch model to a bundle. Takes the arguments of Optimum's `export_from_model`.
+
+    Weights are those of the model, in its precision. All else is from the checkpoint that it was loaded from.
+
+    Args:
+        model: from [`LlavaMptForConditionalGeneration.from_pretrained`]. It can still be used after the export.
+        output, task, ov_config, model_kwargs: as for [`main_export`].
+        kwargs: `subfolder`, `revision`, ... of the checkpoint. Others are ignored: processors are made from the checkpoint.
+
+    Returns:
+        Names of the graphs in `output`.
+
+    Raises:
+        As [`main_export`].
+    """
+    known = names_of(export_from_model) | names_of(optimum_export_from_model) | {*HUB_OPTIONS} | DEFAULT_DUMMY_SHAPES.keys()
+    check_options("export_from_model", kwargs, known)
+    _check_arguments(task or "auto", stateful, model_kwargs, kwargs)
+    output = prepare_output(output)
+    options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    checkpoint = OriginalCheckpoint.open(model.config.name_or_path, **(model_kwargs or {}), **options)
+    _export(checkpoint, model, output, ov_config, convert_tokenizer=True)
+    return list(PARTS.values())
+
+
+def _export(
+    checkpoint: OriginalCheckpoint,
+    model: LlavaMptForConditionalGeneration | None,
+    output: Path,
+    ov_config: OVConfig | None,
+    convert_tokenizer: bool,
+) -> None:
+    """Export the caller's model; without one, the checkpoint's, which is let go of part by part."""
+    previous_card = read_card(output / CARD)
     license = source_license(checkpoint)
     recipe = recipe_of(ov_config.quantization_config) if _is_compressed(ov_config) else None
-    read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
-    model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
+    is_ours = model is None
+    if is_ours:
+        read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
+        model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
     processor = build_processor(checkpoint)
     if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
         recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
 
     with staged(output, tokenizers=convert_tokenizer) as folder:
         _check_free_space(model, ov_config, recipe, folder)
-        if os.name == "posix":
+        if is_ours and os.name == "posix":
             move_to_disk(model.embed_tokens.weight, folder)  # the checkpoint's table and a row for `<image>`
+            model.language_model.lm_head.weight.data = model.embed_tokens.weight.data
         save_settings(checkpoint, processor, model.generation_config, folder)
         if convert_tokenizer:
             export_tokenizers(processor, folder)  # first, for it may fail
-        _export_parts(model, processor, folder, ov_config, recipe)
+        _export_parts(model, processor, folder, ov_config, recipe, free if is_ours else None)
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
         write_card(folder, license, previous_card)
         # Closes the mapped files
@@ -177,8 +237,13 @@ def _export_parts(
     folder: Path,
     ov_config: OVConfig | None,
     recipe: OVPipelineQuantizationConfig | None,
+    release: Callable[[torch.nn.Module], None] | None,
 ) -> None:
-    """Trace, compress and write one part after the other: no part is ever on disk uncompressed, or in memory with another."""
+    """Trace, compress and write one part after the other: no part is ever on disk uncompressed, or in memory with another.
+
+    Args:
+        release: called with each part that is written.
+    """
     config_class = TasksManager.get_exporter_config_constructor(
         model=model, task=TASK, exporter="openvino", library_name="transformers"
     )
@@ -214,7 +279,8 @@ def _export_parts(
                 patch_16bit_model=any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in part.parameters()),
                 library_name="transformers",
             )
-        free(part)
+        if release is not None:
+            release(part)
 
 
 def _finish(
@@ -228,6 +294,8 @@ def _finish(
 ) -> openvino.Model:
     """What happens between tracing and writing."""
     check.result()
+    if name == LANGUAGE_MODEL:
+        name_after_module(graph, "language_model")
     if config is not None:
         progress.set_description(f"Compressing {name}")
         with host.compressing(spill.constant):

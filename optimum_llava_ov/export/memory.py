@@ -55,6 +55,9 @@ def return_freed() -> None:
 def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
     """Map a parameter that is no tensor of the checkpoint from a file, too. The file has no name any more, and goes with the mapping."""
     file = folder / ".parameter"
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would be a crash later
+        with file.open("wb") as reserved:
+            os.posix_fallocate(reserved.fileno(), 0, parameter.numel() * parameter.element_size())
     tensor = torch.from_file(str(file), shared=True, size=parameter.numel(), dtype=parameter.dtype).view(parameter.shape)
     parameter.data = tensor.copy_(parameter.data)
     file.unlink()

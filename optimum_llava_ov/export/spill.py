@@ -7,21 +7,22 @@ memory. When the part is written, each file is deleted as soon as its bytes are 
 
 from __future__ import annotations
 
-import html
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
+from xml.etree import ElementTree
 
 import numpy as np
 import openvino
 from openvino import opset13
 
+from optimum_llava_ov.errors import BundleError
+
 
 MIN_BYTES = 1 << 20  # smaller constants stay where they are
-_CONSTANT = re.compile(r'<layer id="\d+" name="([^"]*)" type="Const"[^>]*>\s*<data [^>]*?offset="(\d+)" size="(\d+)"')
+_SAMPLE = 4096  # bytes at the beginning and the end of a constant that are compared
 
 
 class Spill:
@@ -39,7 +40,7 @@ class Spill:
 
     def constant(self, constant: openvino.op.Constant) -> openvino.op.Constant:
         """The same constant, with its bytes in a file; a small one as it is."""
-        data = np.ascontiguousarray(constant.data).reshape(-1).view(np.uint8)
+        data = _bytes(constant)
         if data.nbytes < MIN_BYTES or data.nbytes != constant.get_byte_size() or not hasattr(os, "posix_fallocate"):
             return constant
         self.folder.mkdir(exist_ok=True)
@@ -72,31 +73,65 @@ class Spill:
         binary.symlink_to(os.devnull)
         openvino.save_model(model, path, compress_to_fp16)
         binary.unlink()
+        graph = ElementTree.parse(path)
+        layers = [layer for layer in graph.iter("layer") if layer.get("type") == "Const"]
         constants = {op.get_friendly_name(): op for op in model.get_ops() if op.get_type_name() == "Constant"}
-        graph = path.read_text()
-        with binary.open("wb+") as output:
-            path.write_text(self._write(graph, constants, output))
+        samples = {name: _sample(_bytes(constant)) for name, constant in constants.items()}
+        _check_layers(layers, constants)
+        with binary.open("wb") as output, binary.open("rb") as written:
+            self._write(layers, constants, output, written)
+        path.write_text(f'<?xml version="1.0"?>\n{ElementTree.tostring(graph.getroot(), encoding="unicode")}\n', encoding="utf-8")
+        _read_back(path, samples)
         shutil.rmtree(self.folder)
 
-    def _write(self, graph: str, constants: dict[str, openvino.op.Constant], output: BinaryIO) -> str:
-        """Write the constants in the order of the graph, equal ones once, and return the graph with their offsets."""
+    def _write(
+        self, layers: list[ElementTree.Element], constants: dict[str, openvino.op.Constant], output: BinaryIO, written: BinaryIO
+    ) -> None:
+        """Write the constants in the order of the graph, equal ones once, and enter their offsets into the graph."""
         offsets: dict[tuple[int, bytes], list[int]] = {}
-        parts, end = [], 0
-        for match in _CONSTANT.finditer(graph):
-            name, size = html.unescape(match[1]), int(match[3])
-            data = np.ascontiguousarray(constants[name].data).reshape(-1).view(np.uint8)
-            assert data.nbytes == size, f"{name} has {data.nbytes} bytes in memory, {size} in the graph"
-            candidates = offsets.setdefault((size, data[:4096].tobytes()), [])
-            offset = next((candidate for candidate in candidates if _is_at(output, candidate, data)), None)
+        for layer in layers:
+            name, data = layer.get("name"), _bytes(constants[layer.get("name")])
+            candidates = offsets.setdefault((data.nbytes, data[:_SAMPLE].tobytes()), [])
+            if candidates:
+                output.flush()
+            offset = next((candidate for candidate in candidates if _is_at(written, candidate, data)), None)
             if offset is None:
-                offset = output.seek(0, os.SEEK_END)
+                offset = output.tell()
                 output.write(data)
                 candidates.append(offset)
             if name in self._files:
                 os.truncate(self._files[name], 0)  # the mapping is still there; nothing reads it any more
-            parts += [graph[end : match.start(2)], str(offset)]
-            end = match.end(2)
-        return "".join([*parts, graph[end:]])
+            layer.find("data").set("offset", str(offset))
+
+
+def _check_layers(layers: list[ElementTree.Element], constants: dict[str, openvino.op.Constant]) -> None:
+    """Check that each constant of the model is one layer of the graph, with its size, before the first is written."""
+    found = sorted((layer.get("name"), layer.find("data").get("size")) for layer in layers)
+    expected = sorted((name, str(_bytes(constant).nbytes)) for name, constant in constants.items())
+    if found != expected:
+        different = sorted({name for name, _ in set(found).symmetric_difference(expected)}) or ["two of one name"]
+        raise BundleError(
+            f"OpenVINO {openvino.get_version()} wrote a graph whose constants are not those of the model ({', '.join(different[:5])}). "
+            "Nothing was exported. Please report this, and install another version of OpenVINO."
+        )
+
+
+def _read_back(path: Path, samples: dict[str, bytes]) -> None:
+    """Load the file that was written, mapped, and compare the beginning and the end of each constant."""
+    model = openvino.Core().read_model(path)
+    found = {op.get_friendly_name(): _sample(_bytes(op)) for op in model.get_ops() if op.get_type_name() == "Constant"}
+    wrong = sorted(name for name in samples.keys() | found.keys() if samples.get(name) != found.get(name))
+    if wrong:
+        raise BundleError(f"{path.name} does not hold the weights that were written ({', '.join(wrong[:5])}). Export again.")
+
+
+def _bytes(constant: openvino.op.Constant) -> np.ndarray:
+    """`(bytes,)` uint8, without a copy."""
+    return np.ascontiguousarray(constant.data).reshape(-1).view(np.uint8)
+
+
+def _sample(data: np.ndarray) -> bytes:
+    return data[:_SAMPLE].tobytes() + data[-_SAMPLE:].tobytes()
 
 
 def _fill(file: Path, data: np.ndarray) -> None:
@@ -107,6 +142,6 @@ def _fill(file: Path, data: np.ndarray) -> None:
             written += output.write(data[written:])
 
 
-def _is_at(output: BinaryIO, offset: int, data: np.ndarray) -> bool:
-    output.seek(offset)
-    return output.read(data.nbytes) == data.tobytes()
+def _is_at(written: BinaryIO, offset: int, data: np.ndarray) -> bool:
+    written.seek(offset)
+    return written.read(data.nbytes) == data.tobytes()

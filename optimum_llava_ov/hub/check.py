@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import openvino_tokenizers  # noqa: F401  lets OpenVINO read tokenizers
-
 from optimum_llava_ov.bundle.card import CARD, UNKNOWN_LICENSE, license_of, missing_metadata, read_card
-from optimum_llava_ov.bundle.layout import PARTS, TOKENIZERS, check_bundle
-from optimum_llava_ov.bundle.reading import load_processor, read_graphs, read_settings
+from optimum_llava_ov.bundle.check import check_loads
+from optimum_llava_ov.bundle.layout import check_bundle
+from optimum_llava_ov.bundle.staging import complete_replacement
 from optimum_llava_ov.errors import BundleError
 
 
@@ -23,9 +22,9 @@ def check_publishable(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder. Expected one with a bundle, as `optimum-cli export openvino` writes it.")
+    complete_replacement(folder)
     check_bundle(folder)
-    _check_settings(folder)
-    read_graphs(folder, (*PARTS.values(), *TOKENIZERS))
+    check_loads(folder, tokenizers=True)
     card = read_card(folder / CARD)
     if missing := missing_metadata(card):
         raise BundleError(
@@ -34,11 +33,3 @@ def check_publishable(folder: Path) -> None:
         )
     if license_of(card) == UNKNOWN_LICENSE:
         logger.warning("The card says `license: %s`. Find out which it is, and write it there.", UNKNOWN_LICENSE)
-
-
-def _check_settings(folder: Path) -> None:
-    config = read_settings(folder)
-    load_processor(folder)
-    text_model_type = config["text_config"].get("model_type")
-    if (config.get("model_type"), text_model_type) != ("llava", "mpt"):
-        raise BundleError(f"{folder} is a {config.get('model_type')!r} model, not a LLaVA-MPT bundle.")

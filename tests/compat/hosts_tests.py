@@ -1,0 +1,95 @@
+"""Plugin of pytest that lets optimum-intel's tests run on our checkpoint.
+
+Reads from standard input, a line each: the checkpoint, its bundle, an image, and the names of the tests to run.
+"""
+
+import importlib.machinery
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import requests
+
+
+CHECKPOINT, BUNDLE, IMAGE, *WANTED = sys.stdin.read().splitlines()
+# The one of their models whose place ours takes. In comparisons with torch they skip "llava" with this OpenVINO.
+PLACES = {"test_compare_to_transformers": "smolvlm"}
+
+
+# What modules of tests import for other tests than those that are run; two of them need torchvision
+NOT_NEEDED = ("evaluate", "open_clip", "timm", "optimum.intel.openvino.modeling_timm")
+
+
+class _StandIn(ModuleType):
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
+
+
+class _Image:
+    """What `requests.get` gives for the photo that the tests download."""
+
+    def __init__(self, *args, **kwargs):
+        self.raw = open(IMAGE, "rb")  # noqa: SIM115
+
+
+def pytest_configure(config):
+    requests.get = _Image
+    _skip_making_of_a_speech_model()
+    import optimum_llava_ov  # noqa: F401
+
+    sys.path.insert(0, str(config.rootpath if (config.rootpath / "utils_tests.py").exists() else config.invocation_params.dir))
+    import utils_tests
+
+    for name in NOT_NEEDED:
+        if importlib.util.find_spec(name.split(".")[0]) is None or "." in name:
+            sys.modules[name] = _StandIn(name)
+    for name in ("llava", *PLACES.values()):
+        utils_tests.MODEL_NAMES[name] = CHECKPOINT
+
+
+def _skip_making_of_a_speech_model():
+    """Their models are listed by a module that first makes one of them, for which it needs a package, unless it finds its files."""
+    tempfile.tempdir = tempfile.mkdtemp()
+    folder = Path(tempfile.tempdir) / "optimum_intel_tiny_random_kokoro"
+    for file in ("config.json", "tiny-kokoro-random.pth", "voices/tiny_voice.pt"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+
+
+def pytest_collection_modifyitems(config, items):
+    kept = [item for item in items if _is_wanted(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _is_wanted(item) -> bool:
+    test = max((name for name in WANTED if item.name == name or item.name.startswith(f"{name}_")), key=len, default=None)
+    if test is None or not any(
+        word in item.nodeid for word in ("VisualCausalLM", "VLMPipeline", "ExportModelTest", "visual_language")
+    ):
+        return False
+    if item.name == test:
+        return True
+    place = item.name.removeprefix(f"{test}_").lstrip("0123456789").removeprefix("_")
+    return place == PLACES.get(test, "llava")
+
+
+def pytest_itemcollected(item):
+    """The bundle that one of the tests takes from the Hub."""
+    made = getattr(item.cls, "__init__", None)
+    if item.cls is None or "visual_language" not in item.name or hasattr(item.cls, "_ours"):
+        return
+
+    def with_our_bundle(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.OV_VLM_MODEL_ID = BUNDLE
+
+    item.cls.__init__, item.cls._ours = with_our_bundle, True
