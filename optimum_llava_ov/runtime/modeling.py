@@ -95,7 +95,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         self._lock = threading.RLock()
         self._differs_from_files = False
         ov_config = {**(kwargs.pop("ov_config", None) or {})}
-        attention_backend = ov_config.pop(ATTENTION_BACKEND, PA)
+        attention_backend = kwargs.pop("attention_backend", None) or ov_config.pop(ATTENTION_BACKEND, PA)
         super().__init__(
             language_model, text_embeddings, vision_embeddings, config, device, compile=False, ov_config=ov_config, **kwargs
         )
@@ -143,8 +143,9 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if is_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
-        if kwargs.get("compile_only") and kwargs.get("ov_config"):  # what is compiled is the bundle's graph as it is
-            kwargs["ov_config"] = {name: value for name, value in kwargs["ov_config"].items() if name != ATTENTION_BACKEND}
+        if kwargs.get("compile_only") and kwargs.get("ov_config"):  # the host gives all of it to OpenVINO
+            kwargs["ov_config"] = {**kwargs["ov_config"]}
+            kwargs["attention_backend"] = kwargs["ov_config"].pop(ATTENTION_BACKEND, PA)
         model = super().from_pretrained(folder, *args, **kwargs)
         if not isinstance(model, OVModelForLlavaMPT):
             _check_is_llava_mpt(model_id, model.config.model_type, model.config.text_config.model_type)
