@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import numpy as np
 import openvino
@@ -11,7 +12,7 @@ import torch
 from optimum.intel.openvino.modeling_visual_language import OVModelWithEmbedForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from optimum_llava_ov.bundle.layout import weights_file
+from optimum_llava_ov.bundle.layout import PARTS, weights_file
 from optimum_llava_ov.runtime.decoder import Decoder
 from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
 from optimum_llava_ov.runtime.graph import paged, with_logit_positions
@@ -78,15 +79,17 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             raise ValueError(f"ATTENTION_BACKEND is {attention_backend!r}. It may be {PA!r} or {SDPA!r}.")
         self._attention_backend = attention_backend
         super().__init__(*args, **kwargs)
-        if self._compile_only:
-            self._decoder = StatefulDecoder(self.model)
+        if self._compile_only:  # the host has compiled the graph as it is, which answers in other roundings
+            self._decoder = self._compiled_decoder(
+                openvino.Core().read_model(Path(self.model_save_dir) / PARTS["language_model"])
+            )
             self.request = self._decoder.request
 
     def compile(self) -> None:
         """Compile, and run once: OpenVINO packs the weights when a graph first runs, seconds that belong to loading, at half the memory."""
         if self.request is not None:
             return
-        self._decoder = self._compiled_decoder()
+        self._decoder = self._compiled_decoder(self.model)
         self.request = self._decoder.request
         self._compile_text_emb()
         if isinstance(self.text_emb_model, openvino.Model):
@@ -100,16 +103,16 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         super().clear_requests()
         self._decoder = self._embedding_table = None
 
-    def _compiled_decoder(self) -> Decoder:
-        graph = paged(self.model) if self._attention_backend == PA and self._device == "CPU" else None
-        if graph is not None:
+    def _compiled_decoder(self, graph: openvino.Model) -> Decoder:
+        paged_graph = paged(graph) if self._attention_backend == PA and self._device == "CPU" else None
+        if paged_graph is not None:
             try:
-                return PagedDecoder(self._compiled(with_logit_positions(graph, axis=0)))
+                return PagedDecoder(self._compiled(with_logit_positions(paged_graph, axis=0)))
             except RuntimeError as error:  # a processor that it was not written for
                 logger.warning(
                     "Paged attention does not compile here; the slower attention takes its place. OpenVINO said: %s", error
                 )
-        return StatefulDecoder(self._compiled(with_logit_positions(self.model, axis=1)))
+        return StatefulDecoder(self._compiled(with_logit_positions(graph, axis=1)))
 
     def _compiled(self, graph: openvino.Model) -> openvino.CompiledModel:
         return self._compile_model(graph, self._device, {**self.ov_config}, self.model_save_dir)

@@ -95,7 +95,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         # As the caller gave it. The host looks a default up by the model's name, and what it finds then is not ours.
         self._quantization_config = kwargs.get("quantization_config")
         ov_config = {**(kwargs.pop("ov_config", None) or {})}
-        attention_backend = ov_config.pop(ATTENTION_BACKEND, PA)
+        attention_backend = kwargs.pop("attention_backend", None) or ov_config.pop(ATTENTION_BACKEND, PA)
         super().__init__(
             language_model, text_embeddings, vision_embeddings, config, device, compile=False, ov_config=ov_config, **kwargs
         )
@@ -145,8 +145,9 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if holds_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
-        if kwargs.get("compile_only") and kwargs.get("ov_config"):  # what is compiled is the bundle's graph as it is
-            kwargs["ov_config"] = {name: value for name, value in kwargs["ov_config"].items() if name != ATTENTION_BACKEND}
+        if kwargs.get("compile_only") and kwargs.get("ov_config"):  # the host gives all of it to OpenVINO
+            kwargs["ov_config"] = {**kwargs["ov_config"]}
+            kwargs["attention_backend"] = kwargs["ov_config"].pop(ATTENTION_BACKEND, PA)
         with naming_damage(folder):
             # Past the host's method of this name, which looks for a folder in the Hub's cache where there is no network
             return super(OVBaseModel, cls).from_pretrained(folder, *args, **kwargs)
