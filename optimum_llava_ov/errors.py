@@ -18,4 +18,8 @@ class BundleError(ValueError):
 
 
 class HubError(ValueError):
-    """The Hub refused to publish a bundle, or could not be reached. Nothing was published."""
+    """The Hub does not have what was asked for, refused, or could not be reached. Nothing was published."""
+
+
+class HubUnreachableError(HubError):
+    """There is no connection to the Hub, and the cache does not have the file."""

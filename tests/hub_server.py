@@ -134,7 +134,7 @@ class HubServer:
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_TOKEN": token or "",
             "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
 
     def fail(self, pattern: str, **kwargs) -> None:
@@ -504,7 +504,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(blob, {**headers, "ETag": f'"{blob.oid}"'})
             return
         linked = {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(blob.size)}
-        self._head(302, {**headers, **linked, "Location": f"{self.hub.url}/cdn/{blob.oid}", "Content-Length": "0"})
+        # Another host, as on huggingface.co: newer clients follow a redirect to the same one before they download
+        elsewhere = self.hub.url.replace("127.0.0.1", "localhost")
+        self._head(302, {**headers, **linked, "Location": f"{elsewhere}/cdn/{blob.oid}", "Content-Length": "0"})
 
     def cdn(self, oid: str) -> None:
         path = self.hub.folder / oid

@@ -328,5 +328,5 @@ class TestDamage:
             OriginalCheckpoint.open(copy(vocab_size=400))
 
     def test_no_such_folder(self):
-        with pytest.raises(InvalidCheckpointError, match="not a folder here"):
+        with pytest.raises(InvalidCheckpointError, match="There is no folder './no/such/folder'"):
             OriginalCheckpoint.open("./no/such/folder")

@@ -242,7 +242,7 @@ class TestOutput:
     def test_refused_checkpoint_leaves_the_bundle(self, tmp_path, bundles):
         output = shutil.copytree(bundles[SINGLE.name], tmp_path / "out")
         before = digest(output)
-        with pytest.raises(ValueError, match="not a folder here"):
+        with pytest.raises(ValueError, match="There is no folder"):
             main_export("./no/such/folder", output)
         assert digest(output) == before
 

@@ -94,12 +94,32 @@ class OriginalCheckpoint:
 
 def is_original_checkpoint(name_or_path: str | Path, **kwargs) -> bool:
     """Whether `name_or_path` is an original-format LLaVA-MPT checkpoint. `False` for anything that cannot be read."""
-    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     try:
-        config_file = Repository(str(name_or_path), **options).get("config.json")
-        return config_file is not None and json.loads(config_file.read_text()).get("model_type") == "llava_mpt"
-    except (ValueError, OSError, AttributeError):  # not ours to report: Optimum says what is wrong with it
+        return holds_original_checkpoint(name_or_path, **kwargs)
+    except (ValueError, OSError):  # not ours to report: Optimum says what is wrong with it
         return False
+
+
+def holds_original_checkpoint(name_or_path: str | Path, any_name: bool = False, **kwargs) -> bool:
+    """Like [`is_original_checkpoint`], but what nobody can read is an error. `False` if there is no readable configuration.
+
+    Args:
+        name_or_path: a folder, or a model id on the Hub.
+        any_name: also ask the Hub for names without an owner (`gpt2`), which some models of other people have.
+        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+
+    Raises:
+        [`InvalidCheckpointError`], [`HubError`]: there is no such folder or model, or the Hub cannot be reached or refuses it.
+    """
+    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+    config_file = Repository(str(name_or_path), any_name=any_name, **options).get("config.json")
+    if config_file is None:
+        return False
+    try:
+        values = json.loads(config_file.read_bytes())
+    except (ValueError, RecursionError, OSError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == "llava_mpt"
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -23,8 +29,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 
-from optimum_llava_ov.errors import InvalidCheckpointError
+from optimum_llava_ov.errors import HubError, HubUnreachableError, InvalidCheckpointError
+from optimum_llava_ov.hub_errors import clean_token, is_unreachable, redacted, root_cause, status_meaning, unreachable
 
 
 logger = logging.getLogger(__name__)
@@ -41,6 +49,7 @@ class Repository:
         name (`str`): path of a folder, or `owner/name`.
         subfolder (`str`): where in it the files are.
         revision, cache_dir, token, local_files_only, force_download: as for [`~huggingface_hub.hf_hub_download`].
+        any_name (`bool`): whether a name without an owner may be on the Hub. Only old models of other people have such names.
     """
 
     name: str
@@ -50,6 +59,10 @@ class Repository:
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
     force_download: bool = False
+    any_name: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "token", clean_token(self.token))
 
     @property
     def is_local(self) -> bool:
@@ -63,94 +76,135 @@ class Repository:
     def get(self, filename: str) -> Path | None:
         """Path of a file, downloaded if need be, or `None` if the repository has no such file.
 
+        Without a connection, what the cache has of the repository is all there is, as in offline mode.
+
         Raises:
-            [`InvalidCheckpointError`]: the repository cannot be reached or read; says what to do.
+            [`InvalidCheckpointError`]: the name is neither a folder nor a model id, or the file arrives damaged.
+            [`HubUnreachableError`]: there is no connection, and the cache has nothing of the repository.
+            [`HubError`]: the Hub does not know the repository or refuses it; says what to do.
         """
+        try:
+            return self._find(filename)
+        except HubUnreachableError as error:
+            if not self._is_cached:
+                raise
+            logger.warning("%s Only what is in the cache is used.", error)
+            return None
+
+    def _find(self, filename: str) -> Path | None:
+        """Like [`get`], but a missing connection is always an error if the cache does not have the file."""
         if self.is_local:
             path = self.folder / filename
             return path if path.is_file() else None
-        with self._explained(filename):
-            try:
-                for _ in range(2):
-                    there = self._blobs()
-                    path = self._download(filename)
-                    if path.resolve().name in there or _is_intact(path):
-                        return path
-                    logger.warning("%s of %s arrived damaged. Downloading it again.", filename, self.name)
-                    path.resolve().unlink()
-                    path.unlink(missing_ok=True)
-            except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-                if self.offline:
-                    return None
-                raise
-            except EntryNotFoundError:
+        self._check_name()
+        if self._cached(filename) is _CACHED_NO_EXIST and re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            return None  # a commit never changes
+        try:
+            return self._fetch(filename)
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            if self.offline:
                 return None
+            raise self._explained(filename, error) from error
+        except EntryNotFoundError:
+            return None
+        except InvalidCheckpointError:
+            raise
+        except (HfHubHTTPError, httpx.TransportError, OSError, RuntimeError, ValueError) as error:
+            raise self._explained(filename, error) from error
+
+    def _fetch(self, filename: str) -> Path:
+        for _ in range(2):
+            there = self._blobs()
+            path = self._download(filename)
+            if path.resolve().name in there or _is_intact(path):
+                return path
+            logger.warning("%s of %s arrived damaged. Downloading it again.", filename, self.name)
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
         raise InvalidCheckpointError(
             f"{filename} of {self.name!r} arrived damaged twice: its content is not what its SHA-256 says. Something between here and the "
             "Hub changes it (HF_ENDPOINT, proxy). It was deleted; try again."
         )
 
     def _download(self, filename: str) -> Path:
-        return Path(
-            hf_hub_download(
-                self.name,
-                filename,
-                subfolder=self.subfolder or None,
-                revision=self.revision,
-                cache_dir=self._cache_dir,
-                token=self.token,
-                local_files_only=self.local_files_only,
-                force_download=self.force_download,
-                library_name="optimum-llava-ov",
+        try:
+            return Path(
+                hf_hub_download(
+                    self.name,
+                    filename,
+                    subfolder=self.subfolder or None,
+                    revision=self.revision,
+                    cache_dir=self._cache_dir,
+                    token=self.token,
+                    local_files_only=self.local_files_only,
+                    force_download=self.force_download,
+                    library_name="optimum-llava-ov",
+                )
             )
-        )
+        except (httpx.TransportError, RuntimeError):
+            # A connection that breaks in a way the client does not expect: the cache is not asked then
+            cached = None if self.force_download else self._cached(filename)
+            if isinstance(cached, str):
+                return Path(cached)
+            # huggingface_hub 1.21 says only "the client has been closed" when it has tried twice. Ask once more for the reason
+            url = hf_hub_url(self.name, filename, subfolder=self.subfolder or None, revision=self.revision)
+            get_hf_file_metadata(url, token=self.token, library_name="optimum-llava-ov")
+            raise
+
+    def _cached(self, filename: str):
+        """Path of a file in the cache, `_CACHED_NO_EXIST` if it is known that the repository has none, `None` if neither is known."""
+        path = f"{self.subfolder}/{filename}" if self.subfolder else filename
+        return try_to_load_from_cache(self.name, path, cache_dir=self._cache_dir, revision=self.revision)
+
+    @property
+    def _storage(self) -> Path:
+        """Folder of the cache for this repository."""
+        return Path(self._cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model")
+
+    @property
+    def _is_cached(self) -> bool:
+        """Whether the cache has files of this revision."""
+        reference = self._storage / "refs" / (self.revision or constants.DEFAULT_REVISION)
+        revision = reference.read_text() if reference.is_file() else self.revision
+        return revision is not None and (self._storage / "snapshots" / revision).is_dir()
+
+    def _check_name(self) -> None:
+        """Refuse what is a path or a misspelt id, before the Hub is asked."""
+        try:
+            validate_repo_id(self.name)
+            is_id = self.any_name or "/" in self.name
+        except HFValidationError:
+            is_id = False
+        if not is_id:
+            what = f"{self.name!r} is a file, not a folder" if Path(self.name).is_file() else f"There is no folder {self.name!r}"
+            raise InvalidCheckpointError(f"{what}, and no model id on the Hub is written so: expected `owner/name`.")
 
     def _blobs(self) -> set[str]:
         """Names of the files that the cache has and that will not be downloaded."""
-        folder = (
-            Path(self._cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model") / "blobs"
-        )
+        folder = self._storage / "blobs"
         return {file.name for file in folder.iterdir()} if folder.is_dir() and not self.force_download else set()
 
-    @contextmanager
-    def _explained(self, filename: str) -> Iterator[None]:
-        """Turn the client's errors into ones that say what to do."""
-        try:
-            yield
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            if _is_refusal(error.__cause__):  # the client says only that nothing is cached
-                raise self._refused(filename, error.__cause__) from error
-            raise InvalidCheckpointError(
-                f"{filename} of {self.name!r} is not in the cache and the Hub cannot be reached. Check the connection "
-                f"(HF_ENDPOINT, proxy), or download it elsewhere and pass the folder. ({error.__cause__ or error})"
-            ) from error
-        except GatedRepoError as error:
-            raise InvalidCheckpointError(
-                f"{self.name!r} is gated. Accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN."
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise InvalidCheckpointError(
-                f"{self.name!r} is neither a folder here nor a model on the Hub. If it is private, log in with `hf auth login` "
-                "or set HF_TOKEN."
-            ) from error
-        except RevisionNotFoundError as error:
-            raise InvalidCheckpointError(f"{self.name!r} has no revision {self.revision!r}.") from error
-        except HFValidationError as error:
-            raise InvalidCheckpointError(
-                f"{self.name!r} is not a folder here, and not a valid model id either (`owner/name`). ({error})"
-            ) from error
-        except HfHubHTTPError as error:
-            raise self._refused(filename, error) from error
-        except (httpx.TransportError, OSError) as error:
-            raise InvalidCheckpointError(
-                f"{filename} of {self.name!r} did not arrive. Run it again: whole files stay in the cache. ({error})"
-            ) from error
-
-    def _refused(self, filename: str, error: HfHubHTTPError) -> InvalidCheckpointError:
-        advice = (
-            "Log in with `hf auth login`, or set HF_TOKEN to a valid token. " if error.response.status_code in (401, 403) else ""
-        )
-        return InvalidCheckpointError(f"The Hub did not give {filename} of {self.name!r}. {advice}({error})")
+    def _explained(self, filename: str, error: Exception) -> HubError:
+        """The client's error as one that says what to do."""
+        asked, cause = f"{filename} of {self.name!r}", root_cause(error)
+        if isinstance(cause, GatedRepoError):
+            message = f"{self.name!r} is gated. Accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN."
+        elif isinstance(cause, RepositoryNotFoundError):
+            message = (
+                f"{self.name!r} is neither a folder here nor a model on the Hub. If it is private, log in with `hf auth login` or set "
+                "HF_TOKEN."
+            )
+        elif isinstance(cause, RevisionNotFoundError):
+            message = f"{self.name!r} has no revision {self.revision!r}."
+        elif isinstance(cause, HfHubHTTPError):
+            message = status_meaning(cause, asked)
+        elif is_unreachable(cause):
+            advice = f"where there is a connection, `hf download {self.name}` gets a copy, whose folder can be given instead."
+            message = f"{unreachable(cause)} {asked} is neither in a folder here nor in the cache; {advice}"
+            return HubUnreachableError(redacted(message, self.token))
+        else:
+            message = f"{asked} did not arrive. Run it again: whole files stay in the cache. ({cause})"
+        return HubError(redacted(message, self.token))
 
     @property
     def _cache_dir(self) -> str | Path | None:
@@ -161,7 +215,8 @@ class Repository:
         """Folder of the cache with these files, those that the repository has.
 
         Raises:
-            [`InvalidCheckpointError`]: it has none of them, or cannot be reached or read.
+            [`InvalidCheckpointError`]: it has none of them.
+            [`InvalidCheckpointError`], [`HubError`]: see [`get`].
         """
         repository, folder = self, None
         for filename in sorted(filenames, key=lambda name: name.endswith(".bin")):  # what is large comes last
@@ -173,7 +228,7 @@ class Repository:
 
     def require(self, filename: str, why: str) -> Path:
         """Like [`get`], but a missing file is an error that says what it is needed for."""
-        path = self.get(filename)
+        path = self._find(filename)
         if path is None:
             place = "in the cache (offline mode)" if not self.is_local and self.offline else "there"
             raise InvalidCheckpointError(f"{self.name!r} has no {filename} {place}. It is needed: {why}.")
@@ -213,8 +268,3 @@ def _is_intact(path: Path) -> bool:
         while chunk := file.read(1 << 20):
             sha256.update(chunk)
     return sha256.hexdigest() == path.resolve().name
-
-
-def _is_refusal(error: BaseException | None) -> bool:
-    """Whether the Hub was reached and said no, for a reason that will still be there tomorrow."""
-    return isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from optimum_llava_ov.checkpoint.repository import Repository
-from optimum_llava_ov.errors import InvalidCheckpointError
+from optimum_llava_ov.errors import HubError, InvalidCheckpointError
 
 
 _OVERRIDE = (
@@ -44,6 +44,6 @@ def find_vision_tower(repository: Repository, vision_tower: str | None) -> Repos
     tower = replace(repository, name=vision_tower, subfolder="", revision=None)
     try:
         tower.require("config.json", "it is the vision tower's configuration")
-    except InvalidCheckpointError as error:
+    except (HubError, InvalidCheckpointError) as error:
         raise InvalidCheckpointError(f"The vision tower {vision_tower!r} was not found: {error} {_OVERRIDE}") from error
     return tower

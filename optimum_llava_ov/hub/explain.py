@@ -9,7 +9,8 @@ import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from optimum_llava_ov.errors import HubError
+from optimum_llava_ov.errors import HubError, HubUnreachableError
+from optimum_llava_ov.hub_errors import is_unreachable, redacted, root_cause, status_meaning, unreachable
 
 
 _AGAIN = "Nothing was published. Run it again: what has been uploaded is not uploaded twice."
@@ -17,9 +18,11 @@ _AGAIN = "Nothing was published. Run it again: what has been uploaded is not upl
 
 @contextmanager
 def explained(api: HfApi, repo_id: str) -> Iterator[None]:
-    """Turn what goes wrong inside into a [`HubError`] that says what to do."""
+    """Turn what goes wrong inside into a [`HubError`] that says what to do, and shows no token."""
     try:
         yield
+    except HubError:
+        raise
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is not a valid name for a repository. Expected `owner/name`. ({error})") from error
     except LocalTokenNotFoundError as error:
@@ -27,19 +30,13 @@ def explained(api: HfApi, repo_id: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise HubError("HF_HUB_OFFLINE is set, so nothing can be published. Unset it.") from error
     except (HfHubHTTPError, httpx.TransportError, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, HubError):
-            raise
-        cause = _cause(error)
+        cause = root_cause(error)
         if isinstance(cause, HfHubHTTPError):
-            raise HubError(_meaning(cause, api, repo_id)) from error
-        raise HubError(f"Publishing {repo_id} failed: {cause} ({type(cause).__name__}, {api.endpoint}). {_AGAIN}") from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The client wraps what happens in an upload's thread."""
-    while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
+            raise HubError(redacted(_meaning(cause, api, repo_id), api.token)) from error
+        if is_unreachable(cause):
+            raise HubUnreachableError(redacted(f"{unreachable(cause, api.endpoint)} {_AGAIN}", api.token)) from error
+        message = f"Publishing {repo_id} failed: {cause} ({type(cause).__name__}, {api.endpoint}). {_AGAIN}"
+        raise HubError(redacted(message, api.token)) from error
 
 
 def _meaning(error: HfHubHTTPError, api: HfApi, repo_id: str) -> str:
@@ -52,11 +49,7 @@ def _meaning(error: HfHubHTTPError, api: HfApi, repo_id: str) -> str:
         return f"The Hub knows no {repo_id}, or no such revision of it, or does not show it to this token. ({said})"
     if status in (409, 412):
         return f"Somebody else is changing {repo_id} at the same time. Look at what has changed, then run it again. ({said})"
-    if status == 429:
-        return f"The Hub asks for patience: too many requests. Wait a few minutes. {_AGAIN} ({said})"
-    if status >= 500:
-        return f"The Hub has a problem of its own (HTTP {status}). {_AGAIN} ({said})"
-    return f"The Hub refused {repo_id} (HTTP {status}): {said}. {_AGAIN}"
+    return f"{status_meaning(error, repo_id)} {_AGAIN}"
 
 
 def _not_logged_in(repo_id: str) -> str:

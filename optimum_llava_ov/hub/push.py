@@ -17,6 +17,7 @@ from optimum_llava_ov.bundle.card import CARD, add_tags, card_text, is_untouched
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES
 from optimum_llava_ov.hub.check import check_publishable
 from optimum_llava_ov.hub.explain import explained
+from optimum_llava_ov.hub_errors import clean_token
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def push_bundle(
         [`HubError`]: the Hub refused, or could not be reached. Nothing is published then; a second try uploads only the rest.
     """
     bundle, plan = Path(bundle), plan_push(bundle, repo_id)
-    api = HfApi(token=token, library_name="optimum-llava-ov")
+    api = HfApi(token=clean_token(token), library_name="optimum-llava-ov")
     with explained(api, repo_id), ExitStack() as files:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision and not create_pr and not revision.startswith("refs/"):
