@@ -15,6 +15,7 @@ from optimum_llava_ov.benchmark.machine import describe_cpu, versions
 from optimum_llava_ov.benchmark.memory import AnonymousPeak, peak_rss
 from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Benchmark, Run, Speed
+from optimum_llava_ov.bundle.check import check_readable, naming_damage
 from optimum_llava_ov.chat.loading import AUTO, GENAI, bundle_folder, resolve_engine
 
 
@@ -52,6 +53,7 @@ def benchmark(
     _check_numbers(new_tokens=(new_tokens, 2), rounds=(rounds, 1), batch_size=(batch_size, 1))
     engine = resolve_engine(str(bundle), device, engine)
     folder = bundle_folder(str(bundle), "to convert is not to be measured here")
+    check_readable(folder, tokenizers=engine == GENAI)
     gc.collect()
     with AnonymousPeak() as anonymous:
         started = time.perf_counter()
@@ -79,6 +81,11 @@ def benchmark(
 
 
 def _load(engine: str, folder: Path, device: str, ov_config: dict[str, str] | None) -> Engine:
+    with naming_damage(folder, tokenizers=engine == GENAI):
+        return _engine(engine, folder, device, ov_config)
+
+
+def _engine(engine: str, folder: Path, device: str, ov_config: dict[str, str] | None) -> Engine:
     if engine == GENAI:
         from optimum_llava_ov.benchmark.genai import GenAIEngine
 

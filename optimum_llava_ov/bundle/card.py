@@ -47,11 +47,16 @@ def read_card(file: Path) -> str | None:
     """A card that is there already; `None` if there is none.
 
     Raises:
-        [`BundleError`]: its metadata is no YAML, so nobody can tell what to keep.
+        [`BundleError`]: it is not UTF-8, or its metadata is not YAML, so nobody can tell what to keep.
     """
     if not file.is_file():
         return None
-    text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
+    try:
+        text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise BundleError(
+            f"{file} is not a text in UTF-8. Save it as UTF-8, or delete the file to get a new one. ({error})"
+        ) from error
     try:
         _split(text)
     except (ValueError, yaml.YAMLError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from optimum_llava_ov.errors import BundleError
@@ -49,16 +50,17 @@ def part_sizes(folder: Path) -> dict[str, int]:
     return {part: weights_file(folder, part).stat().st_size for part in PARTS}
 
 
-def check_bundle(folder: Path, tokenizers: bool = True) -> None:
+def check_bundle(folder: Path, tokenizers: bool = True, unneeded: Collection[str] = ()) -> None:
     """
     Args:
         tokenizers: whether the tokenizers' OpenVINO models, which only GenAI needs, must be there.
+        unneeded: names of more files that need not be there.
 
     Raises:
         [`BundleError`]: `folder` lacks files, or has empty ones; names them.
     """
     optional = () if tokenizers else tuple(name for name in FILES if "tokenizer." in name and name.startswith("openvino_"))
-    missing = [name for name in FILES if name not in optional and not _is_whole(folder / name)]
+    missing = [name for name in FILES if name not in (*optional, *unneeded) and not _is_whole(folder / name)]
     if missing:
         raise BundleError(f"{folder} is not a whole bundle: it lacks {', '.join(missing)}. Export it again.")
 

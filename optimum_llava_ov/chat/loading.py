@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from optimum_llava_ov.bundle.check import check_readable, naming_damage
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, TOKENIZERS
 from optimum_llava_ov.chat.devices import check_device
 from optimum_llava_ov.chat.session import ChatSession
-from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import Repository
 
 
@@ -36,7 +37,8 @@ def session_factory(
     from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
     model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
-    processor = AutoProcessor.from_pretrained(model.model_save_dir)
+    with naming_damage(Path(model.model_save_dir)):
+        processor = AutoProcessor.from_pretrained(model.model_save_dir)
     return lambda **kwargs: model.chat(processor, **kwargs)
 
 
@@ -68,7 +70,7 @@ def choose_engine(bundle: str) -> str:
         return OPENVINO
     if Path(bundle).is_dir():
         return GENAI if all((Path(bundle) / name).exists() for name in (*PARTS.values(), *TOKENIZERS)) else OPENVINO
-    return OPENVINO if is_original_checkpoint(bundle) else GENAI
+    return OPENVINO if holds_original_checkpoint(bundle) else GENAI
 
 
 def bundle_folder(bundle: str, reason: str) -> Path:
@@ -93,8 +95,10 @@ def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -
     from optimum_llava_ov.chat.genai import GenAIEngine, GenAIModel
 
     folder = bundle_folder(bundle, "the genai engine converts nothing on the fly")
-    model = GenAIModel(folder, device, ov_config)
-    config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    check_readable(folder, tokenizers=True)
+    with naming_damage(folder, tokenizers=True):
+        config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        model = GenAIModel(folder, device, ov_config)
     return lambda **kwargs: ChatSession(GenAIEngine(model, processor), processor, config, **kwargs)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from optimum_llava_ov.bundle.layout import check_bundle
+from optimum_llava_ov.bundle.check import check_loads
 from optimum_llava_ov.bundle.settings import write_json
 from optimum_llava_ov.evaluation.metrics import Quality, measure
 from optimum_llava_ov.evaluation.record import load, prepare_folder, record_bundle, record_reference
@@ -45,7 +45,7 @@ def evaluate(
     """
     bundles = [Path(bundle) for bundle in bundles]
     for bundle in bundles:
-        check_bundle(bundle, tokenizers=False)
+        check_loads(bundle)
     samples = built_in_samples(num_samples) if dataset is None else read_samples(dataset)[:num_samples]
     settings = {
         "reference": str(reference),

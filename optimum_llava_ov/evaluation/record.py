@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, LlavaProcessor
 
 from optimum_llava_ov.bundle.settings import build_processor
-from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, is_original_checkpoint
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, holds_original_checkpoint
 from optimum_llava_ov.models.loading import load_model
 from optimum_llava_ov.samples import Sample
 
 
 def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
     """A bundle as `OVModelForLlavaMPT`, or an original checkpoint in torch: in float32 if that fits, else in bfloat16."""
-    if is_original_checkpoint(name):
+    if holds_original_checkpoint(name):
         checkpoint = OriginalCheckpoint.open(name)
         size = sum(file.stat().st_size for file in checkpoint.weight_files)
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -16,15 +16,16 @@ import openvino
 import torch
 from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig, OVModelForVisualCausalLM
+from optimum.intel.openvino.modeling_base import OVBaseModel
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
-from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, TOKENIZERS, check_bundle, weights_file
+from optimum_llava_ov.bundle.check import check_is_llava_mpt, check_readable, naming_damage
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, TOKENIZERS, weights_file
 from optimum_llava_ov.bundle.staging import staged
-from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
-from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_of
@@ -137,17 +138,17 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
                 attention, which is used on CPU unless it is `"SDPA"`.
 
         Raises:
-            [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT.
+            [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT, or a file of it is missing or damaged.
+            [`HubError`]: the Hub does not know `model_id`, refuses it, or cannot be reached.
         """
-        if is_original_checkpoint(model_id, **kwargs):
+        if holds_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
         if kwargs.get("compile_only") and kwargs.get("ov_config"):  # what is compiled is the bundle's graph as it is
             kwargs["ov_config"] = {name: value for name, value in kwargs["ov_config"].items() if name != ATTENTION_BACKEND}
-        model = super().from_pretrained(folder, *args, **kwargs)
-        if not isinstance(model, OVModelForLlavaMPT):
-            _check_is_llava_mpt(model_id, model.config.model_type, model.config.text_config.model_type)
-        return model
+        with naming_damage(folder):
+            # Past the host's method of this name, which looks for a folder in the Hub's cache where there is no network
+            return super(OVBaseModel, cls).from_pretrained(folder, *args, **kwargs)
 
     @classmethod
     def _export(cls, model_id: str | Path, config=None, vision_tower: str | None = None, **kwargs) -> OVModelForLlavaMPT:
@@ -424,30 +425,20 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         return question_inputs(processor, text, [] if image is None else [image])
 
 
-def _download(model_id: str | Path, kwargs: dict[str, Any]) -> str | Path:
+def _download(model_id: str | Path, kwargs: dict[str, Any]) -> Path:
     """Folder of a bundle's files: all of them, so that it can be saved and published, and no others.
 
-    What was said about the Hub is taken out of `kwargs` where it has been heeded.
+    What was said about the Hub is taken out of `kwargs`, for it has been heeded.
     """
-    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-    repository = Repository(str(model_id), **options)
-    if repository.is_local and not repository.subfolder:
-        return model_id
-    config = json.loads(repository.require("config.json", "it says what the model is").read_text())
-    _check_is_llava_mpt(model_id, config.get("model_type"), config.get("text_config", {}).get("model_type"))
-    folder = repository.folder if repository.is_local else repository.download((*FILES, *EXTRA_FILES))
-    check_bundle(folder, tokenizers=False)
-    for name in HUB_OPTIONS:
-        kwargs.pop(name, None)
+    options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    repository = Repository(str(model_id), **{name: value for name, value in options.items() if value is not None})
+    folder = repository.folder
+    if not repository.is_local:
+        config = repository.require("config.json", "it says what the model is")
+        check_is_llava_mpt(model_id, json.loads(config.read_bytes()))
+        folder = repository.download((*FILES, *EXTRA_FILES))
+    check_readable(folder)
     return folder
-
-
-def _check_is_llava_mpt(model_id: str | Path, model_type: str | None, text_model_type: str | None) -> None:
-    if (model_type, text_model_type) != ("llava", "mpt"):
-        raise BundleError(
-            f"{model_id} is a {model_type!r} model around a {text_model_type!r} language model, not a LLaVA-MPT. Load it with "
-            "optimum.intel.OVModelForVisualCausalLM."
-        )
 
 
 def _temporary_folder(prefix: str) -> tempfile.TemporaryDirectory:
