@@ -84,28 +84,37 @@ def hook_command() -> None:
 
     @functools.wraps(original)
     def run(self):
-        from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+        from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
+        from optimum_llava_ov.cli.exit import exit_status
 
         options = {name: getattr(self.args, name) for name in _EXPORT_OPTIONS if getattr(self.args, name, None) is not None}
-        if not is_original_checkpoint(self.args.model, cache_dir=self.args.cache_dir, **options) or not is_supported():
+        with exit_status(getattr(self.args, "verbose", False), options.get("token")):
+            # A model that nobody can read is not Optimum's to report either
+            if (
+                holds_original_checkpoint(self.args.model, any_name=True, cache_dir=self.args.cache_dir, **options)
+                and is_supported()
+            ):
+                from optimum_llava_ov.export.command import run_export
+
+                return run_export(self.args)
             if options:
                 raise ValueError(
                     f"{', '.join('--' + name for name in options)}: only for LLaVA-MPT checkpoints. {self.args.model!r} is none, or cannot "
                     "be read with them."
                 )
-            return original(self)
-
-        from optimum_llava_ov.export.command import run_export
-
-        return run_export(self.args)
+        return original(self)
 
     @functools.wraps(original_parse_args)
     def parse_args(parser):
+        from optimum_llava_ov.cli.exit import VERBOSE_HELP
+
         original_parse_args(parser)
         group = parser.add_argument_group("Where a LLaVA-MPT checkpoint is on the Hub")
         for name, text in _EXPORT_OPTIONS.items():
             with contextlib.suppress(argparse.ArgumentError):  # should Optimum have it one day
                 group.add_argument(f"--{name}", help=text)
+        with contextlib.suppress(argparse.ArgumentError):
+            parser.add_argument("--verbose", action="store_true", help=f"Of a LLaVA-MPT checkpoint: {VERBOSE_HELP}")
 
     openvino.OVExportCommand.run, openvino.OVExportCommand.parse_args = run, staticmethod(parse_args)
 

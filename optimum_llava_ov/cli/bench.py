@@ -7,16 +7,17 @@ import sys
 from argparse import ArgumentParser
 from contextlib import redirect_stdout
 
-from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.base import CommandInfo
 
-from optimum_llava_ov.cli.chat import add_engine_arguments, check_device_or_exit, list_devices
+from optimum_llava_ov.cli.base import Command
+from optimum_llava_ov.cli.chat import add_engine_arguments, list_devices
 
 
-class BenchCommand(BaseOptimumCLICommand):
+class BenchCommand(Command):
     COMMAND = CommandInfo(name="bench", help="Measure how fast a bundle answers on this machine, and its memory.")
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument("bundle", help="Folder or model id of the bundle.")
         add_engine_arguments(parser)
         parser.add_argument(
@@ -41,27 +42,26 @@ class BenchCommand(BaseOptimumCLICommand):
             "--json", action="store_true", help="Print the numbers, and those of each answer, as JSON and nothing else."
         )
 
-    def run(self) -> None:
+    def execute(self) -> None:
         args = self.args
         if args.device == "list":
             return list_devices()
-        check_device_or_exit(args.device)
         with redirect_stdout(sys.stderr):  # what libraries have to say is no part of the result
+            from optimum_llava_ov.chat.devices import check_device
+
+            check_device(args.device)
             from optimum_llava_ov.benchmark.main import benchmark
             from optimum_llava_ov.benchmark.result import report
             from optimum_llava_ov.chat.terminal import load_picture
 
-            try:
-                result = benchmark(
-                    args.bundle,
-                    prompt_tokens=args.prompt_tokens,
-                    new_tokens=args.new_tokens,
-                    rounds=args.rounds,
-                    batch_size=args.batch_size,
-                    images=[load_picture(source) for source in args.image],
-                    device=args.device,
-                    engine=args.engine,
-                )
-            except (ValueError, OSError, ImportError) as error:
-                sys.exit(f"error: {error}")
+            result = benchmark(
+                args.bundle,
+                prompt_tokens=args.prompt_tokens,
+                new_tokens=args.new_tokens,
+                rounds=args.rounds,
+                batch_size=args.batch_size,
+                images=[load_picture(source) for source in args.image],
+                device=args.device,
+                engine=args.engine,
+            )
         return print(json.dumps(result.to_dict(), indent=2) if args.json else report(result))

@@ -6,7 +6,9 @@ import os
 import sys
 from argparse import ArgumentParser
 
-from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.base import CommandInfo
+
+from optimum_llava_ov.cli.base import Command
 
 
 def add_engine_arguments(parser: ArgumentParser) -> None:
@@ -39,11 +41,11 @@ def _add_common_arguments(parser: ArgumentParser) -> None:
     )
 
 
-class ChatCommand(BaseOptimumCLICommand):
+class ChatCommand(Command):
     COMMAND = CommandInfo(name="chat", help="Talk with a LLaVA-MPT about pictures, in the terminal or through a pipe.")
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def add_arguments(parser: ArgumentParser) -> None:
         _add_common_arguments(parser)
         parser.add_argument(
             "--image", action="append", default=[], help="Picture for the first question: path or URL. Repeatable."
@@ -51,29 +53,28 @@ class ChatCommand(BaseOptimumCLICommand):
         parser.add_argument("--load", help="Go on with a conversation that /save wrote.")
         parser.add_argument("--stats", action="store_true", help="Show tokens per second and time to the first token.")
 
-    def run(self) -> None:
+    def execute(self) -> None:
         args = self.args
         if args.device == "list":
             return list_devices()
         if not sys.stdin.isatty():
             # Only the answer, for whoever reads the other end.
             os.environ.setdefault("TQDM_DISABLE", "1")
-        check_device_or_exit(args.device)
+        from optimum_llava_ov.chat.devices import check_device
+
+        check_device(args.device)
         from optimum_llava_ov.chat.loading import sampling_options, session_factory
         from optimum_llava_ov.chat.terminal import run_chat
 
-        try:
-            factory = session_factory(args.model, args.device, engine=args.engine)
-            chat = factory(
-                system=args.system,
-                messages=args.load or (),
-                context_window=args.context_window,
-                when_full=args.when_full,
-                **sampling_options(args.temperature, args.top_p, args.max_new_tokens),
-            )
-            return run_chat(chat, args.image, args.stats)
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"error: {error}")
+        factory = session_factory(args.model, args.device, engine=args.engine)
+        chat = factory(
+            system=args.system,
+            messages=args.load or (),
+            context_window=args.context_window,
+            when_full=args.when_full,
+            **sampling_options(args.temperature, args.top_p, args.max_new_tokens),
+        )
+        return run_chat(chat, args.image, args.stats, sys.stdin, sys.stdout)
 
 
 def list_devices() -> None:
@@ -82,20 +83,11 @@ def list_devices() -> None:
     print("\n".join(available_devices()))
 
 
-def check_device_or_exit(device: str) -> None:
-    from optimum_llava_ov.chat.devices import check_device
-
-    try:
-        check_device(device)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
-class DemoCommand(BaseOptimumCLICommand):
+class DemoCommand(Command):
     COMMAND = CommandInfo(name="demo", help="Serve a page on which visitors talk with a LLaVA-MPT about pictures.")
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def add_arguments(parser: ArgumentParser) -> None:
         _add_common_arguments(parser)
         parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for everyone (%(default)s).")
         parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
@@ -114,18 +106,19 @@ class DemoCommand(BaseOptimumCLICommand):
         parser.add_argument("--max-upload-mb", type=float, default=20, help="Of a picture (default: %(default)s).")
         parser.add_argument("--max-megapixels", type=float, default=50, help="Of a picture (default: %(default)s).")
 
-    def run(self) -> None:
+    def execute(self) -> None:
         args = self.args
         if args.device == "list":
             return list_devices()
-        check_device_or_exit(args.device)
+        from optimum_llava_ov.chat.devices import available_devices, check_device
+
+        check_device(args.device)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             import gradio  # noqa: F401
-        except ImportError:
-            sys.exit('error: The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"')
+        except ImportError as error:
+            raise ImportError('The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"') from error
         from optimum_llava_ov.chat.demo import Demo, Limits, Visitors, build_page, run_demo
-        from optimum_llava_ov.chat.devices import available_devices
         from optimum_llava_ov.chat.loading import session_factory
 
         def factory_of(device: str):
@@ -144,11 +137,8 @@ class DemoCommand(BaseOptimumCLICommand):
             hosts=tuple(args.allow_host),
         )
         devices = list(dict.fromkeys([args.device, *available_devices()]))
-        try:
-            visitors = Visitors(factory_of, limits.sessions, limits.idle_seconds)
-            visitors.load(args.device)
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"error: {error}")
+        visitors = Visitors(factory_of, limits.sessions, limits.idle_seconds)
+        visitors.load(args.device)
         title = args.title or os.path.basename(os.path.normpath(args.model))
         page = build_page(Demo(visitors, limits), title, devices, args.temperature, args.top_p, args.max_new_tokens)
         return run_demo(page, visitors, limits, args.host, args.port, not args.no_browser)

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum_llava_ov.cli.base import Command
 from optimum_llava_ov.cli.bench import BenchCommand
 from optimum_llava_ov.cli.chat import ChatCommand, DemoCommand
 
 
-class EvalCommand(BaseOptimumCLICommand):
+class EvalCommand(Command):
     COMMAND = CommandInfo(name="eval", help="Measure what a conversion costs in quality.")
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument("bundles", nargs="+", type=Path, metavar="bundle", help="Folders of the bundles to measure.")
         parser.add_argument(
             "--reference", required=True, help="Original checkpoint (folder or model id; run in torch), or another bundle."
@@ -30,7 +31,7 @@ class EvalCommand(BaseOptimumCLICommand):
         parser.add_argument("--work-dir", type=Path, help="Where recordings are kept to resume from (default: <bundle>/.eval).")
         parser.add_argument("--plot", type=Path, help="Picture of quality against size (default: <first bundle>/eval.png).")
 
-    def run(self) -> None:
+    def execute(self) -> None:
         from optimum_llava_ov.bundle.card import update_card
         from optimum_llava_ov.evaluation.main import evaluate
         from optimum_llava_ov.evaluation.metrics import table
@@ -48,11 +49,11 @@ class EvalCommand(BaseOptimumCLICommand):
         print(f"\nWritten: eval.json in each bundle and into its card, {picture}")
 
 
-class PushCommand(BaseOptimumCLICommand):
+class PushCommand(Command):
     COMMAND = CommandInfo(name="push", help="Publish a bundle on the Hugging Face Hub, in one commit.")
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    def add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument("bundle", type=Path, help="Folder of the bundle.")
         parser.add_argument("repo_id", help="Where to: owner/name. Created if it does not exist.")
         parser.add_argument(
@@ -64,19 +65,15 @@ class PushCommand(BaseOptimumCLICommand):
         parser.add_argument("--commit-message", help="Summary of the commit.")
         parser.add_argument("--token", help="Token with write permission (default: that of `hf auth login`, or HF_TOKEN).")
 
-    def run(self) -> None:
-        from optimum_llava_ov.errors import BundleError, HubError
+    def execute(self) -> None:
         from optimum_llava_ov.hub.push import plan_push, push_bundle
 
         args = self.args
-        try:
-            if args.dry_run:
-                print(f"{plan_push(args.bundle, args.repo_id)}\nNothing was published (--dry-run).")
-                return
-            options = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message", "token")}
-            commit = push_bundle(args.bundle, args.repo_id, **options)
-        except (BundleError, HubError) as error:
-            raise SystemExit(f"error: {error}") from error
+        if args.dry_run:
+            print(f"{plan_push(args.bundle, args.repo_id)}\nNothing was published (--dry-run).")
+            return
+        options = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message", "token")}
+        commit = push_bundle(args.bundle, args.repo_id, **options)
         print(f"Published: {commit.pr_url or commit}")
 
 

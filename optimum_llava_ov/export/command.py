@@ -49,8 +49,11 @@ def run_export(args: Namespace) -> None:
 
 def _is_large(repository: Repository) -> bool:
     """Whether compressing takes minutes. Known before any weights are downloaded."""
-    config = json.loads(repository.require("config.json", "it says what the model is").read_text())
-    return 12 * config["n_layers"] * config["d_model"] ** 2 >= ONE_BILLION
+    config = json.loads(repository.require("config.json", "it says what the model is").read_bytes())
+    try:
+        return 12 * config["n_layers"] * config["d_model"] ** 2 >= ONE_BILLION
+    except (KeyError, TypeError):  # the export says what is wrong with it
+        return False
 
 
 def _show_messages() -> None:
@@ -89,4 +92,7 @@ def ov_config_of(args: Namespace) -> OVConfig | None:
     config = prepare_wc_config(args, {"ratio": 1.0})
     if args.dataset is not None and Path(args.dataset).exists():
         config["dataset"] = [args.dataset]  # a list, for Optimum takes a string for the name of a data set it knows
-    return OVConfig(quantization_config=config)
+    try:
+        return OVConfig(quantization_config=config)
+    except ValueError as error:  # Optimum's sentences about values are for the user
+        raise ValueError(f"--weight-format {args.weight_format}: {error}") from error

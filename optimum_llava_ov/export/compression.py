@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import nncf
 import openvino
 
 from optimum_llava_ov import host
@@ -12,7 +13,6 @@ from optimum_llava_ov.errors import BundleError
 
 
 if TYPE_CHECKING:
-    import nncf
     from optimum.intel import OVWeightQuantizationConfig
 
 
@@ -30,6 +30,7 @@ def compress(model: openvino.Model, config: OVWeightQuantizationConfig, dataset:
 
     Raises:
         [`BundleError`]: the weights are compressed already.
+        `ValueError`: NNCF cannot compress this model so, such as in groups of a size that does not divide its layers' inputs.
     """
     if has_compressed_weights(model):
         raise BundleError(
@@ -39,7 +40,10 @@ def compress(model: openvino.Model, config: OVWeightQuantizationConfig, dataset:
     if dataset is not None:
         config = config.clone()
         config.num_samples = dataset.get_length()
-    model = host.compress_weights(model, config, dataset)
+    try:
+        model = host.compress_weights(model, config, dataset)
+    except (nncf.InvalidGroupSizeError, nncf.ParameterNotSupportedError, nncf.ValidationError) as error:
+        raise ValueError(f"NNCF cannot compress the weights with these options: {error}") from error
     if config.dq_group_size is None:
         _choose_activation_groups(model)
     return model
