@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test quality style clean
+.PHONY: install quickstart test imports quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
@@ -21,6 +21,10 @@ quickstart: install
 # In parallel, but not beyond what a few large imports and models take of memory
 test: install
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# Every public name of transformers, Optimum and optimum-intel as the first import, beside this package: half an hour.
+imports: install
+	$(BIN)/python tests/import_order.py --all
 
 quality:
 	$(BIN)/python -m pip install --quiet "ruff==0.14.*"

@@ -93,10 +93,10 @@ class NotebookLanguageModel(nn.Module):
     def __init__(self, model: MptLanguageModel):
         super().__init__()
         config = model.config
-        self.lm_head, self.norm_f, self.logit_scale = model.lm_head, model.norm_f, model.logit_scale
+        self.lm_head, self.norm_f, self.logit_scale = model.lm_head, model.transformer.norm_f, model.logit_scale
         self.wte = nn.Embedding(config.vocab_size, config.d_model, device="meta")
         self.wte.weight = self.lm_head.weight
-        self.blocks = nn.ModuleList(NotebookBlock(block) for block in model.blocks)
+        self.blocks = nn.ModuleList(NotebookBlock(block) for block in model.transformer.blocks)
         positions = torch.arange(1 - config.max_seq_len, 1, dtype=torch.float32).view(1, 1, 1, -1)
         slopes = alibi_slopes(config.n_heads, config.attn_config.alibi_bias_max).view(1, -1, 1, 1)
         self.register_buffer("attn_bias", positions * slopes, persistent=False)

@@ -13,14 +13,17 @@ from optimum_llava_ov import plugin
 
 if TYPE_CHECKING:
     from optimum_llava_ov.checkpoint.config import LlavaMptConfig
-    from optimum_llava_ov.errors import BundleError, HubError, InvalidCheckpointError, UnsupportedCheckpointError
+    from optimum_llava_ov.errors import BundleError, HubError, ImageError, InvalidCheckpointError, UnsupportedCheckpointError
     from optimum_llava_ov.export.main import main_export
+    from optimum_llava_ov.images import ImageLimits
     from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
     from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
 _MODULE_OF = {
     "BundleError": "errors",
     "HubError": "errors",
+    "ImageError": "errors",
+    "ImageLimits": "images",
     "InvalidCheckpointError": "errors",
     "LlavaMptConfig": "checkpoint.config",
     "LlavaMptForConditionalGeneration": "models.llava_mpt",

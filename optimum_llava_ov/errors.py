@@ -23,3 +23,7 @@ class HubError(ValueError):
 
 class HubUnreachableError(HubError):
     """There is no connection to the Hub, and the cache does not have the file."""
+
+
+class ImageError(ValueError):
+    """An image cannot be read, or is more than is accepted. Nothing was computed with it."""

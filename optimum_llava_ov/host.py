@@ -12,7 +12,11 @@ import inspect
 import logging
 import sys
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +41,24 @@ def is_supported() -> bool:
 
 
 def hook_exporter() -> None:
-    """Let `main_export` take LLaVA-MPT checkpoints to our export, and everything else where it always went."""
+    """Let `main_export` and `export_from_model` take LLaVA-MPT to our export, and everything else where it always went."""
     from optimum.exporters.openvino import __main__ as exporter
-    from transformers import AutoModelForImageTextToText
+    from optimum.exporters.openvino import convert
 
-    from optimum_llava_ov.checkpoint.config import LlavaMptConfig
     from optimum_llava_ov.export import configs  # noqa: F401  registers the export configuration
-    from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
 
-    AutoModelForImageTextToText.register(LlavaMptConfig, LlavaMptForConditionalGeneration, exist_ok=True)
-    original = exporter.main_export
-    ours = _dispatching(original)
-    # Modules that were imported before us hold the function by name.
+    _replace("main_export", _main_export_for_all(exporter.main_export))
+    _replace("export_from_model", _export_from_model_for_all(convert.export_from_model))
+
+
+def _replace(name: str, ours: Callable) -> None:
+    """Put a function in the place of the one that it wraps, also in modules that were imported before us and hold it by name."""
     for module in [module for name, module in sys.modules.items() if name.startswith("optimum.")]:
-        if getattr(module, "main_export", None) is original:
-            module.main_export = ours
+        if getattr(module, name, None) is ours.__wrapped__:
+            setattr(module, name, ours)
 
 
-def _dispatching(original):
+def _main_export_for_all(original: Callable) -> Callable:
     @functools.wraps(original)
     def main_export(*args, **kwargs):
         from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
@@ -71,6 +75,21 @@ def _dispatching(original):
         return export_llava_mpt(**arguments)
 
     return main_export
+
+
+def _export_from_model_for_all(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def export_from_model(*args, **kwargs):
+        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+        if getattr(arguments["model"].config, "model_type", None) != "llava_mpt":
+            return original(*args, **kwargs)
+
+        from optimum_llava_ov.export.main import export_from_model as export_llava_mpt
+
+        arguments.update(arguments.pop("kwargs_shapes", {}))
+        return export_llava_mpt(**arguments)
+
+    return export_from_model
 
 
 def hook_command() -> None:
@@ -191,24 +210,23 @@ def hook_modeling() -> None:
     from optimum.intel.openvino import modeling_visual_language
 
     mapping = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING
-    mapping["llava"] = _LlavaClass(mapping["llava"])
+    mapping["llava"] = _llava_class(mapping["llava"])
 
 
-class _LlavaClass:
-    """Stands for the class of the model type "llava"; which one it is depends on the language model."""
+def _llava_class(stock: type) -> type:
+    """The class of the model type "llava". Which one a model gets depends on its language model."""
 
-    def __init__(self, stock):
-        self._stock = stock
+    class OVLlava(stock):
+        def __new__(cls, language_model, text_embeddings, vision_embeddings, config=None, *args, **kwargs):
+            if cls is not OVLlava or config.text_config.model_type != "mpt":
+                return super().__new__(cls)
+            from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
-    def __getattr__(self, name):
-        return getattr(self._stock, name)
+            OVLlava.register(OVModelForLlavaMPT)  # whoever asks whether a model is of the class in the table
+            return OVModelForLlavaMPT(language_model, text_embeddings, vision_embeddings, config, *args, **kwargs)
 
-    def __call__(self, *args, config=None, **kwargs):
-        if config.text_config.model_type != "mpt":
-            return self._stock(*args, config=config, **kwargs)
-        from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
-
-        return OVModelForLlavaMPT(*args, config=config, **kwargs)
+    OVLlava.__name__, OVLlava.__qualname__, OVLlava.__module__ = stock.__name__, stock.__qualname__, stock.__module__
+    return OVLlava
 
 
 def named_datasets() -> dict[str, dict]:

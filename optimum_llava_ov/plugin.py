@@ -3,24 +3,79 @@
 Registering needs the host's modules, and importing these takes seconds, which `import optimum_llava_ov` and every start of
 `optimum-cli` would have to pay. So registration waits for the host: a finder on `sys.meta_path` sees a module being imported
 and runs our part right after it.
+
+At that moment other modules of the host wait for this one, half imported. Whoever imports them again gets the half. So what runs
+for transformers imports no module of transformers that is not ready: the configuration is made of modules that are, and the other
+classes are entered as [`_Deferred`].
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def _after_transformers_configs() -> None:
-    from transformers import AutoConfig
+class _Deferred(type):
+    """Metaclass of a class that stands for another one, and imports it when it is used.
+
+    Args:
+        name: of the class.
+        module: where it is.
+        known: attributes that can be read without importing it.
+    """
+
+    def __new__(mcs, name: str, module: str, **known: Any) -> type:
+        return super().__new__(mcs, name, (), {"__module__": module, **known})
+
+    def __init__(cls, *args: Any, **known: Any):
+        pass
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(cls._imported(), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._imported()(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls._imported())
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls._imported())
+
+    def _imported(cls) -> type:
+        return getattr(importlib.import_module(cls.__module__), cls.__name__)
+
+
+def _register_config() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
 
     from optimum_llava_ov.checkpoint.config import LlavaMptConfig
 
     AutoConfig.register(LlavaMptConfig.model_type, LlavaMptConfig, exist_ok=True)
+
+
+def _register_model() -> None:
+    from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
+
+    from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+
+    model = _Deferred("LlavaMptForConditionalGeneration", "optimum_llava_ov.models.llava_mpt", config_class=LlavaMptConfig)
+    AutoModelForImageTextToText.register(LlavaMptConfig, model, exist_ok=True)
+
+
+def _register_processor() -> None:
+    from transformers.models.auto.processing_auto import AutoProcessor
+
+    from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+
+    AutoProcessor.register(LlavaMptConfig, _Deferred("LlavaMptProcessor", "optimum_llava_ov.bundle.settings"), exist_ok=True)
 
 
 def _host_hook(name: str) -> Callable[[], None]:
@@ -35,7 +90,9 @@ def _host_hook(name: str) -> Callable[[], None]:
 
 
 _AFTER_IMPORT: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": _after_transformers_configs,
+    "transformers.models.auto.configuration_auto": _register_config,
+    "transformers.models.auto.modeling_auto": _register_model,
+    "transformers.models.auto.processing_auto": _register_processor,
     "optimum.commands.export.openvino": _host_hook("hook_command"),
     "optimum.exporters.openvino": _host_hook("hook_exporter"),
     "optimum.intel.openvino.modeling_visual_language": _host_hook("hook_modeling"),

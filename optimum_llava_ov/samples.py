@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from optimum_llava_ov.images import see_image
 
 
 # Keys that data sets of the field use, in the order in which they are looked for
 _IMAGE_KEYS = ("image", "images", "image_path", "image_file", "file_name")
 _PROMPT_KEYS = ("prompt", "question", "text", "instruction", "query", "caption")
 _ANSWER_KEYS = ("answer", "response", "output")
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tiff"}
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 # For pictures that come without a question
 DEFAULT_PROMPTS = ("Describe the picture in detail.", "What is in this picture?", "What stands out in this picture, and why?")
@@ -28,16 +31,18 @@ class Sample:
     images: tuple[Path | Image.Image, ...] = ()
     answer: str | None = None
 
-    def load_images(self) -> list[Image.Image]:
-        return [image if isinstance(image, Image.Image) else _open(image) for image in self.images]
-
     def inputs(self, processor: Any) -> Any:
         """The sample as one user's turn, ready for `generate`."""
-        return question_inputs(processor, self.prompt, self.load_images())
+        return question_inputs(processor, self.prompt, self.images)
 
 
-def question_inputs(processor: Any, text: str, images: list[Any]) -> Any:
-    """A user's first turn, pictures before the text, as inputs of the model."""
+def question_inputs(processor: Any, text: str, images: Sequence[Any]) -> Any:
+    """A user's first turn, pictures before the text, as inputs of the model.
+
+    Args:
+        images: each a `PIL.Image`, a path, or the bytes of a file.
+    """
+    images = [see_image(image, processor.image_processor) for image in images]
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return processor(text=prompt, images=images or None, return_tensors="pt")
@@ -88,10 +93,3 @@ def _first(values: dict[str, Any], keys: tuple[str, ...]) -> Any:
 
 def _first_human_turn(values: dict[str, Any]) -> str | None:
     return next((turn["value"] for turn in values.get("conversations", []) if turn["from"] in ("human", "user")), None)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The picture {path} cannot be read: {error}") from error

@@ -1,6 +1,7 @@
 """Sessions: a turn processes only its new tokens, and answers what a prefill of the whole conversation answers."""
 
 import json
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -264,6 +265,77 @@ def test_one_answer_at_a_time(models, processors):
     assert chat.messages == []
 
 
+def test_a_retry_that_fails_loses_nothing(shapes):
+    """The old answer stays until the new one has taken its place."""
+    model, processor = shapes
+    chat = model.chat(SlowProcessor(processor))
+    chat.send("What colour is the circle?", A).result()
+    chat.send("Where is the star?").result()
+    check_failing_retries(chat, lambda: cancelled_before_the_first_word(chat.retry, chat.processor))
+
+
+def check_failing_retries(chat, cancelled_retry):
+    before = chat.messages
+
+    class Broken(Tokens):
+        def put(self, value):
+            super().put(value)
+            if len(self.tokens) == 3:
+                raise OSError("no room")
+
+    with pytest.raises(ContextWindowError):
+        chat.retry(max_new_tokens=100_000)
+    with pytest.raises(ValueError, match="num_beams is 2"):
+        chat.retry(num_beams=2)
+    with pytest.raises(ValueError, match="nonsense"):
+        chat.retry(nonsense=1).result()
+    answer = chat.retry(streamer=Broken())
+    with pytest.raises(OSError, match="no room"):
+        answer.result()
+    assert not answer.kept
+    assert chat.messages == before
+    answer = cancelled_retry()
+    assert not answer.kept
+    assert chat.messages == before
+    answer = chat.retry(max_new_tokens=3)
+    answer.result()
+    assert answer.kept
+    assert len(chat.messages) == len(before)
+    assert chat.messages[:-1] == before[:-1]
+    assert chat.messages[-1] != before[-1]
+    assert chat.retry().result() == text_of(before[-1])
+
+
+class SlowProcessor:
+    """A processor that can be told to keep an answer waiting before its first word."""
+
+    def __init__(self, processor):
+        self.processor = processor
+        self.asked, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
+    @property
+    def tokenizer(self):
+        if threading.current_thread().name == "answer":
+            self.asked.set()
+            self.go_on.wait()
+        return self.processor.tokenizer
+
+
+def cancelled_before_the_first_word(ask, processor):
+    processor.asked.clear()
+    processor.go_on.clear()
+    answer = ask()
+    processor.asked.wait()
+    answer.cancel()
+    processor.go_on.set()
+    answer.wait()
+    return answer
+
+
 def test_undo(chat, shapes):
     assert chat.undo() is None
     with pytest.raises(ValueError, match="no question yet"):
@@ -289,6 +361,31 @@ def test_save_and_restore(chat, shapes, tmp_path):
         assert restored.send("Where is the star?").result() == "The star is at the top right."
         restored.save(tmp_path / "again.json")
         assert json.loads((tmp_path / "again.json").read_text())[:2] == saved
+
+
+def test_saving_on_a_full_disk_keeps_the_file(chat, tmp_path):
+    file, link = tmp_path / "chat.json", tmp_path / "link.json"
+    chat.send("Where is the star?", A).result()
+    chat.save(file)
+    file.chmod(0o640)
+    link.symlink_to(file)
+    chat.send("What colour is the circle?").result()
+    chat.save(link)
+    saved = file.read_bytes()
+    assert len(json.loads(saved)) == 4
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert link.is_symlink()
+
+    chat.send("What is at the bottom?", B).result()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Not saved, and what was there before is unchanged: .*chat.json"):
+            chat.save(link)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == saved
+    assert {entry.name for entry in tmp_path.iterdir()} == {"chat.json", "link.json"}
 
 
 @pytest.mark.parametrize(

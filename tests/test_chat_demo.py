@@ -1,14 +1,20 @@
 """`optimum-cli llava-ov demo`, driven in a real browser."""
 
+import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,12 +24,15 @@ from playwright.sync_api import expect, sync_playwright
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.chat.demo import Visitors
+from optimum_llava_ov.chat.demo import Demo, Limits, Turn, Visitors, build_page, run_demo
+from optimum_llava_ov.chat.messages import text_of
+from optimum_llava_ov.chat.session import ChatSession
 
 
 PICTURES = EXAMPLES / "shapes" / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+REBINDING = "--host-resolver-rules=MAP elsewhere.example 127.0.0.1"  # a site whose name leads to this machine
 
 
 def free_port():
@@ -62,7 +71,16 @@ class Server:
 @pytest.fixture(scope="module")
 def server(shapes_bundle, website, tmp_path_factory):
     log = tmp_path_factory.mktemp("demo") / "log"
-    limits = ("--max-megapixels", 1, "--max-upload-mb", 0.5, "--allow-host", website.removeprefix("http://"))
+    limits = (
+        "--max-megapixels",
+        1,
+        "--max-upload-mb",
+        0.5,
+        "--allow-host",
+        website.removeprefix("http://"),
+        "--allow-name",
+        "shapes.example",
+    )
     server = Server(shapes_bundle, log, "--title", "Coloured shapes", *limits)
     yield server
     server.stop()
@@ -74,7 +92,7 @@ def browser():
         program = next(filter(None, map(shutil.which, BROWSERS)), None)  # else the one that `playwright install` fetched
         if program is None and not Path(playwright.chromium.executable_path).exists():
             pytest.skip("needs a browser: `apt install chromium`, or `playwright install chromium`")
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS, REBINDING])
         yield browser
         browser.close()
 
@@ -102,6 +120,11 @@ class Page:
         self.send(text)
         expect(self.answers.last).to_have_text(answer, timeout=20_000)
         expect(self.page.locator("#question .stop-button")).to_have_count(0)
+
+    @property
+    def session(self):
+        """The id that the page has chosen for itself."""
+        return next(filter(None, (re.search(r"/heartbeat/(\w+)", url) for url in self.requests)))[1]
 
     @property
     def pictures(self):
@@ -173,7 +196,7 @@ def test_pictures_from_hosts_that_the_operator_allows(browser, server, website):
 
 def test_sessions_that_are_too_many_or_idle_go(shapes_bundle):
     model, processor = OVModelForLlavaMPT.from_pretrained(shapes_bundle), AutoProcessor.from_pretrained(shapes_bundle)
-    visitors = Visitors(lambda device: lambda: model.chat(processor), limit=2, idle_seconds=3600)
+    visitors = Visitors(lambda device: lambda: model.chat(processor), limit=2, idle_seconds=3600, busy_seconds=0)
     first = visitors.get("first", "CPU")
     for name in ("second", "first", "third"):
         visitors.get(name, "CPU")
@@ -181,6 +204,7 @@ def test_sessions_that_are_too_many_or_idle_go(shapes_bundle):
     assert visitors.find("first") is first
     assert not first.was_evicted
     assert visitors.get("second", "CPU").was_evicted
+    assert len(visitors) == 2
     first.session.send("Where is the star?", PICTURES / "a.png").result()
 
     idle = Visitors(lambda device: lambda: model.chat(processor), limit=2, idle_seconds=0.2)
@@ -190,6 +214,18 @@ def test_sessions_that_are_too_many_or_idle_go(shapes_bundle):
     while len(idle) and time.monotonic() < end:
         idle.evict()
     assert len(idle) == 0
+
+
+def test_sessions_in_use_make_no_room(shapes_bundle):
+    model, processor = OVModelForLlavaMPT.from_pretrained(shapes_bundle), AutoProcessor.from_pretrained(shapes_bundle)
+    visitors = Visitors(lambda device: lambda: model.chat(processor), limit=2, idle_seconds=3600)
+    first, second = visitors.get("first", "CPU"), visitors.get("second", "CPU")
+    with pytest.raises(RuntimeError, match="All 2 conversations that this server can keep are in use"):
+        visitors.get("third", "CPU")
+    assert visitors.get("first", "CPU") is first
+    assert visitors.find("second") is second
+    visitors.leave("second")
+    assert visitors.get("third", "CPU")
 
 
 def test_size_of_uploads(server):
@@ -202,26 +238,109 @@ def test_size_of_uploads(server):
     assert error.value.code == 413
 
 
-def join_queue(server, files=()):
+def post(server, path, data):
+    headers = {"Content-Type": "application/json"}
+    return urllib.request.urlopen(urllib.request.Request(f"{server.url}/gradio_api/{path}", json.dumps(data).encode(), headers))
+
+
+def functions(server):
+    return json.loads(urllib.request.urlopen(f"{server.url}/config").read())["dependencies"]
+
+
+def join_queue(server, files=(), text="Hi", session="visitor"):
     """Ask as a page does."""
-    config = json.loads(urllib.request.urlopen(f"{server.url}/config").read())
-    asking = next(item["id"] for item in config["dependencies"] if len(item["inputs"]) == 5)
-    data = {"fn_index": asking, "session_hash": "visitor", "data": [{"text": "Hi", "files": list(files)}, 0, 0.9, 8, "CPU"]}
-    urllib.request.urlopen(
-        urllib.request.Request(
-            f"{server.url}/gradio_api/queue/join?", json.dumps(data).encode(), {"Content-Type": "application/json"}
-        )
-    )
+    asking = next(item["id"] for item in functions(server) if len(item["inputs"]) == 5)
+    data = [{"text": text, "files": list(files)}, 0, 0.9, 8, "CPU"]
+    post(server, "queue/join?", {"fn_index": asking, "session_hash": session, "data": data})
+
+
+def events(server, session="visitor"):
+    """What a page is told until its question is answered or refused."""
+    stream = urllib.request.urlopen(f"{server.url}/gradio_api/queue/data?session_hash={session}", timeout=30)
+    return [json.loads(line[5:]) for line in stream if line.startswith(b"data:")]
 
 
 def test_addresses_are_not_fetched(server):
     """Somebody who speaks to the server without its page. The address is its own, so a fetch would show in its answer."""
     join_queue(server, [{"path": f"{server.url}/theme.css", "meta": {"_type": "gradio.FileData"}}])
-    stream = urllib.request.urlopen(f"{server.url}/gradio_api/queue/data?session_hash=visitor", timeout=30)
-    events = [json.loads(line[5:]) for line in stream if line.startswith(b"data:")]
-    completed = next(event for event in events if event["msg"] == "process_completed")
+    completed = next(event for event in events(server) if event["msg"] == "process_completed")
     assert not completed["success"]
     assert "this server fetches no addresses" in server.log.read_text() + json.dumps(completed)
+
+
+def test_sessions_are_made_by_open_pages_only(browser, server):
+    """40 invented ids, queued and not, against a server that keeps 32 sessions."""
+    page = Page(browser, server)
+    page.upload(PICTURES / "a.png")
+    page.ask("What colour is the circle?", "The circle is red.")
+    unqueued = [item for item in functions(server) if item["queue"] is False and item["backend_fn"]]  # not those in the browser
+    assert len(unqueued) >= 3
+    for number in range(40):
+        item = unqueued[number % len(unqueued)]
+        data = {"fn_index": item["id"], "session_hash": f"invented{number}", "data": ["CPU"] * len(item["inputs"])}
+        assert post(server, "run/predict", data).status == 200
+    for number in range(40):
+        join_queue(server, session=f"invented{number}")
+        told = events(server, f"invented{number}")
+        assert "This page has lost its connection to the server" in json.dumps(told)
+    page.ask("Where is the star?", "The star is at the top right.")
+    expect(page.answers).to_have_count(2)
+
+
+def test_a_long_text_holds_nobody_up(browser, server):
+    one, other = Page(browser, server), Page(browser, server)
+    other.upload(PICTURES / "a.png")
+    other.ask("What colour is the circle?", "The circle is red.")
+    for _ in range(4):
+        join_queue(server, text="word " * 1_000_000, session=one.session)
+    started = time.monotonic()
+    other.ask("Where is the star?", "The star is at the top right.")
+    assert time.monotonic() - started < 10
+    assert "The question has 4,999,999 characters, and at most 20,000 are accepted" in json.dumps(events(server, one.session))
+    status, _, text = answer_to(server, "POST", "/gradio_api/queue/join", Host="localhost", Content_Length="20000000")
+    assert (status, text) == (413, "The request has more than 16,000,000 bytes, which is the most that is accepted.\n")
+
+
+def answer_to(server, method="GET", path="/config", **headers):
+    """Status, headers and text that a request with these headers gets."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.putrequest(method, path, skip_host=True)
+    for name, value in headers.items():
+        connection.putheader(name.replace("_", "-"), value)
+    connection.endheaders()
+    response = connection.getresponse()
+    return response.status, response.headers, response.read().decode()
+
+
+def test_names_of_the_server(browser, server):
+    own = f"127.0.0.1:{server.port}"
+    for host in (own, f"localhost:{server.port}", "LOCALHOST", f"[::1]:{server.port}", "192.0.2.7", "shapes.example:443"):
+        assert answer_to(server, Host=host)[0] == 200, host
+    for host in ("elsewhere.example", f"elsewhere.example:{server.port}", "localhost.elsewhere.example", "", "a b", "[::1"):
+        status, _, text = answer_to(server, Host=host)
+        assert status == 421, host
+        assert text.startswith("This server is not known as")
+        assert "--allow-name" in text
+        assert "Coloured" not in text
+    assert answer_to(server)[0] == 400
+    for origin in (f"http://{own}", f"http://localhost:{server.port}", "https://shapes.example"):
+        assert answer_to(server, Host=own, Origin=origin)[0] == 200, origin
+    for origin in ("http://elsewhere.example", "null", "http://192.0.2.7"):
+        status, _, text = answer_to(server, Host=own, Origin=origin)
+        assert (status, text) == (403, f"A page of {origin} may not use this server, only its own pages may.\n")
+
+    page = browser.new_page()
+    assert page.goto(f"http://elsewhere.example:{server.port}/").status == 421
+    assert "This server is not known as 'elsewhere.example'" in page.content()
+    page.close()
+
+
+def test_what_a_browser_may_load(server):
+    for headers in ({"Host": "localhost"}, {"Host": "elsewhere.example"}):
+        _, sent, _ = answer_to(server, **headers)
+        assert "img-src 'self' data: blob:;" in sent["Content-Security-Policy"]
+        assert "object-src 'none'" in sent["Content-Security-Policy"]
+        assert sent["Referrer-Policy"] == "no-referrer"
 
 
 def test_words_arrive_one_by_one_and_stop(browser, bundles, tmp_path):
@@ -270,3 +389,229 @@ main()
     result = run(sys.executable, "-c", code, check=False)
     assert result.returncode == 1
     assert result.stderr.strip().endswith('error: The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"')
+
+
+# What would load something if a page took it for a part of itself. URL is where a request would be seen.
+PAYLOADS = """
+<img src="URL">
+<IMG SRC=URL>
+<img src="/gradio_api/file=URL">
+<img srcset="URL 1x">
+<img src=x onerror="fetch('URL')">
+<picture><source srcset="URL"><img src="data:,"></picture>
+<svg xmlns="http://www.w3.org/2000/svg"><image href="URL" xlink:href="URL"/></svg>
+<svg><use href="URL#a"/></svg>
+<svg onload="new Image().src='URL'"></svg>
+<svg><style>@import "URL";</style></svg>
+<math><mtext><img src="URL"></mtext></math>
+<video src="URL" autoplay></video>
+<video poster="URL"></video>
+<audio src="URL" preload="auto"></audio>
+<audio><source src="URL"></audio>
+<video><track src="URL" default></video>
+<iframe src="URL"></iframe>
+<iframe srcdoc="<img src='URL'>"></iframe>
+<frameset><frame src="URL"></frameset>
+<embed src="URL">
+<object data="URL"></object>
+<link rel="stylesheet" href="URL">
+<link rel="preload" as="image" href="URL">
+<link rel="prefetch" href="URL">
+<link rel="preconnect" href="URL">
+<link rel="dns-prefetch" href="URL">
+<link rel="icon" href="URL">
+<meta http-equiv="refresh" content="0;url=URL">
+<meta http-equiv="Content-Security-Policy" content="default-src *; report-uri URL">
+<base href="URL/">
+<script src="URL"></script>
+<script>fetch("URL")</script>
+<style>@import url("URL");</style>
+<style>body { background: url("URL") !important }</style>
+<div style="background-image: url('URL')">x</div>
+<div style="list-style: url(URL); display: list-item; cursor: url(URL), auto">x</div>
+<table background="URL"><tr><td background="URL">x</td></tr></table>
+<body background="URL">
+<input type="image" src="URL">
+<form action="URL"><button autofocus onfocus="this.form.submit()">x</button></form>
+<details open ontoggle="fetch('URL')"><summary>x</summary></details>
+<custom-tag style="background: url(URL)" onclick="x">x</custom-tag>
+<a href="URL" ping="URL">x</a>
+![x](URL)
+![x][y]\n\n[y]: URL
+[x](URL)
+[x](javascript:fetch('URL'))
+<URL>
+URL
+www.elsewhere.example
+<a href="data:text/html,<img src='URL'>">x</a>
+<plaintext><img src="URL">
+<!--><img src="URL">-->
+<noscript><p title="</noscript><img src='URL'>"></noscript>
+&lt;img src="URL"&gt; &#60;img src="URL"&#62;
+`<img src="URL">`
+```html\n<img src="URL">\n```
+```mermaid\ngraph LR; A["<img src='URL'>"]; click A "URL"\n```
+$$\\includegraphics{URL} \\href{URL}{x}$$
+<think><img src="URL"></think>
+"""
+
+
+class Echo:
+    """An engine that answers what it is asked, or as it is told."""
+
+    def __init__(self):
+        self.errors: Iterator[str] = iter(())
+
+    def answer(self, prompt, answer, **options):
+        question = text_of(prompt.messages[-1])
+        if error := next(self.errors, ""):
+            raise ValueError(error)
+        if question == "Wait.":
+            while not answer.cancelled:
+                time.sleep(0.01)
+            return
+        for word in re.findall(r"\S*\s*", question):
+            answer.token()
+            answer.emit(word)
+        answer.flush()
+
+    def reset(self):
+        pass
+
+
+class EchoServer:
+    """The page in this process, with a listener beside it that notes who connects, and what for."""
+
+    def __init__(self, processor, config):
+        self.seen = []
+
+        class Listener(BaseHTTPRequestHandler):
+            def do_GET(handler):  # noqa: N805
+                self.seen.append(handler.path)
+                handler.send_response(204)
+                handler.end_headers()
+
+            def log_message(self, *args):
+                pass
+
+        self.listener = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+        self.listener.verify_request = lambda request, address: self.seen.append("a connection") or True
+        threading.Thread(target=self.listener.serve_forever, daemon=True).start()
+        self.payloads = [
+            line.replace("\\n", "\n")
+            .replace("\\\\", "\\")
+            .replace("URL", f"http://127.0.0.1:{self.listener.server_port}/{number}")
+            for number, line in enumerate(PAYLOADS.strip().splitlines())
+        ]
+        self.visitors = Visitors(lambda device: lambda: ChatSession(Echo(), processor, config, context_window=10**6), 32, 3600)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        demo = Demo(self.visitors, Limits())
+        arguments = (build_page(demo, "Echo", ["CPU"]), demo, "127.0.0.1", self.port, False)
+        threading.Thread(target=run_demo, args=arguments, daemon=True).start()
+        end = time.monotonic() + 30
+        while not Server.answers(self):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def echo(shapes_bundle):
+    model = OVModelForLlavaMPT.from_pretrained(shapes_bundle)
+    return EchoServer(AutoProcessor.from_pretrained(shapes_bundle), model.config)
+
+
+def test_no_text_loads_anything(browser, echo):
+    """As question and as answer."""
+    page = Page(browser, echo)
+    page.ask("Hello", "Hello")
+    visitor = echo.visitors.find(page.session)
+    visitor.turns += [Turn(payload, [], payload) for payload in echo.payloads]
+    page.send(echo.payloads[0])  # and through the whole way, word by word
+    expect(page.answers).to_have_count(len(echo.payloads) + 2, timeout=20_000)
+    visitor.session._engine.errors = iter([f"Not possible: {' '.join(echo.payloads)}"])
+    page.send(" ".join(echo.payloads[:8]))
+    expect(page.page.get_by_text("Not possible: <img src=")).to_be_visible(timeout=15_000)
+    page.page.wait_for_timeout(1000)
+
+    assert len(echo.payloads) >= 50
+    assert echo.seen == []
+    assert {url.split("/")[2] for url in page.requests if url.startswith("http")} == {f"127.0.0.1:{echo.port}"}
+    expect(page.answers.nth(1)).to_have_text(echo.payloads[0])
+    expect(page.page.locator("#chat [data-testid=user]").nth(1)).to_have_text(echo.payloads[0])
+    texts = page.page.locator("#chat [data-testid=bot] .md *, #chat [data-testid=user] .md *")
+    shown = set(texts.evaluate_all("found => found.map(element => element.localName)"))
+    assert shown <= {"div", "p", "br", "code", "pre"}
+
+    # In a page that takes them for a part of itself, the listener hears of many
+    careless = browser.new_page()
+    frames = "".join(f'<iframe srcdoc="{escape(payload)}"></iframe>' for payload in echo.payloads)
+    careless.set_content(frames, wait_until="commit")
+    end = time.monotonic() + 20
+    while len(set(echo.seen)) < 20 and time.monotonic() < end:
+        careless.wait_for_timeout(100)
+    careless.close()
+    assert len(set(echo.seen)) >= 20
+
+
+def test_markdown(browser, echo):
+    page = Page(browser, echo)
+    page.send("# Head\n\n1. *one*\n2. **two** & `<b>`\n\n> said\n\n```python\nif a < b:\n    pass\n```")
+    found = page.answers.last
+    for selector, text in {
+        "h1": "Head",
+        "ol > li > em": "one",
+        "ol > li > strong": "two",
+        "li > code": "<b>",
+        "blockquote": "said",
+        "pre > code.language-python": "if a < b:\n    pass\n",
+    }.items():
+        expect(found.locator(selector)).to_have_text(text, timeout=15_000)
+    expect(page.page.locator("#chat [data-testid=user]").last).to_contain_text("# Head 1. *one* 2. **two** & `<b>`")
+    page.page.context.grant_permissions(["clipboard-read"])
+    page.button("copy")
+    assert page.page.evaluate("navigator.clipboard.readText()").split() == (
+        ["Head", "one", "two", "&", "<b>", "said", "if", "a", "<", "b:", "pass"]
+    )
+
+
+def test_undo_before_the_first_word_takes_back_one_question(browser, echo):
+    page = Page(browser, echo)
+    page.ask("One", "One")
+    page.send("Wait.")
+    expect(page.page.locator("#question .stop-button")).to_be_visible(timeout=15_000)
+    page.button("undo")
+    expect(page.box).to_have_value("Wait.")
+    expect(page.page.locator("#question .stop-button")).to_have_count(0)
+    expect(page.answers).to_have_count(1)
+    session = echo.visitors.find(page.session).session
+    assert [text_of(message) for message in session.messages] == ["One", "One"]
+
+    page.send("Wait.")
+    page.page.locator("#question .stop-button").click()
+    expect(page.box).to_have_value("Wait.")  # not lost
+    expect(page.answers).to_have_count(1)
+    page.ask("Two", "Two")
+    page.button("undo")
+    expect(page.box).to_have_value("Two")
+    expect(page.answers).to_have_count(1)
+
+
+def test_a_retry_that_fails_keeps_the_turn(browser, echo):
+    page = Page(browser, echo)
+    page.ask("One", "One")
+    session = echo.visitors.find(page.session).session
+    session._engine.errors = iter(["The second time it fails."])
+    page.button("retry")
+    expect(page.page.get_by_text("The second time it fails.")).to_be_visible(timeout=15_000)
+    expect(page.answers).to_have_count(1)
+    expect(page.answers.last).to_have_text("One")
+    assert [text_of(message) for message in session.messages] == ["One", "One"]
+    session.context_window = 1
+    page.button("retry")
+    expect(page.page.get_by_text("more than the context window of 1")).to_be_visible(timeout=15_000)
+    expect(page.answers).to_have_count(1)
+    session.context_window = 10**6
+    page.ask("Two", "Two")
+    expect(page.answers).to_have_count(2)
+    assert [text_of(message) for message in session.messages] == ["One", "One", "Two", "Two"]

@@ -1,12 +1,13 @@
 """`--engine genai`: the same conversation as with this package's own model."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import EXACT, EXAMPLES, Golden, run
 from PIL import Image
-from test_chat import ENDLESS, GOLDEN, Tokens, ask, cancel_at_the_tenth_token
+from test_chat import ENDLESS, GOLDEN, Tokens, ask, cancel_at_the_tenth_token, check_failing_retries
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
@@ -61,6 +62,32 @@ def test_undo_retry_reset_and_restore(genai, tmp_path):
     chat.reset()
     assert chat.messages == []
     assert chat.send("Where is the star?", A).result() == STAR
+
+
+def test_a_retry_that_fails_loses_nothing(genai):
+    chat = genai()
+    chat.send("What colour is the circle?", A).result()
+    chat.send("Where is the star?").result()
+
+    def cancelled_retry():
+        """While another session's answer has the pipeline."""
+        tenth, go_on = threading.Event(), threading.Event()
+
+        class Pause(Tokens):
+            def put(self, value):
+                tenth.set()
+                go_on.wait()
+
+        other = genai().send("Hello", streamer=Pause())
+        tenth.wait()
+        answer = chat.retry()
+        answer.cancel()
+        answer.wait()
+        go_on.set()
+        other.wait()
+        return answer
+
+    check_failing_retries(chat, cancelled_retry)
 
 
 def test_system_prompt_and_dropped_turns(genai, openvino):

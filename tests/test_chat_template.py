@@ -2,6 +2,7 @@
 
 import json
 
+import openvino_genai
 import pytest
 from conftest import GOLDEN
 
@@ -13,9 +14,16 @@ WHAT = {"role": "user", "content": "What is this?"}
 
 
 @pytest.fixture(scope="module")
-def render(processors):
-    processor = processors["linear_fp16_sharded"]
-    return lambda messages, **kwargs: processor.apply_chat_template(messages, **{"add_generation_prompt": True, **kwargs})
+def render(bundles, processors):
+    """The prompt by transformers, which must be that by GenAI, whose template engine is its own."""
+    processor, genai = processors["linear_fp16_sharded"], openvino_genai.Tokenizer(bundles["linear_fp16_sharded"])
+
+    def render(messages, add_generation_prompt=True):
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        assert genai.apply_chat_template(messages, add_generation_prompt) == prompt
+        return prompt
+
+    return render
 
 
 @pytest.mark.parametrize(
@@ -41,9 +49,22 @@ def test_pictures_and_text_are_separated_by_newlines(render):
     assert render([{"role": "user", "content": content}]).endswith(
         "<|im_start|>user\n<image>\n<image>\nWhich is red?<|im_end|><|im_start|>assistant\n"
     )
-    assert "user\nLook:\n<image><|im_end|>" in render(
-        [{"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image"}]}]
-    )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("ti", "<image>\nLook:"),
+        ("tii", "<image>\n<image>\nLook:"),
+        ("titi", "<image>\n<image>\nLook:\nLook:"),
+        ("i", "<image>"),
+        ("tt", "Look:\nLook:"),
+    ],
+)
+def test_images_stand_before_the_text(render, content, expected):
+    """As in the original, in whatever order a message has its parts."""
+    parts = {"i": {"type": "image"}, "t": {"type": "text", "text": "Look:"}}
+    assert f"user\n{expected}<|im_end|>" in render([{"role": "user", "content": [parts[part] for part in content]}])
 
 
 def test_borders_in_a_message_are_taken_as_the_image(render):

@@ -1,15 +1,19 @@
 """`optimum-cli llava-ov chat`: driven through a pseudo-terminal, and through a pipe."""
 
 import fcntl
+import gzip
 import io
 import json
 import os
 import pty
 import re
 import select
+import signal
+import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,12 +21,14 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLES, run
 from PIL import Image
+from test_chat import SlowProcessor
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.devices import check_device
-from optimum_llava_ov.chat.pictures import fetch_picture, open_picture
+from optimum_llava_ov.chat.pictures import fetch_picture
 from optimum_llava_ov.chat.terminal import Terminal, load_picture
+from optimum_llava_ov.images import ImageLimits, open_image
 
 
 PICTURES = EXAMPLES / "shapes" / "pictures"
@@ -166,6 +172,38 @@ def test_commands(shapes, tmp_path):
     assert undone.endswith("The circle is red.\n\n")
 
 
+def test_a_picture_waits_for_a_question_that_is_kept(shapes):
+    """Neither an error nor a stop before the first word takes it."""
+    model, processor = shapes
+    chat, output = model.chat(CtrlC(processor)), io.StringIO()
+    terminal = Terminal(chat, output)
+    terminal.image(str(PICTURES / "a.png"))
+    chat.options["nonsense"] = 1
+    with pytest.raises(ValueError, match="nonsense"):
+        terminal.ask("Where is the star?")
+    del chat.options["nonsense"]
+    chat.processor.pressed = True
+    terminal.ask("Where is the star?")
+    assert output.getvalue().endswith("[stopped before the first word; the conversation is as it was]\n")
+    chat.processor.pressed = False
+    terminal.ask("Where is the star?")
+    assert output.getvalue().endswith("The star is at the top right.\n")
+    assert terminal.pictures == []
+
+
+class CtrlC(SlowProcessor):
+    """A processor, and somebody who presses Ctrl-C before the first word."""
+
+    pressed = False
+
+    @property
+    def tokenizer(self):
+        if self.pressed and threading.current_thread().name == "answer":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.2)
+        return self.processor.tokenizer
+
+
 def test_pictures_from_outside(website, tmp_path):
     assert load_picture(f"{website}/a.png").size == load_picture(str(PICTURES / "a.png")).size
     with pytest.raises(ValueError, match="cannot be fetched: .*404"):
@@ -179,10 +217,64 @@ def test_pictures_from_outside(website, tmp_path):
         with pytest.raises(ValueError, match=r"from 'localhost' are not fetched here, only from: 127\.0\.0\.1:"):
             fetch_picture(address, hosts=hosts)
     with pytest.raises(ValueError, match=r"has 0\.0 MB, and at most 1e-05 MB"):
-        open_picture(PICTURES / "a.png", max_bytes=10)
+        open_image(PICTURES / "a.png", ImageLimits(max_bytes=10))
     Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match="9000 x 9000 pixels, and at most 50 million"):
-        open_picture(tmp_path / "bomb.png")
+        open_image(tmp_path / "bomb.png")
+
+
+class HostileSite:
+    """Answers with the bytes of its address, some of them drop by drop."""
+
+    def __init__(self):
+        bomb = gzip.compress(gzip.compress(bytes(50_000_000)))
+        picture = (PICTURES / "a.png").read_bytes()
+        ok, found = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 302 Found\r\nLocation: %s\r\n"
+        self.responses = {
+            "/slow-head": (ok + b"X-Padding: ", b"a"),
+            "/slow-body": (ok + b"\r\n", b"a"),
+            "/bomb": (ok + b"Content-Encoding: gzip, gzip\r\n\r\n" + bomb, None),
+            "/large": (ok + b"\r\n" + bytes(3000), None),
+            "/to-itself": (found % b"/to-itself" + b"\r\n", None),
+            "/slow-redirect": (found % b"/picture" + b"\r\n", b"a"),
+            "/bomb-redirect": (found % b"/picture" + b"Content-Encoding: gzip, gzip\r\n\r\n" + bomb, None),
+            "/picture": (ok + b"\r\n" + picture, None),
+        }
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        while True:
+            connection, _ = self.listener.accept()
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection):
+        with connection, suppress(OSError):
+            request = connection.recv(10_000).decode()
+            assert "accept-encoding: identity" in request.lower()
+            data, drop = self.responses[request.split()[1]]
+            connection.sendall(data)
+            while drop is not None:
+                connection.sendall(drop)
+                time.sleep(0.05)
+
+
+def test_addresses_that_would_take_time_or_memory():
+    site = HostileSite()
+    started = time.monotonic()
+    for path, error in {
+        "/slow-head": "did not come within 0.5 seconds",
+        "/slow-body": "did not come within 0.5 seconds",
+        "/bomb": r"is sent compressed \(gzip, gzip\)",
+        "/large": "has more than 0.002 MB",
+        "/to-itself": "is redirected more than 5 times",
+    }.items():
+        with pytest.raises(ValueError, match=error):
+            fetch_picture(site.url + path, max_bytes=2000, timeout=0.5)
+    for path in ("/slow-redirect", "/bomb-redirect"):
+        assert fetch_picture(site.url + path, timeout=5).size == (224, 224)
+    assert time.monotonic() - started < 10
 
 
 def test_devices():

@@ -20,6 +20,7 @@ from optimum_llava_ov import BundleError, OVModelForLlavaMPT, main_export
 from optimum_llava_ov.bundle.layout import FILES
 from optimum_llava_ov.export.command import ov_config_of
 from optimum_llava_ov.export.recipes import default_recipe
+from optimum_llava_ov.images import open_image
 from optimum_llava_ov.samples import Sample, read_samples
 
 
@@ -302,7 +303,7 @@ class TestDataSets:
     def test_picture_that_cannot_be_read(self, tmp_path):
         (tmp_path / "broken.png").write_bytes(b"not a picture")
         with pytest.raises(ValueError, match=r"broken.png cannot be read"):
-            read_samples(tmp_path)[0].load_images()
+            open_image(read_samples(tmp_path)[0].images[0])
 
 
 STOCK = """

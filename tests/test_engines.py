@@ -13,7 +13,9 @@ import openvino
 import openvino_genai
 import pytest
 import torch
-from conftest import EXACT, Golden, run_stock
+from conftest import EXACT, EXAMPLES, Golden, run_stock
+from PIL import Image
+from transformers import AutoTokenizer
 
 
 GOLDEN = Golden("linear_fp16_sharded")
@@ -199,6 +201,36 @@ def test_genai_chat_keeps_the_picture(pipeline, models, processors):
         tokens = answer(model, inputs)
         assert received == decode(processor, tokens)
         history.append(assistant(received))
+
+
+@pytest.mark.parametrize("backend", ["SDPA", "PA"])
+def test_a_model_in_memory_stops(shapes_bundle, backend):
+    """GenAI then reads no `generation_config.json`: the tokenizer's end of text is the only one it knows."""
+
+    def files(name):
+        weights = np.fromfile(shapes_bundle / f"{name}.bin", dtype=np.uint8)
+        return (shapes_bundle / f"{name}.xml").read_text(), openvino.Tensor(weights)
+
+    tokenizer = openvino_genai.Tokenizer(*files("openvino_tokenizer"), *files("openvino_detokenizer"))
+    parts = {name: files(f"openvino_{name}_model") for name in ("language", "text_embeddings", "vision_embeddings")}
+    pipeline = openvino_genai.VLMPipeline(parts, tokenizer, shapes_bundle, "CPU", ATTENTION_BACKEND=backend, **EXACT)
+    picture = openvino.Tensor(np.array(Image.open(EXAMPLES / "shapes" / "pictures" / "a.png").convert("RGB"))[None])
+    config = openvino_genai.GenerationConfig(max_new_tokens=100)
+    assert pipeline.generate("Where is the star?", images=[picture], generation_config=config).texts == [
+        "The star is at the top right."
+    ]
+
+
+def test_every_file_names_the_end_of_the_turn(shapes_bundle):
+    """Whatever a loader reads, the answer stops. Padding is another token, so that an end is never taken for it."""
+    tokenizer = AutoTokenizer.from_pretrained(shapes_bundle)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    config, generation = (json.loads((shapes_bundle / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    assert tokenizer.eos_token_id == end
+    assert openvino_genai.Tokenizer(shapes_bundle).get_eos_token_id() == end
+    assert config["text_config"]["eos_token_id"] == generation["eos_token_id"] == [end, 0]
+    assert tokenizer.pad_token_id == tokenizer.bos_token_id == generation["pad_token_id"] == 0
+    assert tokenizer.decode([end, 0], skip_special_tokens=True) == ""
 
 
 def test_continuous_batching_serves_all_at_once(bundles, processors, expected):

@@ -110,7 +110,7 @@ class TestBundle:
         assert config["text_config"]["model_type"] == "mpt"
         assert config["vision_config"]["model_type"] == "clip_vision_model"
         assert "model_type" not in config["text_config"]["attn_config"]
-        assert config["image_token_index"] == config["text_config"]["vocab_size"] == 462
+        assert config["image_token_index"] == config["text_config"]["vocab_size"] - 1 == 462
         assert config["image_seq_length"] == (image_size // 14) ** 2 + (2 if golden is SHARDED else 0)
         assert config["converted_from"]["model"] == "checkpoint"  # a folder's name, not somebody's path
         assert str(Path.home()) not in json.dumps(config)

@@ -1,6 +1,7 @@
 """`generate` as transformers users expect it."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -157,6 +158,51 @@ def test_threads_take_turns(model, inputs_of):
     assert results == {row: [expected[row]] * 3 for row in rows}
 
 
+def number_of_torch_threads():
+    """That of a thread which begins now."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_calls_that_overlap_give_torch_its_threads_back(model, processor):
+    """Two sessions of one model: the first answer begins first, and ends first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        events = [(threading.Event(), threading.Event()) for _ in range(2)]
+
+        def wait_in(began, may_end):
+            def criterion(input_ids, scores, **kwargs):
+                began.set()
+                may_end.wait(30)
+                return torch.ones(len(input_ids), dtype=torch.bool)
+
+            return criterion
+
+        answers = []
+        for began, may_end in events:
+            answers.append(model.chat(processor, **GREEDY).send("Hi", stopping_criteria=[wait_in(began, may_end)]))
+            assert began.wait(30)
+        assert number_of_torch_threads() == 1
+        for answer, (_, may_end) in zip(answers, events):
+            may_end.set()
+            answer.result()
+        assert torch.get_num_threads() == number_of_torch_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_call_that_fails_gives_torch_its_threads_back(model):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="nonsense"):
+            model.generate(torch.tensor([[1]]), nonsense=1)
+        assert torch.get_num_threads() == number_of_torch_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_device_config_and_late_compilation(bundles, model, inputs_of):
     inputs = inputs_of("image_start")
     late = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], device="cpu", ov_config=EXACT, compile=False)
@@ -199,6 +245,31 @@ def test_placeholder_without_image(model, processor):
     inputs = processor(text="<image>\nHi", images=None, return_tensors="pt")
     with pytest.raises(ValueError, match=r"places for 1 image\(s\), but 0 image\(s\) were given"):
         model.generate(**inputs, **GREEDY)
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, -201, -(2**62), "one too many", 2**62])
+def test_ids_that_are_not_in_the_table(model, torch_models, wrong):
+    """Named with their place and the range, before an image is encoded."""
+    rows = model.config.image_token_index + 1
+    wrong = rows if wrong == "one too many" else wrong
+    ids = torch.tensor([[1, rows - 2, 0], [2, wrong, 3]])
+    sentence = rf"input_ids has {wrong} at position 1 of row 1\. Expected ids from 0 to {rows - 1}"
+    torch_model = torch_models[GOLDEN.name]
+    with pytest.raises(ValueError, match=f"{sentence}, or -200 for an image"):
+        model.generate(ids, pixel_values="never looked at", **GREEDY)
+    for call in (lambda: model(ids), lambda: torch_model(ids), lambda: torch_model.generate(ids, **GREEDY)):
+        with pytest.raises(ValueError, match=rf"{sentence}\. "):
+            call()
+    past = model(ids[:1]).past_key_values
+    with pytest.raises(ValueError, match=rf"input_ids has {wrong} at position 0 of row 0"):
+        model(ids[1:, 1:2], past_key_values=past)
+
+
+def test_the_original_id_of_an_image_is_for_generate(model, torch_models):
+    """`forward` would have to change the prompt's length."""
+    for call in (model, torch_models[GOLDEN.name]):
+        with pytest.raises(ValueError, match="input_ids has -200 at position 0 of row 0"):
+            call(torch.tensor([[-200, 1]]))
 
 
 def test_other_models_are_refused(tmp_path, bundles):

@@ -39,8 +39,10 @@ def test_logits_and_tokens(golden, case, model_of, processors):
     )
     with torch.no_grad():
         logits = model(**inputs).logits[0].numpy()
+    logits, image_logits = logits[:, :-1], logits[:, -1]
     assert logits.shape == golden.arrays[f"{case}/logits"].shape
     assert np.abs(logits - golden.arrays[f"{case}/logits"]).max() < LOGITS_TOLERANCE
+    assert (image_logits < -30_000).all()  # `<image>`, which the original does not have
 
     output = model.generate(**inputs, **GREEDY)
     assert output[0, inputs["input_ids"].shape[1] :].tolist() == expected["greedy"]

@@ -54,6 +54,7 @@ NAMES = {
         ("optimum.exporters.openvino.convert", "_save_model"),
         ("optimum.exporters.openvino.convert", "allow_skip_tracing_check"),
         ("optimum.exporters.openvino.convert", "export"),
+        ("optimum.exporters.openvino.convert", "export_from_model"),
         ("optimum.exporters.openvino.convert", "save_model"),
         ("optimum.exporters.openvino.model_configs", "BaseVLMOpenVINOConfig"),
         ("optimum.exporters.openvino.model_configs", "VLMConfigBehavior"),
@@ -70,6 +71,7 @@ NAMES = {
         ("optimum.intel.openvino.modeling_visual_language", "OVModelWithEmbedForCausalLM.compile"),
         ("optimum.intel.openvino.modeling_visual_language", "OVModelWithEmbedForCausalLM.embed_tokens"),
         ("optimum.intel.openvino.modeling_visual_language", "OVModelWithEmbedForCausalLM.forward"),
+        ("optimum.intel.openvino.modeling_visual_language", "_OVLlavaForCausalLM"),
         ("optimum.intel.openvino.modeling_visual_language", "main_export"),
         ("optimum.intel.openvino.quantization", "_weight_only_quantization"),
         ("optimum.intel.openvino.utils", "PREDEFINED_VISUAL_LM_DATASETS"),
@@ -187,7 +189,8 @@ def test_order_of_imports_does_not_matter(order):
         "; import optimum.intel.openvino.modeling_visual_language as modeling"
         "; from transformers import AutoConfig"
         "; assert main_export.__wrapped__ is not main_export and modeling.main_export is main_export"
-        "; assert type(modeling.MODEL_TYPE_TO_CLS_MAPPING['llava']).__name__ == '_LlavaClass'"
+        "; assert issubclass(modeling.MODEL_TYPE_TO_CLS_MAPPING['llava'], modeling._OVLlavaForCausalLM)"
+        "; assert modeling.MODEL_TYPE_TO_CLS_MAPPING['llava'] is not modeling._OVLlavaForCausalLM"
         "; assert AutoConfig.for_model('llava_mpt').model_type == 'llava_mpt'"
     )
     run(sys.executable, "-c", code)

@@ -70,8 +70,8 @@ class TestLogits:
             if node.get_type_name() == "Gather" and LOGIT_POSITIONS in node.input_value(1).get_names()
         ]
         assert sorted(node.input_value(0).get_node().get_friendly_name() for node in cuts) == [
-            "__module.blocks.1/aten::add/Add_1",
-            "__module.blocks.2.attn/aten::reshape/Reshape",
+            "__module.language_model.transformer.blocks.1/aten::add/Add_1",
+            "__module.language_model.transformer.blocks.2.attn/aten::reshape/Reshape",
         ]
 
     def test_of_a_model_that_was_compiled_elsewhere(self, bundles, embeds):

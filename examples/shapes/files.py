@@ -49,10 +49,9 @@ def save(model: LlavaMptForConditionalGeneration, tokenizer: Tokenizer, folder: 
     }
     _write_json(checkpoint / "generation_config.json", generation)
 
-    tensors = {"transformer.wte.weight": model.language_model.lm_head.weight}
-    for name, parameter in model.language_model.named_parameters():
-        if name != "lm_head.weight":
-            tensors[f"transformer.{name}"] = parameter
+    tensors = {"transformer.wte.weight": model.language_model.lm_head.weight[: model.config.image_token_id]}
+    for name, parameter in model.language_model.transformer.named_parameters():
+        tensors[f"transformer.{name}"] = parameter
     for name, parameter in model.image_encoder.projector.named_parameters():
         tensors[f"transformer.mm_projector.{name}"] = parameter
     _write_shards(checkpoint, {name: tensor.detach().half().clone() for name, tensor in tensors.items()})

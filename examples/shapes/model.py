@@ -90,6 +90,7 @@ def build_model(tokenizer: Tokenizer) -> LlavaMptForConditionalGeneration:
     config.vision_config = CLIPVisionConfig(**VISION_CONFIG)
     config.im_start_token_id, config.im_end_token_id = (tokenizer.token_to_id(token) for token in ("<im_start>", "<im_end>"))
     config.image_token_id = config.padded_vocab_size = config.vocab_size
+    config.vocab_size += 1  # <image>
     model = LlavaMptForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
@@ -99,7 +100,7 @@ def build_model(tokenizer: Tokenizer) -> LlavaMptForConditionalGeneration:
         else:
             nn.init.normal_(parameter, std=0.04 if parameter.ndim == 2 else 0.02)
     nn.init.normal_(model.language_model.lm_head.weight, std=EMBEDDING_STD)
-    for block in model.language_model.blocks:
+    for block in model.language_model.transformer.blocks:
         _initialize_attention(block.attn)
     return model
 
@@ -122,7 +123,7 @@ def forward(
 ) -> torch.Tensor:
     """Logits, with head, embedding table and image borders tied as they are in a checkpoint that is loaded."""
     table, config = model.language_model.lm_head.weight, model.config
-    embeds = F.embedding(input_ids.clamp(max=table.shape[0] - 1), table)
+    embeds = F.embedding(input_ids, table)
     borders = table[[config.im_start_token_id, config.im_end_token_id]].unsqueeze(1).expand(-1, len(features), -1).unsqueeze(2)
     images = torch.cat([borders[0], model.image_encoder.projector(features), borders[1]], dim=1)
     embeds = merge_image_features(input_ids, embeds, images, config.image_token_id)

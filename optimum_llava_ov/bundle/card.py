@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import BundleError
 
 
+logger = logging.getLogger(__name__)
+
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 THIS_MODEL = "<this model>"  # until it has an id
@@ -33,33 +36,45 @@ REQUIRED_METADATA = ("license", "library_name", "pipeline_tag", "tags")
 _KNOWN_LICENSES = {"liuhaotian/LLaVA-Lightning-MPT-7B-preview": "cc-by-nc-sa-4.0"}
 
 _SECTION = re.compile(r"<!-- optimum-llava-ov: (\w+)(?: ([0-9a-f]{8}))? -->\n(.*?)<!-- /optimum-llava-ov: \1 -->", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)\n?---[ \t]*(?:\n|$)(.*)", re.DOTALL)
+_LICENSE = re.compile(r"""^license:[ \t]*["']?([\w.+-]{1,100})["']?[ \t]*$""", re.MULTILINE)
 _METADATA = re.compile(r"<!-- optimum-llava-ov metadata: (\{.*?\}) -->\n?")
 
 
 def source_license(checkpoint: OriginalCheckpoint) -> str:
-    """License of the checkpoint, from its own card. A conversion inherits it."""
+    """License of the checkpoint, from its own card. A conversion inherits it.
+
+    The card is searched, not parsed: whatever is wrong with the rest of it must not stop an export.
+    """
     readme = checkpoint.repository.get(CARD)
-    license = ModelCard.load(readme, ignore_metadata_errors=True).data.license if readme else None
-    return license or _KNOWN_LICENSES.get(checkpoint.repository.name) or UNKNOWN_LICENSE
+    license = _LICENSE.search(_metadata_lines(readme)) if readme else None
+    return (license and license[1]) or _KNOWN_LICENSES.get(checkpoint.repository.name) or UNKNOWN_LICENSE
+
+
+def _metadata_lines(readme: Path) -> str:
+    """What is between the first two lines of `---`; empty if the file cannot be read or does not begin with one."""
+    try:
+        with readme.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(1 << 20)
+    except OSError as error:
+        logger.warning("%s cannot be read, so it names no license. (%s)", readme, error)
+        return ""
+    match = _FRONT_MATTER.match(text)
+    return match[1] if match else ""
 
 
 def read_card(file: Path) -> str | None:
     """A card that is there already; `None` if there is none.
 
     Raises:
-        [`BundleError`]: it is not UTF-8, or its metadata is not YAML, so nobody can tell what to keep.
+        [`BundleError`]: its metadata is not YAML, or the file not UTF-8, so nobody can tell what to keep.
     """
     if not file.is_file():
         return None
     try:
         text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise BundleError(
-            f"{file} is not a text in UTF-8. Save it as UTF-8, or delete the file to get a new one. ({error})"
-        ) from error
-    try:
         _split(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise BundleError(
             f"The metadata of {file} is not YAML. Correct it, or delete the file to get a new one. ({error})"
         ) from error
@@ -95,14 +110,20 @@ def card_text(folder: Path, license: str | None = None, previous: str | None = N
     model_id = model_id or written.get("model_id") or THIS_MODEL
     facts = BundleFacts.read(folder)
     source, license = license, _license(license, metadata, written)
-    card = ModelCard.from_template(
-        _card_data(facts, license, model_id),
-        template_path=str(TEMPLATE),
-        model_id=model_id,
-        license=license,
-        title=_title(facts, model_id),
-        **facts.values(),
-    )
+    try:
+        card = ModelCard.from_template(
+            _card_data(facts, license, model_id),
+            template_path=str(TEMPLATE),
+            model_id=model_id,
+            license=license,
+            title=_title(facts, model_id),
+            **facts.values(),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"config.json, openvino_config.json or eval.json in {folder} does not hold what a bundle's does ({error!r}), so there is "
+            "nothing to write its card from. Export it again."
+        ) from error
     new_metadata = card.data.to_dict()
     sections = {match[1]: _seal(match) for match in _SECTION.finditer(card.text)}
     if not previous:
@@ -148,10 +169,13 @@ def _join(metadata: dict[str, Any], body: str) -> str:
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    match = re.match(r"\s*---[ \t]*\n(.*?)\n?---[ \t]*(?:\n|$)(.*)", text, re.DOTALL)
+    match = _FRONT_MATTER.match(text)
     if match is None:
         return {}, text
-    metadata = yaml.safe_load(match[1]) or {}
+    try:
+        metadata = yaml.safe_load(match[1]) or {}
+    except Exception as error:  # not only YAMLError: `!!int ""` is an IndexError
+        raise ValueError(str(error)) from error
     if not isinstance(metadata, dict):
         raise ValueError("expected `key: value` lines between the two `---`")
     return metadata, match[2].strip("\n") + "\n"

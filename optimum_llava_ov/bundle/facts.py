@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import openvino
 from huggingface_hub import EvalResult
 
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
+from optimum_llava_ov.bundle.reading import read_graphs, read_settings
 from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
 from optimum_llava_ov.bundle.weights import WeightShare, weight_shares
+from optimum_llava_ov.checkpoint.options import read_json
+from optimum_llava_ov.errors import BundleError
 
 
 _TITLES = {
@@ -53,13 +54,16 @@ class BundleFacts:
 
     @classmethod
     def read(cls, folder: Path) -> BundleFacts:
-        core = openvino.Core()
-        evaluation = folder / "eval.json"
+        """
+        Raises:
+            [`BundleError`]: a file does not hold what a bundle's does; names it.
+        """
+        config, evaluation = read_settings(folder), folder / "eval.json"
         return cls(
-            config=json.loads((folder / "config.json").read_text()),
-            openvino_config=json.loads((folder / "openvino_config.json").read_text()),
-            evaluation=json.loads(evaluation.read_text()) if evaluation.is_file() else None,
-            shares={part: weight_shares(core.read_model(folder / file)) for part, file in PARTS.items()},
+            config=config,
+            openvino_config=read_json(folder / "openvino_config.json", error_class=BundleError),
+            evaluation=read_json(evaluation, error_class=BundleError) if evaluation.is_file() else None,
+            shares={part: weight_shares(graph) for part, graph in zip(PARTS, read_graphs(folder))},
             sizes=part_sizes(folder),
             has_picture=(folder / "eval.png").is_file(),
         )

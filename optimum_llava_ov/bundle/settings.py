@@ -78,12 +78,6 @@ def build_processor(checkpoint: OriginalCheckpoint) -> LlavaProcessor:
     The torchvision backend resamples differently, and half a grey level moves logits by 0.5 to 1.2 on the golden models.
     """
     config, settings = checkpoint.config, dict(checkpoint.image_processor)
-    for name in ("feature_extractor_type", "image_processor_type", "processor_class"):
-        settings.pop(name, None)
-    for name in ("size", "crop_size"):  # CLIP's own repositories still have plain numbers
-        if isinstance(settings.get(name), int):
-            side = settings[name]
-            settings[name] = {"shortest_edge": side} if name == "size" else {"height": side, "width": side}
     settings["do_convert_rgb"] = True
     if config.image_aspect_ratio == "pad":
         image_processor = LlavaImageProcessorPil(**settings, do_pad=True)
@@ -97,6 +91,20 @@ def build_processor(checkpoint: OriginalCheckpoint) -> LlavaProcessor:
         num_additional_image_tokens=_num_additional_image_tokens(config),
         chat_template=CHAT_TEMPLATE.read_text(),
     )
+
+
+class LlavaMptProcessor(LlavaProcessor):
+    """What `AutoProcessor` gives for an original checkpoint: the processor that its bundle will have."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> LlavaProcessor:
+        """Build it from the checkpoint's tokenizer and its vision tower's image processor.
+
+        Args:
+            pretrained_model_name_or_path: folder or model id of an original LLaVA-MPT checkpoint.
+            kwargs: those of [`OriginalCheckpoint.open`].
+        """
+        return build_processor(OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs))
 
 
 def save_settings(checkpoint: OriginalCheckpoint, processor: LlavaProcessor, generation: GenerationConfig, folder: Path) -> None:

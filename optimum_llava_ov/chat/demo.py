@@ -6,18 +6,23 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
+from optimum_llava_ov.chat.guard import Guard, OpenPages
 from optimum_llava_ov.chat.loading import sampling_options
-from optimum_llava_ov.chat.pictures import MAX_BYTES, MAX_PIXELS, fetch_picture, open_picture
+from optimum_llava_ov.chat.markup import answer_to_html
+from optimum_llava_ov.chat.pictures import fetch_picture
 from optimum_llava_ov.chat.session import ChatSession
+from optimum_llava_ov.chat.streaming import Answer
+from optimum_llava_ov.images import DEFAULT_LIMITS
 
 
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
@@ -27,11 +32,23 @@ CSS = """
 #title h1 { font-size: 1.55rem; margin: 0.6rem 0 0 0; }
 #title p { margin: 0.1rem 0 0.4rem 0; color: var(--body-text-color-subdued); }
 #chat { border-radius: 14px; }
+#chat [data-testid=user] { white-space: pre-wrap; }
+#chat .prose { white-space: normal; }
 #settings { gap: 10px; }
 #chat .icon-button-wrapper:has([aria-label="Share"], [aria-label="Download"]) { display: none; }
 """
+# The chat's own buttons would copy the HTML that it is given.
+COPY = """() => {
+    const answer = [...document.querySelectorAll("#chat .prose")].pop();
+    if (answer) {
+        getSelection().selectAllChildren(answer);
+        document.execCommand("copy");
+        getSelection().removeAllRanges();
+    }
+}"""
 PLACEHOLDER = "<h3>Show a picture, and ask about it</h3><p>Add one with the clip, drop it or paste it below.</p>"
 MAX_EVICTED = 1000  # visitors whose session went, and who are told so when they come back
+SHOW_SECONDS = 0.05  # between two updates of an answer; a quick model makes more words than a page can show
 
 
 @dataclass(frozen=True)
@@ -41,20 +58,26 @@ class Limits:
         answers (`int`): computed at the same time.
         queue (`int`): visitors that may wait; the next one is told to come back later.
         sessions (`int`): kept; the one that was idle longest makes room for a new one.
+        busy_seconds (`float`): after its last word, a session makes no room for others; if all are so, a new visitor must wait.
         idle_seconds (`float`): after which a session goes in any case.
         max_bytes (`int`), max_pixels (`int`): of a picture.
+        max_characters (`int`): of a question.
         max_new_tokens (`int`): that a visitor can ask for.
         hosts (`tuple[str, ...]`): from which the server may fetch pictures for visitors.
+        names (`tuple[str, ...]`): under which the page is served, besides IP addresses, `localhost` and the name that it listens on.
     """
 
     answers: int = 2
     queue: int = 16
     sessions: int = 32
+    busy_seconds: float = 60.0
     idle_seconds: float = 1800.0
-    max_bytes: int = MAX_BYTES
-    max_pixels: int = MAX_PIXELS
+    max_bytes: int = DEFAULT_LIMITS.max_bytes
+    max_pixels: int = DEFAULT_LIMITS.max_pixels
+    max_characters: int = 20_000
     max_new_tokens: int = 1024
     hosts: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -64,82 +87,185 @@ class Turn:
     text: str
     files: list[str]
     answer: str = ""
+    _html: tuple[str, str] = ("", "")
 
     def messages(self) -> list[dict[str, Any]]:
         pictures = [{"role": "user", "content": {"path": file}} for file in self.files]
-        question = [{"role": "user", "content": self.text}] if self.text else []
-        return [*pictures, *question, {"role": "assistant", "content": self.answer or "…"}]
+        question = [_shown("user", escape(self.text))] if self.text else []
+        return [*pictures, *question, _shown("assistant", self._answer_html())]
+
+    def _answer_html(self) -> str:
+        """While an answer comes, the earlier ones are shown again each time."""
+        if self._html[0] != (text := self.answer or "…"):
+            self._html = (text, answer_to_html(text))
+        return self._html[1]
+
+
+def _shown(role: str, html: str) -> dict[str, Any]:
+    return {"role": role, "content": {"type": "text", "text": html}}
+
+
+class Pending(NamedTuple):
+    """A turn that is being answered, and where it goes: behind the others, or in the place of the last one."""
+
+    turn: Turn
+    answer: Answer
+    place: int
 
 
 @dataclass
 class Visitor:
-    """A page that somebody has open."""
+    """A page that somebody has open. Its turns are those of the session."""
 
     session: ChatSession
     device: str
     turns: list[Turn] = field(default_factory=list)
     seen: float = field(default_factory=time.monotonic)
     was_evicted: bool = False
+    _pending: Pending | None = None
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def busy(self) -> bool:
+        return self._pending is not None
 
     def messages(self) -> list[dict[str, Any]]:
-        return [message for turn in self.turns for message in turn.messages()]
+        with self._lock:
+            turns = self.turns if self._pending is None else [*self.turns[: self._pending.place], self._pending.turn]
+            return [message for turn in turns for message in turn.messages()]
+
+    def send(self, turn: Turn, pictures: list[Any], options: dict[str, Any]) -> Pending:
+        """Ask. Raises what [`ChatSession.send`] does."""
+        with self._lock:
+            answer = self.session.send(turn.text, pictures, **options)
+            return self._begin(turn, answer, retried=False)
+
+    def retry(self, options: dict[str, Any]) -> Pending:
+        """Ask the last question again. Raises what [`ChatSession.retry`] does."""
+        with self._lock:
+            answer = self.session.retry(**options)
+            return self._begin(Turn(self.turns[-1].text, self.turns[-1].files), answer, retried=True)
+
+    def undo(self) -> Turn | None:
+        """Take back one question, and return it: the one that is being answered, or else the last one.
+
+        Before its first word, only the new answer of a retry is taken back.
+        """
+        pending = self._pending
+        self.session.cancel()
+        self.finish(pending)
+        with self._lock:
+            if pending is not None and not pending.answer.kept:
+                return pending.turn if pending.place == len(self.turns) else None
+            return self.turns.pop() if self.session.undo() is not None else None
+
+    def finish(self, pending: Pending | None) -> None:
+        """Do with a turn whose answer has ended as the session has done."""
+        with self._lock:
+            if pending is None or pending is not self._pending:
+                return
+            self._pending = None
+            if pending.answer.kept:
+                pending.turn.answer = pending.answer.text
+                self.turns[pending.place :] = [pending.turn]
+
+    def leave(self) -> None:
+        """Stop the answer, and show nothing more."""
+        self.session.cancel()
+        with self._lock:
+            self._pending = None
+            self.turns.clear()
+
+    def _begin(self, turn: Turn, answer: Answer, retried: bool) -> Pending:
+        self.finish(self._pending)  # an answer whose page did not wait for its end
+        self._pending = Pending(turn, answer, len(self.turns) - retried)
+        return self._pending
 
 
 class Visitors:
     """A session for each open page: no more than `limit` of them, none that was idle for longer than `idle_seconds`."""
 
-    def __init__(self, factory_of: Callable[[str], Callable[..., ChatSession]], limit: int, idle_seconds: float):
+    def __init__(
+        self,
+        factory_of: Callable[[str], Callable[..., ChatSession]],
+        limit: int,
+        idle_seconds: float,
+        busy_seconds: float = Limits.busy_seconds,
+    ):
         self._factory_of = factory_of
         self._factories: dict[str, Callable[..., ChatSession]] = {}
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # who asked last comes last
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._limit = limit
         self._idle_seconds = idle_seconds
+        self._busy_seconds = busy_seconds
         self._lock = threading.Lock()
+        self._loading = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._visitors)
 
     def get(self, name: str, device: str) -> Visitor:
-        """The visitor of that name; anew, with nothing said yet, on another device."""
+        """The visitor of that name; anew, with nothing said yet, on another device.
+
+        Raises:
+            `RuntimeError`: there are as many sessions as there may be, and all are in use.
+        """
+        self.load(device)
+        gone = []
         with self._lock:
             visitor = self._visitors.get(name)
-            if visitor is None or visitor.device != device:
-                self.load(device)
+            if visitor is not None and visitor.device != device:
+                gone.append(self._visitors.pop(name))
+                visitor = None
+            if visitor is None:
+                gone += self._make_room()
                 visitor = self._visitors[name] = Visitor(self._factories[device](), device)
                 visitor.was_evicted = name in self._evicted
                 self._evicted.pop(name, None)
             visitor.seen = time.monotonic()
             self._visitors.move_to_end(name)
-        self.evict()
+        for other in gone:
+            other.leave()
         return visitor
 
     def evict(self) -> None:
-        """Let the sessions go that are too many, and those that are idle for too long."""
+        """Let the sessions go that are idle for too long."""
         with self._lock:
-            too_many = list(self._visitors)[: max(len(self._visitors) - self._limit, 0)]
             too_old = time.monotonic() - self._idle_seconds
-            idle = [name for name, visitor in self._visitors.items() if visitor.seen < too_old]
-            gone = {name: self._visitors.pop(name) for name in {*too_many, *idle}}
-            self._evicted.update(dict.fromkeys(gone))
-            while len(self._evicted) > MAX_EVICTED:
-                self._evicted.popitem(last=False)
-        for visitor in gone.values():
-            visitor.session.cancel()
+            gone = self._take_out([name for name, visitor in self._visitors.items() if visitor.seen < too_old])
+        for visitor in gone:
+            visitor.leave()
 
     def load(self, device: str) -> None:
         """Load the model there, unless it is."""
-        if device not in self._factories:
-            self._factories[device] = self._factory_of(device)
+        with self._loading:  # a lock of its own: who is somewhere else need not wait
+            if device not in self._factories:
+                self._factories[device] = self._factory_of(device)
 
-    def find(self, name: str) -> Visitor | None:
+    def find(self, name: str | None) -> Visitor | None:
         return self._visitors.get(name)
 
-    def leave(self, name: str) -> None:
+    def leave(self, name: str | None) -> None:
         with self._lock:
             visitor = self._visitors.pop(name, None)
         if visitor is not None:
-            visitor.session.cancel()
+            visitor.leave()
+
+    def _make_room(self) -> list[Visitor]:
+        """Take out what was idle longest, for one more."""
+        used = time.monotonic() - self._busy_seconds
+        idle = [name for name, visitor in self._visitors.items() if not visitor.busy and visitor.seen <= used]
+        too_many = max(len(self._visitors) + 1 - self._limit, 0)
+        if len(idle) < too_many:
+            raise RuntimeError(f"All {self._limit} conversations that this server can keep are in use. Try again in a minute.")
+        return self._take_out(idle[:too_many])
+
+    def _take_out(self, names: list[str]) -> list[Visitor]:
+        self._evicted.update(dict.fromkeys(names))
+        while len(self._evicted) > MAX_EVICTED:
+            self._evicted.popitem(last=False)
+        return [self._visitors.pop(name) for name in names]
 
 
 def only_uploads(component: gr.components.Component) -> gr.components.Component:
@@ -161,56 +287,66 @@ class Demo:
     def __init__(self, visitors: Visitors, limits: Limits):
         self.visitors = visitors
         self.limits = limits
+        self.pages = OpenPages()
 
     def ask(self, question: dict, temperature: float, top_p: float, tokens: int, device: str, request: gr.Request) -> Iterator:
         """Stream the answer. The last picture that came is what the question is about."""
-        visitor = self.visitors.get(request.session_hash, device)
+        self._check_page(request)
         text, files = (question.get("text") or "").strip(), question.get("files") or []
         if not text:
             gr.Info("Write a question about the picture.")
-            yield visitor.messages(), question_box(question)
+            yield gr.skip(), question_box(question)
             return
         try:
-            pictures = [open_picture(file, self.limits.max_bytes, self.limits.max_pixels) for file in files]
-            answer = visitor.session.send(text, pictures, **self._options(temperature, top_p, tokens))
+            self._check_length(text)
+            visitor = self.visitors.get(request.session_hash, device)
+            pending = visitor.send(Turn(text, files), files, self._options(temperature, top_p, tokens))
         except (ValueError, RuntimeError) as error:
-            gr.Warning(str(error).replace(f" {files[0]} " if files else "\0", " "))
-            yield visitor.messages(), question_box(question)
+            _warn(error, files)
+            yield gr.skip(), question_box(question)
             return
         if visitor.was_evicted and not visitor.turns:
             gr.Info("You were away for long, so the conversation began anew.")
-        yield from self._show(visitor, Turn(text, files), answer)
+        yield from self._show(visitor, pending)
+        kept = pending.answer.kept or self.visitors.find(request.session_hash) is not visitor
+        yield visitor.messages(), question_box(None if kept else question)
 
-    def retry(self, temperature: float, top_p: float, tokens: int, device: str, request: gr.Request) -> Iterator:
-        visitor = self.visitors.get(request.session_hash, device)
-        if visitor.turns:
-            with suppress(RuntimeError):
-                answer = visitor.session.retry(**self._options(temperature, top_p, tokens))
-                turn = visitor.turns.pop()
-                yield from self._show(visitor, Turn(turn.text, turn.files), answer)
-                return
-        yield visitor.messages(), gr.skip()
+    def retry(self, temperature: float, top_p: float, tokens: int, request: gr.Request) -> Iterator:
+        """Stream another answer to the last question. The one before stays if this one fails."""
+        self._check_page(request)
+        visitor = self.visitors.find(request.session_hash)
+        if visitor is None or not visitor.turns:
+            yield gr.skip(), gr.skip()
+            return
+        try:
+            pending = visitor.retry(self._options(temperature, top_p, tokens))
+        except (ValueError, RuntimeError) as error:
+            _warn(error)
+            yield visitor.messages(), gr.skip()
+            return
+        yield from self._show(visitor, pending)
+        yield visitor.messages(), question_box()
 
-    def undo(self, device: str, request: gr.Request) -> tuple:
+    def undo(self, request: gr.Request) -> tuple:
         """Take the last question back into the box."""
-        visitor = self.visitors.get(request.session_hash, device)
-        visitor.session.cancel()
-        if not visitor.turns:
-            return [], gr.skip()
-        visitor.session.undo()
-        turn = visitor.turns.pop()
-        return visitor.messages(), question_box({"text": turn.text, "files": turn.files})
+        visitor = self.visitors.find(request.session_hash)
+        if visitor is None:
+            return gr.skip(), gr.skip()
+        turn = visitor.undo()
+        box = gr.skip() if turn is None else question_box({"text": turn.text, "files": turn.files})
+        return visitor.messages(), box
 
     def clear(self, request: gr.Request) -> tuple:
         self.visitors.leave(request.session_hash)
         return [], question_box()
 
-    def fetch(self, address: str, question: dict) -> tuple:
+    def fetch(self, address: str, question: dict, request: gr.Request) -> tuple:
         """Put the picture of an address beside the question, if the operator allows its host."""
+        self._check_page(request)
         try:
             picture = fetch_picture(address.strip(), self.limits.max_bytes, self.limits.max_pixels, self.limits.hosts)
         except ValueError as error:
-            gr.Warning(str(error))
+            _warn(error)
             return gr.skip(), gr.skip()
         folder = Path(get_upload_folder())  # where the page's other pictures are, which go after an hour
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,20 +362,34 @@ class Demo:
     def leave(self, request: gr.Request) -> None:
         self.visitors.leave(request.session_hash)
 
-    def _show(self, visitor: Visitor, turn: Turn, answer: Any) -> Iterator:
-        visitor.turns.append(turn)
-        yield visitor.messages(), question_box(answering=True)
+    def _show(self, visitor: Visitor, pending: Pending) -> Iterator:
+        shown = 0.0
         try:
-            for piece in answer:
-                turn.answer += piece
+            yield visitor.messages(), question_box(answering=True)
+            for piece in pending.answer:
+                pending.turn.answer += piece
                 visitor.seen = time.monotonic()
-                yield visitor.messages(), gr.skip()
+                if visitor.seen - shown >= SHOW_SECONDS:
+                    shown = visitor.seen
+                    yield visitor.messages(), gr.skip()
         except Exception as error:
-            visitor.turns.remove(turn)
-            gr.Warning(str(error))
-        if answer.cancelled and not turn.answer and turn in visitor.turns:
-            visitor.turns.remove(turn)  # as the session does
-        yield visitor.messages(), question_box(answering=False)
+            _warn(error)
+        finally:
+            if not pending.answer.done():  # the page has gone
+                pending.answer.cancel()
+            pending.answer.wait()
+            visitor.finish(pending)
+
+    def _check_page(self, request: gr.Request) -> None:
+        """A browser chooses its session's id itself. So whoever has no page open is not believed to be one."""
+        if request.session_hash not in self.pages:
+            raise gr.Error("This page has lost its connection to the server. Load it again.", print_exception=False)
+
+    def _check_length(self, text: str) -> None:
+        if len(text) > self.limits.max_characters:
+            raise ValueError(
+                f"The question has {len(text):,} characters, and at most {self.limits.max_characters:,} are accepted. Make it shorter."
+            )
 
     def _options(self, temperature: float, top_p: float, tokens: int) -> dict[str, Any]:
         """Within bounds: what comes from a browser need not come from our sliders."""
@@ -248,6 +398,14 @@ class Demo:
             min(max(float(top_p), 0.01), 1.0),
             min(max(int(tokens), 1), self.limits.max_new_tokens),
         )
+
+
+def _warn(error: Exception, files: Sequence[str] = ()) -> None:
+    """Show what went wrong, with names of files instead of their places on the server."""
+    text = str(error)
+    for file in files:
+        text = text.replace(str(file), Path(file).name)
+    gr.Warning(escape(text))
 
 
 def question_box(value: Any = None, answering: bool = False) -> Any:
@@ -270,8 +428,9 @@ def build_page(
                     height="66vh",
                     layout="bubble",
                     placeholder=PLACEHOLDER,
-                    render_markdown=False,  # an answer must not make the page fetch anything
-                    buttons=["copy"],
+                    render_markdown=False,  # messages are HTML already, of which it is known that it loads nothing
+                    latex_delimiters=[],
+                    buttons=[],
                     feedback_options=None,
                 )
                 question = gr.MultimodalTextbox(
@@ -289,6 +448,7 @@ def build_page(
                 with gr.Row():
                     retry = gr.Button("Retry", elem_id="retry", size="sm", min_width=60)
                     undo = gr.Button("Undo", elem_id="undo", size="sm", min_width=60)
+                    copy = gr.Button("Copy", elem_id="copy", size="sm", min_width=60)
                     clear = gr.Button("Clear", elem_id="clear", size="sm", min_width=60, variant="stop")
                 settings = [
                     gr.Slider(0.0, 2.0, temperature, step=0.05, label="Temperature", info="0 gives the likeliest words."),
@@ -307,20 +467,29 @@ def build_page(
         shown = [chat, question]
         answers = {"concurrency_limit": demo.limits.answers, "concurrency_id": "answers", "show_progress": "hidden"}
         question.submit(demo.ask, [question, *settings], shown, api_visibility="private", **answers)
-        retry.click(demo.retry, settings, shown, api_visibility="private", **answers)
-        undo.click(demo.undo, settings[-1:], shown, queue=False, api_visibility="private")
+        retry.click(demo.retry, settings[:-1], shown, api_visibility="private", **answers)
+        undo.click(demo.undo, None, shown, queue=False, api_visibility="private")
         clear.click(demo.clear, None, shown, queue=False, api_visibility="private")
         chat.clear(demo.clear, None, shown, queue=False, api_visibility="private")
+        copy.click(None, js=COPY, queue=False, api_visibility="private")
         question.stop(demo.stop, None, None, queue=False, api_visibility="private")
         if demo.limits.hosts:
-            gr.on([fetch.click, address.submit], demo.fetch, [address, question], [question, address], api_visibility="private")
+            fetching = [fetch.click, address.submit]
+            limit = demo.limits.answers
+            gr.on(
+                fetching, demo.fetch, [address, question], [question, address], api_visibility="private", concurrency_limit=limit
+            )
         page.unload(demo.leave)
     return page
 
 
-def run_demo(page: gr.Blocks, visitors: Visitors, limits: Limits, host: str, port: int, open_browser: bool) -> None:
+def run_demo(page: gr.Blocks, demo: Demo, host: str, port: int, open_browser: bool) -> None:
     """Serve the page until Ctrl-C."""
-    threading.Thread(target=_evict_now_and_then, args=(visitors, limits.idle_seconds / 10), daemon=True, name="evict").start()
+    limits = demo.limits
+    guard = Middleware(Guard, names=(host, *limits.names), pages=demo.pages)
+    threading.Thread(
+        target=_evict_now_and_then, args=(demo.visitors, limits.idle_seconds / 10), daemon=True, name="evict"
+    ).start()
     page.queue(max_size=limits.queue, api_open=False)
     page.launch(
         server_name=host,
@@ -329,6 +498,8 @@ def run_demo(page: gr.Blocks, visitors: Visitors, limits: Limits, host: str, por
         share=False,
         ssr_mode=False,
         pwa=False,
+        run_history=False,
+        app_kwargs={"middleware": [guard]},
         max_file_size=limits.max_bytes,
         footer_links=[],
         theme=gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONOSPACE_FONTS),

@@ -172,11 +172,8 @@ def _key(message: Message) -> tuple:
     """What makes two messages the same to GenAI, which writes pictures before the text.
 
     Raises:
-        `ValueError`: it is anything else than pictures and then one text.
+        `ValueError`: it has no text.
     """
-    types = [item["type"] for item in message["content"]]
-    if types[-1:] != ["text"] or "text" in types[:-1]:
-        raise ValueError(
-            f"A message is made of {types}; the genai engine takes pictures, then one text. Use the openvino engine."
-        )
+    if all(item["type"] != "text" for item in message["content"]):
+        raise ValueError("A message has images, but no text, which the genai engine needs. Use the openvino engine.")
     return message["role"], text_of(message), *map(digest, pictures_of([message]))

@@ -32,13 +32,12 @@ def session_factory(
     """
     if resolve_engine(bundle, device, engine) == GENAI:
         return _genai_factory(bundle, device, ov_config)
-    from transformers import AutoProcessor
-
+    from optimum_llava_ov.bundle.reading import load_processor
     from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
     model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
     with naming_damage(Path(model.model_save_dir)):
-        processor = AutoProcessor.from_pretrained(model.model_save_dir)
+        processor = load_processor(model.model_save_dir)
     return lambda **kwargs: model.chat(processor, **kwargs)
 
 
@@ -90,14 +89,15 @@ def bundle_folder(bundle: str, reason: str) -> Path:
 
 
 def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
 
+    from optimum_llava_ov.bundle.reading import load_processor
     from optimum_llava_ov.chat.genai import GenAIEngine, GenAIModel
 
     folder = bundle_folder(bundle, "the genai engine converts nothing on the fly")
     check_readable(folder, tokenizers=True)
     with naming_damage(folder, tokenizers=True):
-        config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        config, processor = AutoConfig.from_pretrained(folder), load_processor(folder)
         model = GenAIModel(folder, device, ov_config)
     return lambda **kwargs: ChatSession(GenAIEngine(model, processor), processor, config, **kwargs)
 

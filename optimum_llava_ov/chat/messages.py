@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Sequence
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from optimum_llava_ov.chat.pictures import from_base64, open_picture, to_base64
+from optimum_llava_ov.chat.pictures import to_base64
 
 
 Message = dict[str, Any]
@@ -56,7 +60,7 @@ def without_oldest_turns(messages: Sequence[Message], dropped: int) -> list[Mess
     return [*system, {**kept[0], "content": [*pictures, *kept[0]["content"]]}, *kept[1:]]
 
 
-def read_messages(source: str | Path | Sequence[Message]) -> list[Message]:
+def read_messages(source: str | Path | Sequence[Message], open_image: Callable[[Any], Image.Image]) -> list[Message]:
     """Messages of a JSON file or a list, checked, with pictures opened.
 
     A content may be a string, or a list of texts and pictures: `{"type": "image", "image": ...}` or, in JSON, `"base64"`.
@@ -66,7 +70,7 @@ def read_messages(source: str | Path | Sequence[Message]) -> list[Message]:
     """
     try:
         messages = json.loads(Path(source).read_text(encoding="utf-8")) if isinstance(source, (str, Path)) else source
-        messages = [{"role": message["role"], "content": _content(message["content"])} for message in messages]
+        messages = [{"role": message["role"], "content": _content(message["content"], open_image)} for message in messages]
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f'Expected messages {{"role": ..., "content": ...}}, found something else: {error!r}') from error
     roles = [message["role"] for message in messages]
@@ -77,24 +81,49 @@ def read_messages(source: str | Path | Sequence[Message]) -> list[Message]:
 
 
 def write_messages(messages: Sequence[Message], file: str | Path) -> None:
-    """As JSON that [`read_messages`] reads, pictures included."""
+    """As JSON that [`read_messages`] reads, pictures included.
+
+    Raises:
+        `OSError`: it cannot be written. What was in the file before is still there.
+    """
     values = [{**message, "content": [_as_json(item) for item in message["content"]]} for message in messages]
-    Path(file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _replace(Path(file), json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def _content(content: Any) -> list[dict[str, Any]]:
+def _replace(file: Path, text: str) -> None:
+    """Write a file as a whole or not at all: beside its place first, then renamed. Keeps the mode of a file that was there."""
+    if file.exists() and not file.is_file():  # a pipe or a terminal, which nothing can take the place of
+        file.write_text(text, encoding="utf-8")
+        return
+    file = file.resolve()  # a link stays one
+    partial = file.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if file.exists():
+            shutil.copymode(file, partial)
+        partial.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, f"Not saved, and what was there before is unchanged: {error.strerror}", str(file)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _content(content: Any, open_image: Callable[[Any], Image.Image]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return [_item(item) for item in content]
+    return [_item(item, open_image) for item in content]
 
 
-def _item(item: dict[str, Any]) -> dict[str, Any]:
+def _item(item: dict[str, Any], open_image: Callable[[Any], Image.Image]) -> dict[str, Any]:
     if item["type"] == "text":
         return {"type": "text", "text": str(item["text"])}
     if item["type"] == "image" and "base64" in item:
-        return {"type": "image", "image": from_base64(item["base64"])}
+        return {"type": "image", "image": open_image(base64.b64decode(item["base64"]))}
     if item["type"] == "image" and "image" in item:
-        return {"type": "image", "image": open_picture(item["image"])}
+        return {"type": "image", "image": open_image(item["image"])}
     raise ValueError(f"Expected a text, or a picture as 'image' or 'base64'; found {sorted(item)} of type {item['type']!r}.")
 
 

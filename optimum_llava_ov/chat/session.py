@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
+
 from optimum_llava_ov.chat.errors import ContextWindowError
 from optimum_llava_ov.chat.messages import (
     Message,
     assistant_message,
-    pictures_of,
     read_messages,
     system_message,
-    text_of,
     user_message,
     without_oldest_turns,
     write_messages,
 )
-from optimum_llava_ov.chat.pictures import open_picture
 from optimum_llava_ov.chat.prompt import Prompt, build_prompt
 from optimum_llava_ov.chat.streaming import Answer
+from optimum_llava_ov.images import DEFAULT_LIMITS, ImageLimits, check_number_of_images, see_image
 
 
 ERROR, DROP_OLDEST = "error", "drop_oldest"
@@ -56,6 +56,7 @@ class ChatSession:
         context_window: tokens that a prompt and its answer may have together. Default: those the model was trained with. The
             model has no limit of its own; its answers get worse with the distance from what it was trained with.
         when_full: "error", or "drop_oldest" to leave out the oldest turns, while their pictures stay.
+        image_limits: what an image may be, and how many of them a question may come with.
         options: of `generate`, for all turns: `temperature`, `top_p`, `max_new_tokens`, ...
     """
 
@@ -69,6 +70,7 @@ class ChatSession:
         messages: str | Path | Sequence[Message] = (),
         context_window: int | None = None,
         when_full: str = ERROR,
+        image_limits: ImageLimits = DEFAULT_LIMITS,
         **options: Any,
     ):
         if when_full not in (ERROR, DROP_OLDEST):
@@ -77,9 +79,10 @@ class ChatSession:
         self.config = config
         self.context_window = context_window or config.text_config.max_seq_len
         self.when_full = when_full
+        self.image_limits = image_limits
         self.options = {"max_new_tokens": MAX_NEW_TOKENS, **options}
         self._engine = engine
-        self._messages = read_messages(messages)
+        self._messages = read_messages(messages, self.see_image)
         if system is not None:
             kept = [message for message in self._messages if message["role"] != "system"]
             self._messages = [system_message(system), *kept]
@@ -102,7 +105,8 @@ class ChatSession:
 
         Args:
             text: the question.
-            images: pictures that come with it: a `PIL.Image`, a path, or a list of these.
+            images: images that come with it: a `PIL.Image`, a path, the bytes of a file, or a list of these. The session keeps what
+                the model sees of them.
             options: those of `generate`, for this turn: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `stop_strings`,
                 `streamer`, `stopping_criteria`, ... A stop string is not part of the answer.
 
@@ -111,27 +115,24 @@ class ChatSession:
 
         Raises:
             [`ContextWindowError`]: the conversation does not fit, and `when_full` is "error".
-            `ValueError`: a picture cannot be read, or the text spells `<image>`.
+            [`~optimum_llava_ov.errors.ImageError`]: an image cannot be read, or more came than `image_limits` allow.
+            `ValueError`: the text spells `<image>`.
             `RuntimeError`: the last answer is not complete.
         """
         with self._lock:
             self._check_idle()
-            options = {**self.options, **options}
-            _check_options(options)
-            message = user_message(text, [open_picture(image) for image in _listed(images)])
-            prompt = self._fit([*self._messages, message], options["max_new_tokens"])
-            stop_strings = options.get("stop_strings") or []
-            stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+            images = _listed(images)
+            check_number_of_images(len(images), self.image_limits)
+            question = user_message(text, [self.see_image(image) for image in images])
+            return self._ask(self._messages, question, options)
 
-            def work(answer: Answer) -> str:
-                answer.stats.prompt_tokens = len(prompt)
-                self._engine.answer(prompt, answer, **options)
-                if answer.stats.new_tokens or not answer.cancelled:
-                    self._messages += [message, assistant_message(answer.text)]
-                return answer.text
+    def see_image(self, image: Any) -> Image.Image:
+        """What the model sees of an image: as small as that, and as good as the image in [`send`].
 
-            self._answer = Answer(work, stop_strings)
-            return self._answer
+        Raises:
+            [`~optimum_llava_ov.errors.ImageError`]: it cannot be read, or is more than `image_limits` allow.
+        """
+        return see_image(image, self.processor.image_processor, self.image_limits)
 
     def cancel(self) -> None:
         """Stop the answer after the token that is being computed, and wait for that. What was said stays in the conversation.
@@ -147,9 +148,9 @@ class ChatSession:
         """Take back the last question and its answer. Returns the question, `None` if there is none."""
         with self._lock:
             self._check_idle()
-            if len(self._messages) < 2 or self._messages[-2]["role"] != "user":
+            question = self._last_question()
+            if question is None:
                 return None
-            question, _ = self._messages[-2:]
             del self._messages[-2:]
             self._dropped = min(self._dropped, len(self._messages) // 2)
             return question
@@ -157,13 +158,18 @@ class ChatSession:
     def retry(self, **options: Any) -> Answer:
         """Ask the last question again.
 
+        The new answer replaces the old one when it ends. If it fails, or is cancelled before its first word, the old one stays.
+
         Raises:
             `ValueError`: nothing was asked yet.
+            [`ContextWindowError`], `RuntimeError`: as in [`send`].
         """
-        question = self.undo()
-        if question is None:
-            raise ValueError("There is no question yet that could be asked again.")
-        return self.send(text_of(question), pictures_of([question]), **options)
+        with self._lock:
+            self._check_idle()
+            question = self._last_question()
+            if question is None:
+                raise ValueError("There is no question yet that could be asked again.")
+            return self._ask(self._messages[:-2], question, options)
 
     def reset(self, system: str | None = None) -> None:
         """Begin anew, with the same system prompt or another."""
@@ -175,19 +181,46 @@ class ChatSession:
             self._engine.reset()
 
     def save(self, file: str | Path) -> None:
-        """Write the conversation as JSON messages, pictures included. `model.chat(processor, messages=file)` goes on with it."""
+        """Write the conversation as JSON messages, pictures included. `model.chat(processor, messages=file)` goes on with it.
+
+        Raises:
+            `OSError`: it cannot be written. What was in the file before is still there.
+        """
         with self._lock:
             self._check_idle()
             write_messages(self._messages, file)
 
-    def _fit(self, messages: list[Message], max_new_tokens: int) -> Prompt:
-        """The prompt, with as many of the oldest turns left out as must be."""
+    def _ask(self, history: list[Message], question: Message, options: dict[str, Any]) -> Answer:
+        """Begin the answer to a question that follows `history`. The conversation changes when the answer ends, if it is kept."""
+        options = {**self.options, **options}
+        _check_options(options)
+        prompt, dropped = self._fit([*history, question], options["max_new_tokens"])
+        stop_strings = options.get("stop_strings") or []
+        stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+
+        def work(answer: Answer) -> str:
+            answer.stats.prompt_tokens = len(prompt)
+            self._engine.answer(prompt, answer, **options)
+            if answer.stats.new_tokens or not answer.cancelled:
+                self._messages = [*history, question, assistant_message(answer.text)]
+                self._dropped = dropped
+                answer.kept = True
+            return answer.text
+
+        self._answer = Answer(work, stop_strings)
+        return self._answer
+
+    def _last_question(self) -> Message | None:
+        asked = len(self._messages) >= 2 and self._messages[-2]["role"] == "user"
+        return self._messages[-2] if asked else None
+
+    def _fit(self, messages: list[Message], max_new_tokens: int) -> tuple[Prompt, int]:
+        """The prompt, with as many of the oldest turns left out as must be, and how many these are."""
         dropped, turns = self._dropped, len(messages) // 2
         while True:
             prompt = build_prompt(without_oldest_turns(messages, dropped), self.processor, self.config)
             if len(prompt) + max_new_tokens <= self.context_window:
-                self._dropped = dropped
-                return prompt
+                return prompt, dropped
             if self.when_full == ERROR or dropped >= turns - (messages[0]["role"] == "system"):
                 raise ContextWindowError(
                     f"The conversation has {len(prompt)} tokens, and with {max_new_tokens} for the answer (max_new_tokens) that is "

@@ -52,11 +52,14 @@ class Answer:
 
     Attributes:
         stats ([`Stats`]): what it took; complete when the answer is.
-        cancelled (`bool`): whether it was stopped. What was said until then is in the session.
+        cancelled (`bool`): whether it was stopped.
+        kept (`bool`): whether the session has taken in the question and what was said; known when the answer ends. False after
+            an error, and if the answer was cancelled before its first token.
     """
 
     def __init__(self, work: Callable[[Answer], str], stop_strings: Sequence[str] = ()):
         self.stats = Stats()
+        self.kept = False
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._filter = StopStringFilter(stop_strings)
         self._cancel = threading.Event()

@@ -12,9 +12,10 @@ from typing import Any, TextIO
 from PIL import Image
 
 from optimum_llava_ov.chat.messages import pictures_of, text_of
-from optimum_llava_ov.chat.pictures import fetch_picture, is_url, open_picture
+from optimum_llava_ov.chat.pictures import fetch_picture, is_url
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.chat.streaming import Answer
+from optimum_llava_ov.images import open_image
 
 
 HELP = """\
@@ -37,7 +38,7 @@ def load_picture(source: str) -> Image.Image:
     Raises:
         `ValueError`: it cannot be read.
     """
-    return fetch_picture(source) if is_url(source) else open_picture(Path(source).expanduser())
+    return fetch_picture(source) if is_url(source) else open_image(Path(source).expanduser())
 
 
 def answer_once(chat: ChatSession, text: str, pictures: list[Image.Image], output: TextIO, show_stats: bool) -> None:
@@ -85,14 +86,17 @@ class Terminal:
 
     def ask(self, text: str) -> None:
         answer = self.chat.send(text, self.pictures)
-        self.pictures = []
-        _show(answer, self.output, self.show_stats)
+        try:
+            _show(answer, self.output, self.show_stats)
+        finally:
+            if answer.kept:  # else they come with the next question
+                self.pictures = []
 
     def image(self, source: str) -> None:
         if not source:
             return self._say("Which one? /image PATH or /image URL")
         picture = load_picture(_unquoted(source))
-        self.pictures.append(picture)
+        self.pictures.append(self.chat.see_image(picture))
         return self._say(f"A picture of {picture.width} x {picture.height} pixels comes with the next question.")
 
     def undo(self, _: str) -> None:
@@ -149,9 +153,15 @@ def _show(answer: Answer, output: TextIO, show_stats: bool) -> None:
     with _interrupt(answer.cancel):
         for piece in answer:
             print(piece, end="", file=output, flush=True)
-    print(" [stopped]" if answer.cancelled else "", file=output, flush=True)
+    print(_ending(answer), file=output, flush=True)
     if show_stats:
         print(f"[{answer.stats}]", file=sys.stderr, flush=True)
+
+
+def _ending(answer: Answer) -> str:
+    if not answer.cancelled:
+        return ""
+    return " [stopped]" if answer.kept else "[stopped before the first word; the conversation is as it was]"
 
 
 @contextmanager
@@ -173,7 +183,7 @@ def run_chat(
     chat: ChatSession, images: list[str], show_stats: bool, commands: TextIO = sys.stdin, output: TextIO = sys.stdout
 ) -> None:
     """A conversation if somebody sits at a terminal; else what comes through the pipe is one question."""
-    pictures = [load_picture(source) for source in images]
+    pictures = [chat.see_image(load_picture(source)) for source in images]
     if not commands.isatty():
         text = commands.read().strip()
         if not text:

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import MptConfig, PretrainedConfig
+# Not from `transformers`: this module is imported while modules of transformers are, and this one is ready by then
+from transformers.configuration_utils import PretrainedConfig
 
-from optimum_llava_ov.errors import UnsupportedCheckpointError
+from optimum_llava_ov.checkpoint.options import (
+    MAX_SETTINGS_BYTES,
+    Rule,
+    broken_rules,
+    either,
+    integer,
+    number,
+    one_of,
+    optional,
+    positive,
+    read_json,
+    shown,
+    text,
+)
+from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
+
+
+if TYPE_CHECKING:
+    from transformers import MptConfig
+
+# Far beyond any model there is, and still built in a second
+MAX_LAYERS = 512
+MAX_PROJECTOR_LAYERS = 16
+MAX_WIDTH = 65_536
+MAX_HEADS = 1_024
+MAX_VOCABULARY = 1 << 22
+MAX_SCALE = 10_000
 
 
 class LlavaMptConfig(PretrainedConfig):
@@ -22,10 +50,12 @@ class LlavaMptConfig(PretrainedConfig):
             The vision tower's own configuration. It lives in another repository and is filled in when that is read.
         im_start_token_id, im_end_token_id (`int`, *optional*):
             Ids of `<im_start>` and `<im_end>`, from the tokenizer, if the checkpoint puts them around an image.
+        eos_token_id (`list[int]`, *optional*):
+            Ids that end an answer: `<|im_end|>` and the checkpoint's own end of text.
         image_token_id (`int`, *optional*):
             Id of `<image>`, which the original spells -200 and no tokenizer of its knows.
         padded_vocab_size (`int`, *optional*):
-            Rows of the checkpoint's embedding table; `vocab_size` are those in use.
+            Rows of the checkpoint's embedding table; `vocab_size` are those in use and one for `<image>`.
     """
 
     model_type = "llava_mpt"
@@ -41,8 +71,17 @@ class LlavaMptConfig(PretrainedConfig):
     vision_config: Any = None
     im_start_token_id: int | None = None
     im_end_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     image_token_id: int | None = None
     padded_vocab_size: int | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> LlavaMptConfig:
+        """Take the known options of a `config.json` and drop the rest, among which some choose code (`_attn_implementation`)."""
+        known = {name: config_dict[name] for name in _OPTIONS if config_dict.get(name) is not None}
+        if isinstance(known.get("attn_config"), dict):
+            known["attn_config"] = {name: value for name, value in known["attn_config"].items() if name in _ATTENTION_OPTIONS}
+        return super().from_dict(known, **kwargs)
 
     @property
     def text_config(self) -> MptConfig:
@@ -69,8 +108,12 @@ def mpt_config(config: PretrainedConfig) -> MptConfig:
     Only what has a meaning is copied: `attn_config` as transformers re-saves it contains an empty `model_type` and training
     options, with types that newer versions reject.
     """
-    attn_config = config.attn_config
-    softmax_scale, clip_qkv = attn_config.get("softmax_scale"), attn_config.get("clip_qkv")
+    # Brings transformers' table of configurations, which asks for this module when it is registered there
+    from transformers import MptConfig
+
+    alibi_bias_max, softmax_scale, clip_qkv = (
+        config.attn_config.get(name) for name in ("alibi_bias_max", "softmax_scale", "clip_qkv")
+    )
     return MptConfig(
         d_model=config.d_model,
         n_heads=config.n_heads,
@@ -81,82 +124,108 @@ def mpt_config(config: PretrainedConfig) -> MptConfig:
         logit_scale=getattr(config, "logit_scale", None),
         attn_config={
             "alibi": True,
-            "alibi_bias_max": int(attn_config.get("alibi_bias_max", 8)),
+            "alibi_bias_max": 8 if alibi_bias_max is None else alibi_bias_max,
             "clip_qkv": None if clip_qkv is None else float(clip_qkv),
             "softmax_scale": None if softmax_scale is None else float(softmax_scale),
         },
         use_cache=True,
+        eos_token_id=getattr(config, "eos_token_id", None),
     )
 
 
 _REQUIRED = ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "expansion_ratio", "attn_config")
+_PROJECTORS = ("linear", "identity", *(f"mlp{depth}x_gelu" for depth in range(MAX_PROJECTOR_LAYERS + 1)))
 
-# option -> values for which our graph is the original's. `None` stands for "absent or null".
-_COMPUTED = {
-    "no_bias": (True,),
-    "norm_type": (None, "low_precision_layernorm", "layernorm"),
-    "sep_image_conv_front": (None, False),
-    "use_mm_proj": (None, True),
-    "mm_vision_select_feature": (None, "patch", "cls_patch"),
-    "image_aspect_ratio": (None, "square", "pad"),
-    "tie_word_embeddings": (None, True),
-    "mm_use_im_start_end": (None, False, True),
+# All options that are read, and for which values our graph is the original's
+_OPTIONS = {
+    "d_model": integer(1, MAX_WIDTH),
+    "n_heads": integer(1, MAX_HEADS),
+    "n_layers": integer(1, MAX_LAYERS),
+    "vocab_size": integer(1, MAX_VOCABULARY),
+    "max_seq_len": integer(1, 1 << 31),
+    "expansion_ratio": integer(1, 64),
+    "attn_config": Rule(lambda value: isinstance(value, dict), "an object"),
+    "logit_scale": optional(either(one_of("inv_sqrt_d_model"), positive(MAX_SCALE))),
+    "no_bias": one_of(True),
+    "norm_type": one_of(None, "low_precision_layernorm", "layernorm"),
+    "sep_image_conv_front": one_of(None, False),
+    "use_mm_proj": one_of(None, True),
+    "mm_vision_tower": optional(text()),
+    "mm_hidden_size": optional(integer(1, MAX_WIDTH)),
+    "mm_projector_type": Rule(
+        lambda value: value is None or value in _PROJECTORS,
+        f"absent, linear, identity, mlp<N>x_gelu with N up to {MAX_PROJECTOR_LAYERS}",
+    ),
+    "mm_vision_select_layer": optional(integer(-MAX_LAYERS, MAX_LAYERS)),
+    "mm_vision_select_feature": one_of(None, "patch", "cls_patch"),
+    "image_aspect_ratio": one_of(None, "square", "pad"),
+    "tie_word_embeddings": one_of(None, True),
+    "mm_use_im_start_end": one_of(None, False, True),
 }
-_COMPUTED_ATTENTION = {
-    "alibi": (True,),
-    "attn_type": (None, "multihead_attention"),
-    "prefix_lm": (None, False),
-    "qk_ln": (None, False),
-    "attn_uses_sequence_id": (None, False),
+_ATTENTION_OPTIONS = {
+    "alibi": one_of(True),
+    "alibi_bias_max": optional(integer(1, 64)),
+    "attn_type": one_of(None, "multihead_attention"),
+    "prefix_lm": one_of(None, False),
+    "qk_ln": one_of(None, False),
+    "attn_uses_sequence_id": one_of(None, False),
+    "clip_qkv": optional(number(0, MAX_SCALE)),  # 0 is off
+    "softmax_scale": optional(positive(MAX_SCALE)),
 }
 
 
-def check_config(config: PretrainedConfig) -> None:
+def names_our_model(file: Path) -> bool:
+    """Whether a `config.json` says that it is of a LLaVA-MPT. A damaged one that says so is ours, too: ours to report."""
+    try:
+        return read_json(file).get("model_type") == LlavaMptConfig.model_type
+    except InvalidCheckpointError:
+        with suppress(OSError), file.open("rb") as stream:
+            return f'"{LlavaMptConfig.model_type}"'.encode() in stream.read(MAX_SETTINGS_BYTES)
+        return False
+
+
+def read_config(file: Path) -> LlavaMptConfig:
+    """Configuration of an original checkpoint, from its `config.json`.
+
+    Raises:
+        [`InvalidCheckpointError`]: the file is not a JSON object.
+        [`UnsupportedCheckpointError`]: it describes another kind of model, or one that our graph does not compute.
+    """
+    values = read_json(file)
+    if values.get("model_type") != "llava_mpt":
+        raise UnsupportedCheckpointError(
+            f"Found model_type {shown(values.get('model_type'))} in {file}, expected 'llava_mpt': this package converts original-format "
+            "LLaVA-MPT checkpoints, such as liuhaotian/LLaVA-Lightning-MPT-7B-preview."
+        )
+    _check_values(values, file)
+    return LlavaMptConfig.from_dict(values)
+
+
+def _check_values(values: dict[str, Any], file: Path) -> None:
     """Refuse, by the option's name, a configuration that our graph does not compute.
 
     transformers' MPT silently drops biases, `qk_ln` and prefix-LM; a model converted from such a checkpoint would load,
     run and be wrong.
-
-    Raises:
-        [`UnsupportedCheckpointError`]: naming every such option, what was found and what is supported.
     """
-    missing = [name for name in _REQUIRED if getattr(config, name, None) is None]
+    missing = [name for name in _REQUIRED if values.get(name) is None]
     if missing:
         raise UnsupportedCheckpointError(
-            f"config.json of the LLaVA-MPT checkpoint lacks {', '.join(missing)}. Expected a configuration as the original "
+            f"{file} of the LLaVA-MPT checkpoint lacks {', '.join(missing)}. Expected a configuration as the original "
             "LLaVA code writes it (MosaicML MPT options beside `mm_*` options)."
         )
 
-    problems = []
-    for name, allowed in _COMPUTED.items():
-        value = getattr(config, name, None)
-        if value not in allowed:
-            problems.append(f"{name}={value!r} (supported: {_spell(allowed)})")
-    for name, allowed in _COMPUTED_ATTENTION.items():
-        value = config.attn_config.get(name)
-        if value not in allowed:
-            problems.append(f"attn_config.{name}={value!r} (supported: {_spell(allowed)})")
-
-    projector_type = getattr(config, "mm_projector_type", None) or "linear"
-    if projector_type not in ("linear", "identity") and not re.fullmatch(r"mlp\d+x_gelu", projector_type):
-        problems.append(f"mm_projector_type={projector_type!r} (supported: linear, identity, mlp<N>x_gelu)")
-    if projector_type == "identity" and config.mm_hidden_size not in (None, config.d_model):
-        problems.append(f"mm_projector_type='identity' with mm_hidden_size={config.mm_hidden_size} != d_model={config.d_model}")
-    if not isinstance(config.mm_vision_select_layer, int):
-        problems.append(f"mm_vision_select_layer={config.mm_vision_select_layer!r} (supported: one layer's number)")
-    logit_scale = getattr(config, "logit_scale", None)
-    if isinstance(logit_scale, str) and logit_scale != "inv_sqrt_d_model":
-        problems.append(f"logit_scale={logit_scale!r} (supported: a number, 'inv_sqrt_d_model')")
-    if config.d_model % config.n_heads:
-        problems.append(f"d_model={config.d_model} is not a multiple of n_heads={config.n_heads}")
-
+    problems = broken_rules(values, _OPTIONS)
+    if isinstance(values["attn_config"], dict):
+        problems += broken_rules(values["attn_config"], _ATTENTION_OPTIONS, "attn_config.")
+    if not problems:  # each value makes sense; do they together?
+        d_model, n_heads, mm_hidden_size = values["d_model"], values["n_heads"], values.get("mm_hidden_size")
+        if values.get("mm_projector_type") == "identity" and mm_hidden_size not in (None, d_model):
+            problems.append(f"mm_projector_type='identity' with mm_hidden_size={mm_hidden_size} != d_model={d_model}")
+        if d_model % n_heads:
+            problems.append(f"d_model={d_model} is not a multiple of n_heads={n_heads}")
     if problems:
         raise UnsupportedCheckpointError(
-            "This checkpoint asks for what optimum-llava-ov does not compute, and a conversion would give wrong text: "
+            f"{file} asks for what optimum-llava-ov does not compute, and a conversion would give wrong text: "
             + "; ".join(problems)
             + ". Nothing was converted."
         )
-
-
-def _spell(values: tuple) -> str:
-    return ", ".join("absent" if value is None else str(value) for value in values)

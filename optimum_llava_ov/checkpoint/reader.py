@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from optimum_llava_ov.checkpoint.config import LlavaMptConfig, check_config
+from optimum_llava_ov.checkpoint.config import LlavaMptConfig, names_our_model, read_config
+from optimum_llava_ov.checkpoint.image_processor import read_image_processor
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository
 from optimum_llava_ov.checkpoint.tokenizer import load_tokenizer
-from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower
+from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower, read_vision_config
 from optimum_llava_ov.checkpoint.weights import index_shards, map_tensors
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
@@ -34,7 +34,7 @@ class OriginalCheckpoint:
         vision_repository ([`Repository`]): where the vision tower is.
         config ([`LlavaMptConfig`]): with `vision_config` and the ids of the image tokens filled in.
         tokenizer ([`PreTrainedTokenizerFast`]): with `<image>` added behind the checkpoint's vocabulary.
-        image_processor (`dict`): `preprocessor_config.json` of the vision tower.
+        image_processor (`dict`): options of `preprocessor_config.json` of the vision tower.
     """
 
     repository: Repository
@@ -57,19 +57,21 @@ class OriginalCheckpoint:
         config_file = repository.require("config.json", "it says what the model is")
         repository = repository.pinned(config_file)
 
-        config = LlavaMptConfig.from_dict(_read_config(config_file))
-        check_config(config)
+        config = read_config(config_file)
         config._name_or_path = str(name_or_path)
 
-        vision_repository = find_vision_tower(repository, vision_tower or config.mm_vision_tower)
+        vision_repository = find_vision_tower(repository, config.mm_vision_tower, vision_tower)
         vision_file = vision_repository.require("config.json", "it is the vision tower's configuration")
         vision_repository = vision_repository.pinned(vision_file)
-        config.vision_config = _vision_config(vision_repository, json.loads(vision_file.read_text()))
+        config.vision_config = read_vision_config(vision_file)
         _check_vision_config(config)
         processor_file = vision_repository.require("preprocessor_config.json", "it says how pictures are prepared")
+        image_processor = read_image_processor(
+            processor_file, config.vision_config.image_size, pads=config.image_aspect_ratio == "pad"
+        )
 
         tokenizer = load_tokenizer(repository, config)
-        return cls(repository, vision_repository, config, tokenizer, json.loads(processor_file.read_text()))
+        return cls(repository, vision_repository, config, tokenizer, image_processor)
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -113,39 +115,7 @@ def holds_original_checkpoint(name_or_path: str | Path, any_name: bool = False, 
     """
     options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config_file = Repository(str(name_or_path), any_name=any_name, **options).get("config.json")
-    if config_file is None:
-        return False
-    try:
-        values = json.loads(config_file.read_bytes())
-    except (ValueError, RecursionError, OSError):
-        return False
-    return isinstance(values, dict) and values.get("model_type") == "llava_mpt"
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise InvalidCheckpointError(f"{file} is not valid JSON ({error}). Download it again.") from error
-    if values.get("model_type") != "llava_mpt":
-        raise UnsupportedCheckpointError(
-            f"Found model_type {values.get('model_type')!r} in {file}, expected 'llava_mpt': this package converts original-format "
-            "LLaVA-MPT checkpoints, such as liuhaotian/LLaVA-Lightning-MPT-7B-preview."
-        )
-    return values
-
-
-def _vision_config(repository: Repository, values: dict[str, Any]) -> CLIPVisionConfig:
-    if values.get("model_type") not in ("clip", "clip_vision_model"):
-        raise UnsupportedCheckpointError(
-            f"The vision tower {repository.name!r} is a {values.get('model_type')!r} model; only CLIP towers are supported."
-        )
-    if values["model_type"] == "clip":
-        # Old configurations hold every default of that time's transformers. Ours are those of the class.
-        values = values.get("vision_config") or {}
-    known = {key: value for key, value in values.items() if key in CLIPVisionConfig().to_dict() and value is not None}
-    known.pop("torch_dtype", None)
-    return CLIPVisionConfig(**known)
+    return config_file is not None and names_our_model(config_file)
 
 
 def _check_vision_config(config: LlavaMptConfig) -> None:

@@ -50,6 +50,7 @@ class Repository:
         subfolder (`str`): where in it the files are.
         revision, cache_dir, token, local_files_only, force_download: as for [`~huggingface_hub.hf_hub_download`].
         any_name (`bool`): whether a name without an owner may be on the Hub. Only old models of other people have such names.
+        on_hub (`bool`): whether `name` is a model id even if there is a folder of that name.
     """
 
     name: str
@@ -60,13 +61,14 @@ class Repository:
     local_files_only: bool = False
     force_download: bool = False
     any_name: bool = False
+    on_hub: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "token", clean_token(self.token))
 
     @property
     def is_local(self) -> bool:
-        return Path(self.name).is_dir()
+        return not self.on_hub and Path(self.name).is_dir()
 
     @property
     def folder(self) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
+from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+from optimum_llava_ov.checkpoint.options import MAX_INDEX_BYTES, MAX_TOKENIZER_BYTES, read_json, shown
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
@@ -18,32 +21,18 @@ TURN_START_TOKEN, TURN_END_TOKEN = "<|im_start|>", "<|im_end|>"
 
 
 def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrainedTokenizerFast:
-    """Tokenizer that knows `<image>`, under the first id behind those the model can generate.
+    """Tokenizer that knows `<image>`, under the first id after those of the checkpoint.
 
     The original splits the prompt at `<image>` and writes -200 between the pieces. A special token splits a prompt in just the
-    same way. `image_token_id`, `im_start_token_id` and `im_end_token_id` of `config` are filled in.
+    same way. `image_token_id`, `im_start_token_id`, `im_end_token_id` and `eos_token_id` of `config` are filled in.
 
     A vocabulary padded past the tokenizer is cut to it, as the original does when it loads a checkpoint (`llava/model/builder.py`:
-    `resize_token_embeddings(len(tokenizer))`): `vocab_size` becomes the tokenizer's, `padded_vocab_size` the checkpoint's.
+    `resize_token_embeddings(len(tokenizer))`): `vocab_size` becomes the tokenizer's, `<image>` included; `padded_vocab_size` the
+    checkpoint's.
     """
     tokenizer_file = repository.require("tokenizer.json", "original LLaVA-MPT checkpoints ship a fast tokenizer")
     config_file = repository.get("tokenizer_config.json")
-    settings = json.loads(config_file.read_text()) if config_file else {}
-    eos_token = _text(settings.get("eos_token")) or "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_file),
-        bos_token=_text(settings.get("bos_token")) or eos_token,
-        eos_token=eos_token,
-        unk_token=_text(settings.get("unk_token")) or eos_token,
-        pad_token=_text(settings.get("pad_token")) or eos_token,
-        # A decoder continues the last token of a row, so padding goes before the first.
-        padding_side="left",
-        truncation_side="left",
-        # 2048 in the original, and not a limit here: ALiBi is computed for any length.
-        model_max_length=int(1e30),
-        clean_up_tokenization_spaces=False,
-        add_prefix_space=False,
-    )
+    tokenizer = _read_tokenizer(tokenizer_file, _special_tokens(config_file) if config_file else {})
     _check_special_tokens(repository, tokenizer, config)
     if config.mm_use_im_start_end:
         config.im_start_token_id, config.im_end_token_id = tokenizer.convert_tokens_to_ids([IM_START_TOKEN, IM_END_TOKEN])
@@ -53,13 +42,17 @@ def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrained
             f"The tokenizer of {repository.name!r} has {len(tokenizer)} tokens, the model only {config.vocab_size} (vocab_size): "
             "these files are not of one checkpoint."
         )
-    config.padded_vocab_size, config.vocab_size = config.vocab_size, len(tokenizer)
+    num_tokens = len(tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if config.image_token_id != config.vocab_size:
+    if config.image_token_id != num_tokens:
         raise UnsupportedCheckpointError(
             f"{IMAGE_TOKEN!r} is already a token of this tokenizer (id {config.image_token_id}), expected it to be free."
         )
+    config.padded_vocab_size, config.vocab_size = config.vocab_size, len(tokenizer)
+    # An answer ends with the turn. Some loaders of a bundle read only the tokenizer's one end, which must be this one.
+    config.eos_token_id = [tokenizer.convert_tokens_to_ids(TURN_END_TOKEN), tokenizer.eos_token_id]
+    tokenizer.eos_token = TURN_END_TOKEN
     return tokenizer
 
 
@@ -73,5 +66,73 @@ def _check_special_tokens(repository: Repository, tokenizer: PreTrainedTokenizer
             )
 
 
-def _text(token: str | dict | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+def _special_tokens(config_file: Path) -> dict[str, str]:
+    """The only thing that is read of `tokenizer_config.json`; it could also name code (`auto_map`, `tokenizer_class`)."""
+    settings = read_json(config_file, MAX_INDEX_BYTES)
+    tokens = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = settings.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not (isinstance(text, str) and _is_unicode(text)):
+            raise InvalidCheckpointError(
+                f"{config_file} has {name}={shown(token)}, expected the text of a token. Take it from the checkpoint's own repository."
+            )
+        if text:
+            tokens[name] = text
+    return tokens
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may also have halves of characters, which no file and no tokenizer can hold."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
+def _read_tokenizer(file: Path, tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+    """
+    Raises:
+        [`InvalidCheckpointError`]: it does not load, or `tokens` are not among its tokens.
+        [`UnsupportedCheckpointError`]: it is not byte-pair encoding, as GPT-NeoX's is.
+    """
+    values = read_json(file, MAX_TOKENIZER_BYTES)
+    model = values.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    if kind not in (None, "BPE"):  # `None`: written before there was a choice
+        raise UnsupportedCheckpointError(
+            f"{file} is a tokenizer of the type {shown(kind)}, expected 'BPE', as the original LLaVA-MPT has."
+        )
+    eos_token = tokens.get("eos_token", "<|endoftext|>")
+    tokens = dict.fromkeys(("eos_token", "bos_token", "unk_token", "pad_token"), eos_token) | tokens
+    try:
+        vocabulary = Tokenizer.from_file(str(file))
+        for name, token in tokens.items():
+            if vocabulary.token_to_id(token) is None:
+                raise InvalidCheckpointError(
+                    f"{file} does not know the token {shown(token)}, which tokenizer_config.json names as {name}. Take both files from the "
+                    "checkpoint's own repository."
+                )
+        for token in values.get("added_tokens") or ():
+            if vocabulary.token_to_id(token["content"]) != token["id"]:
+                raise InvalidCheckpointError(
+                    f"{file} gives the added token {shown(token['content'])} the id {shown(token['id'])}, which does not follow from its "
+                    "vocabulary: something is missing there. Take it from the checkpoint's own repository."
+                )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=vocabulary,
+            **tokens,
+            # A decoder continues the last token of a row, so padding goes before the first.
+            padding_side="left",
+            truncation_side="left",
+            # 2048 in the original, and not a limit here: ALiBi is computed for any length.
+            model_max_length=int(1e30),
+            clean_up_tokenization_spaces=False,
+            add_prefix_space=False,
+        )
+    except BaseException as error:
+        # The library is not in Python: it raises plain `Exception` for what it cannot read, and a `BaseException` of its own if it panics
+        if isinstance(error, InvalidCheckpointError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
+        raise InvalidCheckpointError(
+            f"{file} is not a tokenizer that loads ({error}). Take it from the checkpoint's own repository, or download it again."
+        ) from error

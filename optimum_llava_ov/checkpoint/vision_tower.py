@@ -1,4 +1,4 @@
-"""Where the vision tower of a checkpoint is: LLaVA keeps it in a repository of its own."""
+"""The vision tower of a checkpoint: where it is, for LLaVA keeps it in a repository of its own, and what it is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import CLIPVisionConfig
+
+from optimum_llava_ov.checkpoint.config import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
+from optimum_llava_ov.checkpoint.image_processor import MAX_SIDE
+from optimum_llava_ov.checkpoint.options import broken_rules, integer, number, one_of, positive, read_json, shown
 from optimum_llava_ov.checkpoint.repository import Repository
-from optimum_llava_ov.errors import HubError, InvalidCheckpointError
+from optimum_llava_ov.errors import HubError, InvalidCheckpointError, UnsupportedCheckpointError
 
 
 _OVERRIDE = (
@@ -16,34 +21,94 @@ _OVERRIDE = (
 )
 
 
-def find_vision_tower(repository: Repository, vision_tower: str | None) -> Repository:
+# What is read of the tower's configuration. The last four have no effect, and go into the bundle as they are.
+_OPTIONS = {
+    "hidden_size": integer(1, MAX_WIDTH),
+    "intermediate_size": integer(1, MAX_WIDTH),
+    "num_hidden_layers": integer(1, MAX_LAYERS),
+    "num_attention_heads": integer(1, MAX_HEADS),
+    "num_channels": one_of(3),
+    "image_size": integer(1, MAX_SIDE),
+    "patch_size": integer(1, MAX_SIDE),
+    "hidden_act": one_of("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"),
+    "layer_norm_eps": positive(1),
+    "projection_dim": integer(1, MAX_WIDTH),
+    "attention_dropout": number(0, 1),
+    "initializer_range": number(0, 1000),
+    "initializer_factor": number(0, 1000),
+}
+
+
+def find_vision_tower(repository: Repository, named: str | None, chosen: str | None = None) -> Repository:
     """Repository of the vision tower.
 
     A folder wins over a model id, and a path relative to the checkpoint over one relative to the working directory: the
-    former is what a checkpoint that was copied elsewhere means.
+    former is what a checkpoint that was copied elsewhere means. What a checkpoint on the Hub names is always a model id: it has
+    no say about folders of this machine.
 
     Args:
         repository: the checkpoint's.
-        vision_tower: absolute path, path relative to the checkpoint, or model id.
+        named: absolute path, path relative to the checkpoint, or model id, as the checkpoint's configuration says.
+        chosen: the same, from the user; takes the place of `named`.
     """
+    vision_tower = chosen or named
     if not vision_tower:
         raise InvalidCheckpointError(f"config.json of {repository.name!r} names no vision tower (mm_vision_tower). {_OVERRIDE}")
 
-    candidates = [Path(vision_tower)]
+    candidates = [Path(vision_tower)] if chosen or repository.is_local else []
     if repository.is_local:
         candidates.insert(0, repository.folder / vision_tower)
     for folder in candidates:
-        if folder.is_dir():
+        if os.path.isdir(folder):  # unlike Path.is_dir, never raises
             return Repository(os.path.normpath(folder))
 
+    what = f"The vision tower {shown(vision_tower)}" + (
+        "" if chosen else f", mm_vision_tower in config.json of {repository.name!r},"
+    )
     looks_like_id = vision_tower.count("/") == 1 and not vision_tower.startswith((".", "/", "~"))
     if not looks_like_id:
-        tried = " and ".join(str(folder) for folder in candidates)
-        raise InvalidCheckpointError(f"The vision tower {vision_tower!r} was not found: {tried} is no folder. {_OVERRIDE}")
+        tried = " and ".join(shown(str(folder)) for folder in candidates)
+        reason = f"{tried} is no folder" if tried else f"{repository.name!r} is on the Hub, so it must name a model id there"
+        raise InvalidCheckpointError(f"{what} was not found: {reason}. {_OVERRIDE}")
 
-    tower = replace(repository, name=vision_tower, subfolder="", revision=None)
+    tower = replace(repository, name=vision_tower, subfolder="", revision=None, on_hub=True)
     try:
         tower.require("config.json", "it is the vision tower's configuration")
     except (HubError, InvalidCheckpointError) as error:
-        raise InvalidCheckpointError(f"The vision tower {vision_tower!r} was not found: {error} {_OVERRIDE}") from error
+        raise InvalidCheckpointError(f"{what} was not found: {error} {_OVERRIDE}") from error
     return tower
+
+
+def read_vision_config(file: Path) -> CLIPVisionConfig:
+    """Configuration of a CLIP tower, from its `config.json`: that of the tower alone, or of a whole CLIP.
+
+    Only what we know is taken. Old configurations also hold every default of that time's transformers.
+
+    Raises:
+        [`InvalidCheckpointError`]: the file is not a JSON object.
+        [`UnsupportedCheckpointError`]: it describes another kind of model, or one that cannot be.
+    """
+    values = read_json(file)
+    if values.get("model_type") not in ("clip", "clip_vision_model"):
+        raise UnsupportedCheckpointError(
+            f"The vision tower in {file} is a {shown(values.get('model_type'))} model; only CLIP towers are supported."
+        )
+    if values["model_type"] == "clip":
+        values = values.get("vision_config") or {}
+        if not isinstance(values, dict):
+            raise InvalidCheckpointError(f"{file} has vision_config={shown(values)}, expected an object. Download it again.")
+    # What is absent is the class's default, for CLIP's first towers were published so
+    known = {name: values[name] for name in _OPTIONS if values.get(name) is not None}
+    problems = broken_rules(known, {name: _OPTIONS[name] for name in known})
+    if not problems:  # each value makes sense; do they together?
+        size, heads, image_size, patch_size = (
+            known.get(name, getattr(CLIPVisionConfig, name))
+            for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size")
+        )
+        if size % heads:
+            problems.append(f"hidden_size={size} is not a multiple of num_attention_heads={heads}")
+        if image_size < patch_size:
+            problems.append(f"image_size={image_size} is less than patch_size={patch_size}")
+    if problems:
+        raise UnsupportedCheckpointError(f"{file} describes a vision tower that cannot be built: {'; '.join(problems)}.")
+    return CLIPVisionConfig(**known)

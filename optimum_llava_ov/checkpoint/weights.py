@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import pickle
+import pickletools
 import re
-import struct
 import zipfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from optimum_llava_ov.checkpoint.options import MAX_INDEX_BYTES, read_json, shown
 from optimum_llava_ov.errors import InvalidCheckpointError
 
 
 def index_shards(index_file: Path) -> list[str]:
-    """Names of the weight files an index (`*.index.json`) speaks of, in order."""
-    try:
-        weight_map = json.loads(index_file.read_text())["weight_map"]
-        return sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    """Names of the weight files an index (`*.index.json`) speaks of, in order.
+
+    Raises:
+        [`InvalidCheckpointError`]: it is not an index, or names a file that is outside its folder or holds no weights.
+    """
+    weight_map = read_json(index_file, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidCheckpointError(
-            f"{index_file} is not an index of weights ({error}). Expected JSON with a `weight_map` from tensor names to files; "
-            "download the file again."
-        ) from error
+            f"{index_file} is not an index of weights (weight_map={shown(weight_map)}). Expected JSON with a `weight_map` from tensor "
+            "names to files; download the file again."
+        )
+    suffix = ".safetensors" if ".safetensors" in index_file.name else ".bin"
+    for name, file in weight_map.items():
+        # A plain name: a path could lead outside the repository
+        if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\0]+{re.escape(suffix)}", file):
+            raise InvalidCheckpointError(
+                f"{index_file} says that the tensor {shown(name)} is in {shown(file)}, expected the name of a {suffix} file in the same "
+                "folder. Take the index from the checkpoint's own repository."
+            )
+    return sorted(set(weight_map.values()))
 
 
 def map_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -33,41 +46,72 @@ def map_tensors(file: Path) -> dict[str, torch.Tensor]:
         file (`Path`): a `.safetensors` file, or a `.bin` file as `torch.save` writes it.
 
     Raises:
-        [`InvalidCheckpointError`]: the file is truncated, or is a pickle that holds anything but tensors.
+        [`InvalidCheckpointError`]: the file is truncated or damaged, or is a pickle that holds anything but tensors.
     """
-    return _map_safetensors(file) if file.suffix == ".safetensors" else _map_pickle(file)
-
-
-def _map_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  it is no dictionary
-    except (SafetensorError, struct.error) as error:
+        tensors = _map_safetensors(file) if file.suffix == ".safetensors" else _map_pickle(file)
+    except InvalidCheckpointError:
+        raise
+    except Exception as error:  # a parser that is given damaged bytes can raise anything
         raise InvalidCheckpointError(_damaged(file, error)) from error
-
-
-def _map_pickle(file: Path) -> dict[str, torch.Tensor]:
-    # Files from before torch 1.6 are bare pickles, which cannot be mapped. weights_only still guards them.
-    try:
-        tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except pickle.UnpicklingError as error:
-        forbidden = re.search(r"unsupported GLOBAL (\S+)", str(error), re.IGNORECASE)
-        if forbidden is None:
-            raise InvalidCheckpointError(_damaged(file, error)) from error
-        raise InvalidCheckpointError(
-            f"{file} holds more than tensors and was not opened: loading it would run code from the checkpoint "
-            f"({forbidden.group(1)}). Ask its author for a file written with `safetensors`."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise InvalidCheckpointError(_damaged(file, error)) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and _is_plain(value) for name, value in tensors.items()):
         raise InvalidCheckpointError(f"{file} does not hold a dictionary of tensors, so these are not weights of a model.")
     return tensors
 
 
+def _map_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  it is no dictionary
+
+
+def _map_pickle(file: Path) -> Any:
+    # Files from before torch 1.6 are bare pickles, which cannot be mapped. weights_only still guards them.
+    is_zip = zipfile.is_zipfile(file)
+    if is_zip:
+        with zipfile.ZipFile(file) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        if packed:  # `torch.save` never does that, and what comes out may be of any size
+            raise InvalidCheckpointError(
+                f"{file} is a compressed archive, expected a file as `torch.save` writes it. Unpack it first."
+            )
+    try:
+        return torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if (forbidden := _forbidden(str(error))) is None:
+            raise
+        raise InvalidCheckpointError(
+            f"{file} holds more than tensors and was not opened: loading it would run code from the checkpoint "
+            f"({forbidden}). Ask its author for a file written with `safetensors`."
+        ) from error
+
+
+def _forbidden(message: str) -> str | None:
+    """What torch's guard refused to load, from its message; `None` if the bytes make no sense, so that there was nothing to refuse."""
+    if match := re.search(r"unsupported GLOBAL (\S+)|GLOBAL (\S+) was not an allowed", message, re.IGNORECASE):
+        return match[1] or match[2]
+    if match := re.search(r"Unsupported operand (\d+)", message):
+        opcode = pickletools.code2op.get(chr(int(match[1])))
+        return f"pickle instruction {opcode.name}" if opcode else None
+    sentences = (
+        r"(?:Can only|Trying to|Only persistent_load|persistent_load id|Cannot use)[^\n]*|[^\n]* must be imported to load[^\n]*"
+    )
+    match = re.search(sentences, message)
+    return match[0].strip() if match else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with all its numbers in memory, one after the other; a pickle may also hold sparse or empty ones."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+
+
 def _damaged(file: Path, error: Exception) -> str:
+    with suppress(OSError), file.open("rb") as stream:
+        if stream.read(32).startswith(b"version https://git-lfs"):
+            return (
+                f"{file} is a pointer of Git LFS, not the file itself. Fetch it: `git lfs pull` in its folder, or `hf download`."
+            )
     return (
         f"{file} ({file.stat().st_size:,} bytes) is truncated or damaged ({_first_line(error)}). Delete it and download it again "
         "(`--force-download` of `hf download`)."

@@ -103,6 +103,14 @@ class DemoCommand(Command):
             default=[],
             help="Host from which visitors may have the server fetch pictures. Repeatable. Default: none; no address is fetched.",
         )
+        parser.add_argument(
+            "--allow-name",
+            action="append",
+            default=[],
+            help="Host name under which browsers may open the page, as demo.example.org. Repeatable. Always allowed: localhost, IP "
+            "addresses and --host.",
+        )
+        parser.add_argument("--max-characters", type=int, default=20_000, help="Of a question (default: %(default)s).")
         parser.add_argument("--max-upload-mb", type=float, default=20, help="Of a picture (default: %(default)s).")
         parser.add_argument("--max-megapixels", type=float, default=50, help="Of a picture (default: %(default)s).")
 
@@ -120,9 +128,11 @@ class DemoCommand(Command):
             raise ImportError('The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"') from error
         from optimum_llava_ov.chat.demo import Demo, Limits, Visitors, build_page, run_demo
         from optimum_llava_ov.chat.loading import session_factory
+        from optimum_llava_ov.images import ImageLimits
 
         def factory_of(device: str):
             options = {"system": args.system, "context_window": args.context_window, "when_full": args.when_full}
+            options["image_limits"] = ImageLimits(limits.max_bytes, limits.max_pixels)
             factory = session_factory(args.model, device, engine=args.engine)
             return lambda: factory(**options)
 
@@ -133,12 +143,15 @@ class DemoCommand(Command):
             idle_seconds=60 * args.idle_minutes,
             max_bytes=int(args.max_upload_mb * 1e6),
             max_pixels=int(args.max_megapixels * 1e6),
+            max_characters=args.max_characters,
             max_new_tokens=max(args.max_new_tokens, Limits.max_new_tokens),
             hosts=tuple(args.allow_host),
+            names=tuple(args.allow_name),
         )
         devices = list(dict.fromkeys([args.device, *available_devices()]))
         visitors = Visitors(factory_of, limits.sessions, limits.idle_seconds)
         visitors.load(args.device)
         title = args.title or os.path.basename(os.path.normpath(args.model))
-        page = build_page(Demo(visitors, limits), title, devices, args.temperature, args.top_p, args.max_new_tokens)
-        return run_demo(page, visitors, limits, args.host, args.port, not args.no_browser)
+        demo = Demo(visitors, limits)
+        page = build_page(demo, title, devices, args.temperature, args.top_p, args.max_new_tokens)
+        return run_demo(page, demo, args.host, args.port, not args.no_browser)

@@ -76,6 +76,6 @@ def _named_samples(name: str) -> list[Sample]:
     columns = known[name]["inputs"]
     stream = load_dataset(known[name]["id"], split=known[name]["split"], streaming=True).take(512)
     return [
-        Sample(item[columns["instruction"]], (item[columns["image"]].convert("RGB"),))
+        Sample(item[columns["instruction"]], (item[columns["image"]],))
         for item in tqdm(stream, desc="Downloading calibration data", unit="picture")
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +10,7 @@ from optimum.commands.export.openvino import no_compression_parameter_provided, 
 from optimum.intel.openvino.configuration import OVConfig
 
 from optimum_llava_ov.bundle.layout import ONE_BILLION
+from optimum_llava_ov.checkpoint.config import read_config
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.export.main import main_export
 from optimum_llava_ov.export.memory import restart_with_huge_pages, return_what_is_freed
@@ -49,11 +49,8 @@ def run_export(args: Namespace) -> None:
 
 def _is_large(repository: Repository) -> bool:
     """Whether compressing takes minutes. Known before any weights are downloaded."""
-    config = json.loads(repository.require("config.json", "it says what the model is").read_bytes())
-    try:
-        return 12 * config["n_layers"] * config["d_model"] ** 2 >= ONE_BILLION
-    except (KeyError, TypeError):  # the export says what is wrong with it
-        return False
+    config = read_config(repository.require("config.json", "it says what the model is"))
+    return 12 * config.n_layers * config.d_model**2 >= ONE_BILLION
 
 
 def _show_messages() -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +28,14 @@ from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, S
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import check_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
+from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
+from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.memory import free, move_to_disk, read_ahead
+from optimum_llava_ov.export.names import name_after_module
 from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.export.spill import Spill
@@ -39,6 +43,8 @@ from optimum_llava_ov.models.loading import load_model
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from optimum.intel.openvino.configuration import OVPipelineQuantizationConfig, OVWeightQuantizationConfig
 
     from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
@@ -79,22 +85,68 @@ def main_export(
     """
     _check_arguments(task, stateful, model_kwargs, kwargs)
     check_output(Path(output))
-    previous_card = read_card(Path(output) / CARD)
     checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
+    _export(checkpoint, None, Path(output), ov_config, convert_tokenizer)
+
+
+def export_from_model(
+    model: LlavaMptForConditionalGeneration,
+    output: str | Path,
+    task: str | None = None,
+    ov_config: OVConfig | None = None,
+    stateful: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs,
+) -> list[str]:
+    """Export a torch model to a bundle. Takes the arguments of Optimum's `export_from_model`.
+
+    Weights are those of the model, in its precision. All else is from the checkpoint that it was loaded from.
+
+    Args:
+        model: from [`LlavaMptForConditionalGeneration.from_pretrained`]. It can still be used after the export.
+        output, task, ov_config, model_kwargs: as for [`main_export`].
+        kwargs: `subfolder`, `revision`, ... of the checkpoint. Others are ignored: processors are made from the checkpoint.
+
+    Returns:
+        Names of the graphs in `output`.
+
+    Raises:
+        As [`main_export`].
+    """
+    _check_arguments(task or "auto", stateful, model_kwargs, kwargs)
+    check_output(Path(output))
+    options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    checkpoint = OriginalCheckpoint.open(model.config.name_or_path, **(model_kwargs or {}), **options)
+    _export(checkpoint, model, Path(output), ov_config, convert_tokenizer=True)
+    return list(PARTS.values())
+
+
+def _export(
+    checkpoint: OriginalCheckpoint,
+    model: LlavaMptForConditionalGeneration | None,
+    output: Path,
+    ov_config: OVConfig | None,
+    convert_tokenizer: bool,
+) -> None:
+    """Export the caller's model; without one, the checkpoint's, which is let go of part by part."""
+    previous_card = read_card(output / CARD)
     license = source_license(checkpoint)
     recipe = recipe_of(ov_config.quantization_config) if _is_compressed(ov_config) else None
-    read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
-    model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
+    is_ours = model is None
+    if is_ours:
+        read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
+        model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
     processor = build_processor(checkpoint)
     if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
         recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
 
     with staged(output, tokenizers=convert_tokenizer) as folder:
         _check_free_space(model, ov_config, recipe, folder)
-        if os.name == "posix":
+        if is_ours and os.name == "posix":
             move_to_disk(model.embed_tokens.weight, folder)  # the checkpoint's table and a row for `<image>`
+            model.language_model.lm_head.weight.data = model.embed_tokens.weight.data
         save_settings(checkpoint, processor, model.generation_config, folder)
-        _export_parts(model, processor, folder, ov_config, recipe)
+        _export_parts(model, processor, folder, ov_config, recipe, free if is_ours else None)
         if convert_tokenizer:
             export_tokenizers(processor, folder)
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
@@ -175,13 +227,19 @@ def _export_parts(
     folder: Path,
     ov_config: OVConfig | None,
     recipe: OVPipelineQuantizationConfig | None,
+    release: Callable[[torch.nn.Module], None] | None,
 ) -> None:
-    """Trace, compress and write one part after the other: no part is ever on disk uncompressed, or in memory with another."""
+    """Trace, compress and write one part after the other: no part is ever on disk uncompressed, or in memory with another.
+
+    Args:
+        release: called with each part that is written.
+    """
     config_class = TasksManager.get_exporter_config_constructor(
         model=model, task=TASK, exporter="openvino", library_name="transformers"
     )
     config = config_class(model.config)
     progress = tqdm(_PART_NAMES.items(), unit="part")
+    checker = ThreadPoolExecutor(1, "check-weights")
     for behavior, name in progress:
         part, part_config = config.get_model_for_behavior(model, behavior), config.with_behavior(behavior)
         part_recipe = recipe_for_part(recipe, name) if recipe else None
@@ -192,7 +250,10 @@ def _export_parts(
             dataset = calibration_dataset(part_recipe.dataset, part_recipe.num_samples, processor, folder)
         progress.set_description(f"Tracing {name}")
         spill = Spill(folder / ".weights")
-        finish = partial(_finish, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress)
+        own = {id(weight) for weight in part.parameters()}
+        weights = {name: weight for name, weight in model.named_parameters() if id(weight) in own}
+        check = checker.submit(check_finite, weights)
+        finish = partial(_finish, check=check, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress)
         with warnings.catch_warnings(), host.exporting(finish, spill.save):
             # Sizes that torch reports as constants are constants here, or symbolic in what Optimum patches
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -208,11 +269,13 @@ def _export_parts(
                 patch_16bit_model=any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in part.parameters()),
                 library_name="transformers",
             )
-        free(part)
+        if release is not None:
+            release(part)
 
 
 def _finish(
     graph: openvino.Model,
+    check: Future,
     config: OVWeightQuantizationConfig | None,
     dataset: nncf.Dataset | None,
     spill: Spill,
@@ -220,6 +283,9 @@ def _finish(
     progress: tqdm,
 ) -> openvino.Model:
     """What happens between tracing and writing."""
+    check.result()
+    if name == LANGUAGE_MODEL:
+        name_after_module(graph, "language_model")
     if config is not None:
         progress.set_description(f"Compressing {name}")
         with host.compressing(spill.constant):

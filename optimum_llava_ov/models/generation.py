@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationMixin
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
 from optimum_llava_ov.models.merge import check_image_count
@@ -35,28 +35,10 @@ class ImageGenerationMixin(GenerationMixin):
             model_kwargs["image_features"] = torch.cat([images for images in per_row for _ in range(expand_size)])
         return input_ids, model_kwargs
 
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
-        return LogitsProcessorList([_WithoutImageTokens(processors, self.config.image_token_id)]) if processors else processors
-
     def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
         generator = super()._get_candidate_generator(*args, **kwargs)
         is_lookup = isinstance(generator, PromptLookupCandidateGenerator)
         return _TextCandidates(generator, self.config.image_token_id) if is_lookup else generator
-
-
-class _WithoutImageTokens(LogitsProcessor):
-    """Lets processors such as the repetition penalty see prompts without `<image>`, for which there is no logit.
-
-    In its place they see the row's first text token, so the set of tokens that were seen stays the same.
-    """
-
-    def __init__(self, processors: LogitsProcessorList, image_token_id: int):
-        self.processors = processors
-        self.image_token_id = image_token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return self.processors(_as_text(input_ids, self.image_token_id), scores)
 
 
 class _TextCandidates(CandidateGenerator):

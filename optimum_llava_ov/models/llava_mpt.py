@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.checkpoint.config import LlavaMptConfig
 from optimum_llava_ov.models.generation import ImageGenerationMixin
-from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
 from optimum_llava_ov.models.mpt import MptLanguageModel
 from optimum_llava_ov.models.projector import build_projector
 from optimum_llava_ov.models.vision import ClipFeatures, ImageEncoder
@@ -32,8 +32,8 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
     def __init__(self, config: LlavaMptConfig):
         super().__init__(config)
         text_config = config.text_config
-        # One row more than the checkpoint's table: <image>, which the head cannot produce.
-        self.embed_tokens = nn.Embedding(config.image_token_id + 1, text_config.d_model)
+        # One row more than the checkpoint's table: <image>, which the head never chooses
+        self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.d_model)
         self.language_model = MptLanguageModel(text_config)
         self.image_encoder = ImageEncoder(
             ClipFeatures(config.vision_config, config.mm_vision_select_layer, config.select_feature),
@@ -43,14 +43,20 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> LlavaMptForConditionalGeneration:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, config: LlavaMptConfig | None = None, **kwargs
+    ) -> LlavaMptForConditionalGeneration:
         """Load an original LLaVA-MPT checkpoint without copying its weights.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): a folder, or a model id on the Hub.
             vision_tower (`str`, *optional*): where the vision tower is, if not where `mm_vision_tower` says.
             dtype, torch_dtype (`torch.dtype` or `str`, *optional*):
-                What to convert all weights to. As stored if not given.
+                What to convert all weights to. As stored if `"auto"` or not given.
+            config ([`LlavaMptConfig`], *optional*):
+                The checkpoint's, as the Auto classes hand it on. Only its `dtype` counts, if none is given here: they put there what
+                the caller asked them for.
+            device_map (`str` or `torch.device`, *optional*): where to put the model. On CPU if `"auto"` or not given.
             subfolder, revision, cache_dir, token, local_files_only, force_download: as everywhere in transformers.
 
         Raises:
@@ -60,8 +66,10 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         from optimum_llava_ov.models.loading import load_model
 
         checkpoint = OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs)
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        return load_model(checkpoint, dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or getattr(config, "dtype", None)
+        model = load_model(checkpoint, dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
+        device = kwargs.get("device_map")
+        return model if device in (None, "auto") else model.to(device)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -92,8 +100,12 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
             pixel_values: `(images, 3, height, width)`, the images of all rows in order; only with the prompt.
             image_features: `(images, image_seq_length, d_model)`, instead of `pixel_values`.
             logits_to_keep: compute logits for so many last positions only; 0 for all.
+
+        Raises:
+            `ValueError`: an id is not in the table, or there is another number of images than `input_ids` has places for.
         """
         if inputs_embeds is None:
+            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
@@ -118,9 +130,9 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
 
 
 def generation_config(config: LlavaMptConfig, tokenizer) -> GenerationConfig:
-    """Greedy by default, ending at `<|endoftext|>` or at the end of the assistant's turn, `<|im_end|>`."""
+    """Greedy by default, ending at the end of the assistant's turn, `<|im_end|>`, or at `<|endoftext|>`."""
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")],
+        eos_token_id=config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

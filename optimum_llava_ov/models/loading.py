@@ -7,18 +7,22 @@ import torch
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import InvalidCheckpointError
 from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration, generation_config
+from optimum_llava_ov.models.mpt import head_bias
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_model(checkpoint: OriginalCheckpoint, dtype: torch.dtype | None = None) -> LlavaMptForConditionalGeneration:
     """Build the modules on the `meta` device and let their parameters be the mapped tensors of the checkpoint.
 
-    Only the embedding table is copied, to append a row for `<image>` (412 MB at 7B in fp16).
+    Only the embedding table is copied, to append a row for `<image>` (412 MB at 7B in fp16). The head shares the copy.
 
     Args:
         dtype: what to convert the weights to; `None` or `"auto"` keeps them as stored, mapped.
 
     Raises:
-        [`InvalidCheckpointError`]: a tensor is missing, left over, or of another shape than the configuration says.
+        [`InvalidCheckpointError`]: a tensor is missing, left over, no floats, or of another shape than the configuration says.
     """
     with torch.device("meta"):
         model = LlavaMptForConditionalGeneration(checkpoint.config)
@@ -31,29 +35,31 @@ def load_model(checkpoint: OriginalCheckpoint, dtype: torch.dtype | None = None)
 
     if dtype not in (None, "auto"):
         model.to(dtype)
+        model.config.dtype = dtype
     model.requires_grad_(False).eval()
     model.generation_config = generation_config(checkpoint.config, checkpoint.tokenizer)
     return model
 
 
 def _language_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration) -> dict[str, torch.Tensor]:
-    config = checkpoint.config
+    config, head = checkpoint.config, "language_model.lm_head"
     state_dict = {}
     for name, tensor in checkpoint.tensors().items():
-        name = name.removeprefix("transformer.")
-        if name.startswith("mm_projector."):
-            state_dict[f"image_encoder.projector.{name.removeprefix('mm_projector.')}"] = tensor
-        elif name == "wte.weight":
-            is_padded = tensor.shape[0] == config.padded_vocab_size
-            state_dict["language_model.lm_head.weight"] = tensor[: config.vocab_size] if is_padded else tensor
+        short = name.removeprefix("transformer.")
+        if short.startswith("mm_projector."):
+            state_dict[f"image_encoder.projector.{short.removeprefix('mm_projector.')}"] = tensor
+        elif short == "wte.weight":
+            is_padded = tensor.shape[:1] == (config.padded_vocab_size,)
+            state_dict[f"{head}.weight"] = tensor[: config.image_token_id] if is_padded else tensor
         else:
-            state_dict[f"language_model.{name}"] = tensor
+            state_dict[f"language_model.transformer.{short}"] = tensor
 
-    table = state_dict.get("language_model.lm_head.weight")
-    if table is not None and table.shape == model.language_model.lm_head.weight.shape:
-        state_dict["embed_tokens.weight"] = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    table = state_dict.get(f"{head}.weight")
+    if table is not None and table.shape == (config.image_token_id, config.d_model):
         if config.num_border_tokens:
             state_dict["image_encoder.borders"] = table[[config.im_start_token_id, config.im_end_token_id]]
+        table = torch.cat([table, table.new_zeros(1, table.shape[1])])
+        state_dict |= {"embed_tokens.weight": table, f"{head}.weight": table, f"{head}.bias": head_bias(len(table), table.dtype)}
     return state_dict
 
 
@@ -72,6 +78,11 @@ def _check_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditional
         f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(shape)}"
         for name, shape in wanted.items()
         if name in state_dict and state_dict[name].shape != shape
+    ]
+    problems += [
+        f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected fp16, bf16 or fp32"
+        for name, tensor in state_dict.items()
+        if tensor.dtype not in DTYPES
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")

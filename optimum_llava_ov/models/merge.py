@@ -1,6 +1,8 @@
-"""Images into the sequence of embeddings."""
+"""Images into the sequence of embeddings, and checks of what they are put into."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 
@@ -39,4 +41,32 @@ def check_image_count(is_image: torch.Tensor, image_features: torch.Tensor) -> N
     raise ValueError(
         f"The prompt has places for {places} image(s), but {num_images} image(s) were given. Write `<image>` once for each image, "
         "and let the processor see the prompt and the images together: `processor(text=prompt, images=images, return_tensors='pt')`."
+    )
+
+
+def check_token_ids(input_ids: torch.Tensor, num_embeddings: int, others: Collection[int] = ()) -> None:
+    """
+    Args:
+        input_ids: `(batch, tokens)`.
+        num_embeddings: rows of the embedding table.
+        others: ids that are understood too.
+
+    Raises:
+        `ValueError`: an id has no row in the table. Says which id, and which ids there are.
+    """
+    if not input_ids.numel():
+        return
+    lowest, highest = input_ids.aminmax()
+    if int(lowest) >= 0 and int(highest) < num_embeddings:  # all there is to do in a step of `generate`
+        return
+    is_wrong = (input_ids < 0) | (input_ids >= num_embeddings)
+    for other in others:
+        is_wrong &= input_ids != other
+    if not is_wrong.any():
+        return
+    row, column = is_wrong.nonzero()[0].tolist()
+    also = f", or {', '.join(map(str, others))} for an image" if others else ""
+    raise ValueError(
+        f"input_ids has {int(input_ids[row, column])} at position {column} of row {row}. Expected ids from 0 to "
+        f"{num_embeddings - 1}{also}. Make the prompt with the processor of the same model."
     )

@@ -67,8 +67,8 @@ class MptBlock(nn.Module):
         return hidden_states + self.ffn(self.norm_2(hidden_states))
 
 
-class MptLanguageModel(nn.Module):
-    """Decoder over embeddings; the embedding table itself belongs to [`LlavaMptForConditionalGeneration`].
+class MptTransformer(nn.Module):
+    """Blocks and final norm. The embedding table belongs to [`LlavaMptForConditionalGeneration`].
 
     Args:
         config ([`MptConfig`]): as made by [`~optimum_llava_ov.checkpoint.config.mpt_config`].
@@ -76,10 +76,30 @@ class MptLanguageModel(nn.Module):
 
     def __init__(self, config: MptConfig):
         super().__init__()
-        self.config = config
         self.blocks = nn.ModuleList(MptBlock(config, layer_idx) for layer_idx in range(config.n_layers))
         self.norm_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon, bias=False)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, bias: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states, bias, past_key_values)
+        return self.norm_f(hidden_states)
+
+
+class MptLanguageModel(nn.Module):
+    """Decoder over embeddings. Its modules have the names that PEFT's adapters for MPT use: `transformer.blocks.0.attn.Wqkv`, ...
+
+    Args:
+        config ([`MptConfig`]): as made by [`~optimum_llava_ov.checkpoint.config.mpt_config`]. The last of its `vocab_size` tokens is
+            `<image>`.
+    """
+
+    def __init__(self, config: MptConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = MptTransformer(config)
+        # Logits processors look up the ids of the prompt in the logits, so `<image>` needs a logit that is never the largest.
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size)
+        self.lm_head.bias = nn.Parameter(head_bias(config.vocab_size), requires_grad=False)
         scale = config.logit_scale
         self.logit_scale = 1 / math.sqrt(config.d_model) if scale == "inv_sqrt_d_model" else scale
 
@@ -105,13 +125,20 @@ class MptLanguageModel(nn.Module):
         config = self.config
         slopes = alibi_slopes(config.n_heads, config.attn_config.alibi_bias_max).to(inputs_embeds.device, inputs_embeds.dtype)
         bias = attention_bias(attention_mask, inputs_embeds.shape[1], slopes)
-
-        hidden_states = inputs_embeds
-        for block in self.blocks:
-            hidden_states = block(hidden_states, bias, past_key_values)
+        hidden_states = self.transformer(inputs_embeds, bias, past_key_values)
         if logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(self.norm_f(hidden_states))
         if self.logit_scale is not None:
-            logits = logits * self.logit_scale
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            # Before the head: GenAI computes one row of logits only where the graph ends with the head and its bias.
+            hidden_states = hidden_states * self.logit_scale
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden_states), past_key_values=past_key_values)
+
+
+def head_bias(vocab_size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Bias of the head, `(vocab_size,)`: zero for every token but the last, `<image>`, which it makes impossible.
+
+    -32768 is far below every logit, and finite and exact in float32, bf16 and f16, so no product or difference of it is a NaN.
+    """
+    bias = torch.zeros(vocab_size, dtype=dtype)
+    bias[-1] = -32768.0
+    return bias

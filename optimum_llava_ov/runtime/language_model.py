@@ -26,16 +26,38 @@ PA, SDPA = "PA", "SDPA"  # GenAI's names
 
 
 class Past(tuple):
-    """Stands for the cache, which is inside the model. transformers wants something of this form, and for assisted generation `crop`."""
+    """Stands for the cache, which is inside the model, with what transformers asks a cache for.
+
+    A model has one cache. What stands for an earlier prompt is refused once the model has begun another one.
+    """
+
+    is_compileable = False
 
     def __new__(cls, model: LanguageModel) -> Past:
         past = super().__new__(cls, ((),))
-        past._model = model
+        past._model, past._sequence = model, model._sequence
         return past
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens in each row of the cache, padding included."""
+        self.check(self._model)
+        return self._model._past_length
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens, padding included."""
+        self.check(self._model)
         self._model.cut(length)
+
+    def check(self, model: LanguageModel) -> None:
+        """
+        Raises:
+            `ValueError`: the cache of `model` has other tokens now.
+        """
+        if model is not self._model or model._sequence is not self._sequence:
+            raise ValueError(
+                "past_key_values are of an earlier prompt, and the model has begun another one since. A model has one cache. Leave "
+                "past_key_values out and give the whole prompt, or use model.chat(): each conversation has a cache of its own."
+            )
 
 
 class LanguageModel(OVModelWithEmbedForCausalLM):
@@ -49,6 +71,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
 
     _decoder: Decoder | None = None
     _embedding_table: EmbeddingTable | None = None
+    _sequence: object = None  # another one for each prompt that begins anew
 
     def __init__(self, *args, attention_backend: str = PA, **kwargs):
         if attention_backend not in (PA, SDPA):
@@ -96,13 +119,13 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         other = copy.copy(self)
         other._decoder = type(self._decoder)(self.request.get_compiled_model())
         other.request = other._decoder.request
-        other._past_length = 0
+        other._past_length, other._sequence = 0, object()
         return other
 
     def reset(self) -> None:
         """Forget all tokens, and give their memory back."""
         self._decoder.free()
-        self._past_length = 0
+        self._past_length, self._sequence = 0, object()
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens, padding included."""
@@ -144,15 +167,19 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32. Those of padding mean nothing.
 
         Raises:
-            `ValueError`: `attention_mask` is not about these tokens.
+            `ValueError`: `attention_mask` is not about these tokens, or `past_key_values` are of other tokens than the cache.
         """
         if self.request is None:
             self.compile()
         batch_size, length = inputs_embeds.shape[:2]
         if past_key_values is None:
             self._decoder.begin(batch_size)
-            self._past_length = 0
+            self._past_length, self._sequence = 0, object()
             self.next_beam_idx = np.arange(batch_size)
+        elif isinstance(past_key_values, Past):
+            past_key_values.check(self)
+        if len(self.next_beam_idx) != batch_size:
+            raise ValueError(f"The cache has {len(self.next_beam_idx)} row(s), but {batch_size} row(s) of new tokens were given.")
         shape = (batch_size, self._past_length + length)
         if attention_mask is None:
             attention_mask = torch.ones(shape, dtype=torch.long)

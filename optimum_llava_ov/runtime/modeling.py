@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-import json
 import shutil
 import tempfile
 import threading
@@ -17,24 +17,34 @@ import torch
 from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig, OVModelForVisualCausalLM
 from optimum.intel.openvino.modeling_base import OVBaseModel
-from transformers import AutoProcessor, PretrainedConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PretrainedConfig,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
 from optimum_llava_ov.bundle.check import check_is_llava_mpt, check_readable, naming_damage
-from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, TOKENIZERS, weights_file
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS, weights_file
+from optimum_llava_ov.bundle.reading import load_processor
 from optimum_llava_ov.bundle.staging import staged
+from optimum_llava_ov.bundle.weights import weight_shares
+from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
+from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.models.generation import ImageGenerationMixin
-from optimum_llava_ov.models.merge import merge_image_features
+from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.runtime.mapped import read_once
-from optimum_llava_ov.runtime.prompts import canonical_prompts
+from optimum_llava_ov.runtime.prompts import ORIGINAL_IMAGE_TOKEN_ID, canonical_prompts
+from optimum_llava_ov.runtime.threads import one_torch_thread
 from optimum_llava_ov.samples import question_inputs
 
 
@@ -55,21 +65,6 @@ def _one_at_a_time(method):
     return locked
 
 
-def _on_one_torch_thread(method):
-    """Torch has little to do between two steps of OpenVINO, but its idle threads spin on the cores that OpenVINO needs: 5 % at 1.3B."""
-
-    @functools.wraps(method)
-    def limited(self, *args, **kwargs):
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            torch.set_num_threads(before)
-
-    return limited
-
-
 class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     """LLaVA-MPT on OpenVINO, with the interface of transformers.
 
@@ -81,6 +76,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         inputs = processor(images=image, text=prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=200)
     """
+
+    _support_new_processing = True  # the host's word for prompts that say `<image>` once for each of its features
 
     def __init__(
         self,
@@ -94,6 +91,9 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
     ):
         self._lock = threading.RLock()
         self._differs_from_files = False
+        self.name_or_path = getattr(config, "name_or_path", None)
+        # As the caller gave it. The host looks a default up by the model's name, and what it finds then is not ours.
+        self._quantization_config = kwargs.get("quantization_config")
         ov_config = {**(kwargs.pop("ov_config", None) or {})}
         attention_backend = ov_config.pop(ATTENTION_BACKEND, PA)
         super().__init__(
@@ -151,6 +151,40 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             return super(OVBaseModel, cls).from_pretrained(folder, *args, **kwargs)
 
     @classmethod
+    def _from_pretrained(
+        cls,
+        model_id: str | Path,
+        config: PretrainedConfig,
+        quantization_config: Any = None,
+        load_in_8bit: bool | None = None,
+        compile: bool = True,
+        compile_only: bool = False,
+        **kwargs,
+    ) -> OVModelForLlavaMPT:
+        """What the host does for each class, for this one: it would look the class up by the model's type, which is not ours alone."""
+        check_is_llava_mpt(model_id, config.to_dict())
+        folder = Path(model_id)
+        device, ov_config = kwargs.get("device", "CPU"), kwargs.get("ov_config")
+        parts = [
+            cls._compile_model(folder / file, device, ov_config, folder) if compile_only else cls.load_model(folder / file)
+            for file in PARTS.values()
+        ]
+        if (folder / "generation_config.json").exists():
+            kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
+        quantization_config = quantization_config or ({"bits": 8} if load_in_8bit else None)
+        model = cls(
+            *parts,
+            config,
+            model_save_dir=folder,
+            compile=compile and not quantization_config,
+            compile_only=compile_only,
+            **kwargs,
+        )
+        if quantization_config:
+            model._apply_quantization(quantization_config, compile_only, compile, str(model_id))
+        return model
+
+    @classmethod
     def _export(cls, model_id: str | Path, config=None, vision_tower: str | None = None, **kwargs) -> OVModelForLlavaMPT:
         from optimum_llava_ov.export.main import main_export
 
@@ -171,31 +205,55 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         return model
 
     @_one_at_a_time
-    @_on_one_torch_thread
+    @one_torch_thread()
     def generate(self, inputs: torch.LongTensor | None = None, *args, images: Any = None, **kwargs):
         """As [`~transformers.GenerationMixin.generate`]; code written for the original LLaVA or the OpenVINO notebook runs too.
 
         Args:
             inputs, input_ids: `(batch, tokens)`. Images may be spelled as the processor does, or as -200, one each.
             pixel_values, images: `(images, 3, height, width)`, the images of all rows in order.
+            past_key_values: of the last call with `return_dict_in_generate=True`, if no other call came since. `inputs` are the whole
+                conversation, as in transformers.
 
         Returns:
             As transformers: the prompt, as it was given, and what was generated.
 
         Raises:
-            `ValueError`: another number of images than the prompts have places for.
+            `ValueError`: another number of images than the prompts have places for; an id that is not in the table; `past_key_values`
+                of an earlier call than the last; the model itself as `assistant_model`.
         """
+        if kwargs.get("assistant_model") is self:
+            raise ValueError(
+                "assistant_model is the model itself, which has one cache. Load the assistant as a model of its own."
+            )
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if kwargs.get("pixel_values") is None and images is not None:
             kwargs["pixel_values"] = _stack(images)
         if prompt is None or kwargs.get("inputs_embeds") is not None:
             return super().generate(prompt, *args, **kwargs)
 
+        check_token_ids(prompt, self._num_embeddings, others=(ORIGINAL_IMAGE_TOKEN_ID,))
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(prompt) if mask is None else mask
+        if mask.shape != prompt.shape:  # with `past_key_values`, `input_ids` may be the new tokens alone
+            return super().generate(prompt, *args, attention_mask=mask, **kwargs)
         canonical, mask = self._canonical_prompts(prompt, mask)
         output = super().generate(canonical, *args, attention_mask=mask, **kwargs)
         return output if canonical is prompt else _with_prompt(output, prompt, canonical.shape[1])
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As [`~transformers.PreTrainedModel.num_parameters`], of matrix multiplications, convolutions and embedding tables.
+
+        Norms and biases, less than a thousandth at 7B, are not counted. Compressed weights count as what they stand for.
+
+        Args:
+            only_trainable: count what can be trained, which is nothing.
+            exclude_embeddings: leave the embedding table out.
+        """
+        files = [PARTS["language_model"], PARTS["vision_embeddings_model"]]
+        files += [] if exclude_embeddings else [PARTS["text_embeddings_model"]]
+        graphs = [openvino.Core().read_model(Path(self.model_save_dir) / file) for file in files]
+        return 0 if only_trainable else sum(share.parameters for graph in graphs for share in weight_shares(graph))
 
     def chat(self, processor: Any, **kwargs) -> ChatSession:
         """Begin a conversation that keeps the cache of its earlier turns. Any number of them share this model's weights.
@@ -251,13 +309,22 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Returns:
             `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32.
+
+        Raises:
+            `ValueError`: an id is not in the table, or there is another number of images than `input_ids` has places for.
         """
         if inputs_embeds is None:
+            check_token_ids(input_ids, self._num_embeddings)
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
             inputs_embeds = self._embed(input_ids, image_features)
         inputs_embeds = inputs_embeds.detach().float()
         return self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
+
+    @property
+    def _num_embeddings(self) -> int:
+        """Rows of the embedding table. The last one is `<image>`, unless a table that somebody else made is larger."""
+        return max(self.config.image_token_index + 1, self.config.text_config.vocab_size)
 
     def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
         if input_ids.shape[1] == 1 and (inputs_embeds := self.language_model.look_up(input_ids)) is not None:
@@ -296,12 +363,27 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if logits_to_keep is not None:
             inputs["logits_to_keep"] = logits_to_keep
         if past_key_values is not None:
-            new = input_ids[:, self.language_model._get_past_length(past_key_values) - attention_mask.shape[1] :]
-            return {**inputs, "input_ids": new}
+            past_length, length = self.language_model._get_past_length(past_key_values), attention_mask.shape[1]
+            if input_ids.shape[1] == 0 or length <= past_length:
+                raise ValueError(
+                    f"past_key_values have {past_length} tokens, and no new ones follow: attention_mask has {length}, input_ids "
+                    f"{input_ids.shape[1]}. Give input_ids and attention_mask of the whole conversation."
+                )
+            return {**inputs, "input_ids": input_ids[:, past_length - length :]}
         if inputs_embeds is not None:
             return {**inputs, "inputs_embeds": inputs_embeds}
         images = {name: kwargs[name] for name in ("pixel_values", "image_features") if kwargs.get(name) is not None}
         return {**inputs, **images, "input_ids": input_ids}
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        """Those of transformers. Guidance runs the model a second time at each step, so it gets a cache of its own."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = copy.copy(self)
+                processor.model.language_model = self.language_model.with_own_cache()
+                processor.unconditional_context["use_cache"] = True
+        return processors
 
     @staticmethod
     def _resolve_default_quantization_config(model_name_or_path: str, quantization_config):
@@ -314,13 +396,13 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         """Compress the loaded parts in memory, just as the export compresses them."""
         if compile_only:
             raise ValueError("A model loaded with compile_only=True cannot be compressed. Load it without.")
-        recipe = recipe_of(quantization_config)
+        recipe = recipe_of(self._quantization_config or quantization_config)
         for part, ov_model in self.ov_models.items():
             config, dataset = recipe_for_part(recipe, part), None
             if config is None:
                 continue
             if part == LANGUAGE_MODEL and needs_data(config):
-                processor = AutoProcessor.from_pretrained(self.model_save_dir)
+                processor = load_processor(self.model_save_dir)
                 dataset = calibration_dataset(config.dataset, config.num_samples, processor, Path(self.model_save_dir))
             compress(ov_model, config, dataset)
         self._differs_from_files = True
@@ -435,7 +517,7 @@ def _download(model_id: str | Path, kwargs: dict[str, Any]) -> Path:
     folder = repository.folder
     if not repository.is_local:
         config = repository.require("config.json", "it says what the model is")
-        check_is_llava_mpt(model_id, json.loads(config.read_bytes()))
+        check_is_llava_mpt(model_id, read_json(config, error_class=BundleError))
         folder = repository.download((*FILES, *EXTRA_FILES))
     check_readable(folder)
     return folder

@@ -1,0 +1,163 @@
+"""What stands between the network and the page: whose requests are answered, how large they may be, what a browser may load."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+MAX_BODY = 16_000_000  # bytes of a request that is not an upload, for which there is a limit of its own
+# The page is made of inline scripts and styles, so these must be allowed. Everything that loads must come from here.
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "media-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self' data: blob:",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "frame-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+    )
+)
+HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class OpenPages:
+    """The pages that browsers have open. A page keeps one request, its heartbeat, open for as long as it lives."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __contains__(self, page: object) -> bool:
+        return self._open[page] > 0 if isinstance(page, str) else False
+
+    @contextmanager
+    def opened(self, page: str) -> Iterator[None]:
+        with self._lock:
+            self._open[page] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open -= Counter((page,))
+
+
+class Guard:
+    """An ASGI middleware.
+
+    It refuses requests that name another host than this one, or come from a page of another site: a site that points its own name
+    at this address (DNS rebinding) gets nothing. A host that is written as an IP address cannot be pointed anywhere, so it is
+    accepted.
+
+    Args:
+        names: under which the page is served, without port, besides IP addresses and `localhost`.
+        pages: where open pages are noted.
+    """
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], names: tuple[str, ...], pages: OpenPages):
+        self.app = app
+        self.names = {*LOCAL_NAMES, *(name.lower().strip("[]") for name in names)}
+        self.pages = pages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        refusal = self._refusal(headers)
+        if refusal is None and not scope["path"].endswith("/gradio_api/upload"):
+            receive, refusal = await _read(headers, receive)
+        if refusal is not None:
+            await refusal(scope, receive, send_with_headers)
+            return
+        folder, _, page = scope["path"].rstrip("/").rpartition("/")
+        if folder.endswith("/heartbeat"):
+            with self.pages.opened(page):
+                await self.app(scope, receive, send_with_headers)
+        else:
+            await self.app(scope, receive, send_with_headers)
+
+    def _refusal(self, headers: Headers) -> PlainTextResponse | None:
+        host = _name(f"//{headers.get('host', '')}")
+        if host is None or not (host in self.names or _is_address(host)):
+            return _sentence(
+                f"This server is not known as {host!r}. Whoever runs it can add the name with --allow-name, or open the page by "
+                "its IP address.",
+                421,
+            )
+        origin = headers.get("origin")
+        if origin is not None and (name := _name(origin)) != host and name not in self.names:
+            return _sentence(f"A page of {origin} may not use this server, only its own pages may.", 403)
+        return None
+
+
+async def _read(headers: Headers, receive: Receive) -> tuple[Receive, PlainTextResponse | None]:
+    """Read a request's body if it is not too large. Returns how to receive it again, or a refusal."""
+    too_large = _sentence(f"The request has more than {MAX_BODY:,} bytes, which is the most that is accepted.", 413)
+    if int(length if (length := headers.get("content-length", "")).isdecimal() else 0) > MAX_BODY:
+        return receive, too_large
+    if length in ("", "0") and "transfer-encoding" not in headers:
+        return receive, None
+    chunks, size, more = [], 0, True
+    while more:
+        message = await receive()
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > MAX_BODY:
+            return receive, too_large
+        more = message.get("more_body", False)  # not so when the client has gone
+    pending = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
+
+    async def receive_again() -> MutableMapping[str, Any]:
+        return pending.pop() if pending else await receive()
+
+    return receive_again, None
+
+
+def _name(address: str) -> str | None:
+    """Host of an address, in lower case and without brackets; `None` if it is not an address."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _sentence(text: str, status: int) -> PlainTextResponse:
+    return PlainTextResponse(text + "\n", status_code=status)

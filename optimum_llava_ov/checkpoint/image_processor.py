@@ -1,0 +1,90 @@
+"""How images are prepared for the vision tower: `preprocessor_config.json`, checked against the tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optimum_llava_ov.checkpoint.options import (
+    Rule,
+    broken_rules,
+    either,
+    flag,
+    integer,
+    number,
+    numbers,
+    positive,
+    read_json,
+)
+from optimum_llava_ov.errors import UnsupportedCheckpointError
+
+
+MAX_SIDE = 2048  # pixels; published towers see up to 448
+
+_SIDE = integer(1, MAX_SIDE)
+_SQUARE = ("height", "width")
+
+
+def _sizes(*forms: tuple[str, ...]) -> Rule:
+    """Objects with just the keys of one of `forms`, and sides as values."""
+    return Rule(
+        lambda value: isinstance(value, dict) and tuple(sorted(value)) in forms and all(map(_SIDE.accepts, value.values())),
+        " or ".join("{" + ", ".join(form) + "}" for form in forms),
+    )
+
+
+_OPTIONS = {
+    "do_convert_rgb": flag(),
+    "do_resize": flag(),
+    "size": either(_SIDE, _sizes(("shortest_edge",), _SQUARE)),
+    "resample": integer(0, 5),
+    "do_center_crop": flag(),
+    "crop_size": either(_SIDE, _sizes(_SQUARE)),
+    "do_rescale": flag(),
+    "rescale_factor": positive(1000),
+    "do_normalize": flag(),
+    "image_mean": numbers(3, number(-1000, 1000)),
+    "image_std": numbers(3, positive(1000)),
+}
+_DEFAULT_SIDE = 224  # CLIP's, where the file names no size
+
+
+def read_image_processor(file: Path, image_size: int, pads: bool) -> dict[str, Any]:
+    """Options of the image processor, those that we know, with sizes as transformers spells them today.
+
+    Args:
+        image_size: side of the images that the tower takes, in pixels.
+        pads: whether images are made square first (`image_aspect_ratio: pad`).
+
+    Raises:
+        [`InvalidCheckpointError`]: the file is not a JSON object.
+        [`UnsupportedCheckpointError`]: an option has no meaning, or the images that come out are not what the tower takes.
+    """
+    values = read_json(file)
+    settings = {name: values[name] for name in _OPTIONS if values.get(name) is not None}
+    if problems := broken_rules(settings, {name: _OPTIONS[name] for name in settings}):
+        raise UnsupportedCheckpointError(f"{file} does not say how images are prepared: {'; '.join(problems)}.")
+    for name in ("size", "crop_size"):  # CLIP's own repositories still have plain numbers
+        if isinstance(side := settings.get(name), int):
+            settings[name] = {"shortest_edge": side} if name == "size" else {"height": side, "width": side}
+    output = _output_size(settings, pads)
+    if output != (image_size, image_size):
+        found = "of any size" if output is None else f"of {output[1]} x {output[0]} pixels"
+        raise UnsupportedCheckpointError(
+            f"{file} prepares images {found} (do_resize, size, do_center_crop, crop_size), but the vision tower takes "
+            f"{image_size} x {image_size} (image_size). Take both files from the same repository."
+        )
+    return settings
+
+
+def _output_size(settings: dict[str, Any], pads: bool) -> tuple[int, int] | None:
+    """Height and width of every image that comes out; `None` if it depends on the image."""
+    if settings.get("do_center_crop", True):
+        size = settings.get("crop_size", {"height": _DEFAULT_SIDE, "width": _DEFAULT_SIDE})
+    elif settings.get("do_resize", True):
+        size = settings.get("size", {"shortest_edge": _DEFAULT_SIDE})
+    else:
+        return None
+    if "shortest_edge" in size:
+        return (size["shortest_edge"],) * 2 if pads else None
+    return size["height"], size["width"]

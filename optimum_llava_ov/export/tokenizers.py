@@ -1,0 +1,63 @@
+"""The tokenizer of a bundle as OpenVINO models, for GenAI and Model Server."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import openvino
+import openvino_tokenizers
+from openvino_tokenizers.tokenizer_pipeline import RegexNormalizationStep
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from optimum_llava_ov.bundle.layout import TOKENIZERS
+
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+
+def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
+    """Write tokenizer and detokenizer as OpenVINO models that give the ids and the text of `processor.tokenizer`.
+
+    openvino_tokenizers splits a text at special tokens before it normalizes what is between. Rules that look at special tokens,
+    as those of `checkpoint/sentencepiece.py` do, must see the whole text: they are moved to the front.
+    """
+    tokenizer, rules = _without_rules(processor.tokenizer)
+    models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True, skip_special_tokens=True)
+    _prepend(models[0], rules)
+    # GenAI takes the chat template from here if it finds no better place.
+    models[0].set_rt_info(processor.chat_template, "chat_template")
+    for model, name in zip(models, TOKENIZERS):
+        openvino.save_model(model, os.fspath(folder / name))
+
+
+def _without_rules(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedTokenizerFast, list[tuple[str, str]]]:
+    """A copy whose normalizer has no regular expressions, and these with what they are replaced by."""
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    normalizer = values["normalizer"]
+    if normalizer is None or normalizer["type"] != "Sequence":
+        return tokenizer, []
+    steps = normalizer["normalizers"]
+    rules = [step for step in steps if step["type"] == "Replace" and "Regex" in step["pattern"]]
+    values["normalizer"] = {"type": "Sequence", "normalizers": [step for step in steps if step not in rules]}
+    plain = copy.deepcopy(tokenizer)
+    plain.backend_tokenizer.normalizer = Tokenizer.from_str(json.dumps(values)).normalizer
+    return plain, [(step["pattern"]["Regex"], step["content"]) for step in rules]
+
+
+def _prepend(model: openvino.Model, rules: list[tuple[str, str]]) -> None:
+    """Put one normalization for each rule between the input's text and all that reads it."""
+    (unpacked,) = (node for node in model.get_ops() if node.get_type_name() == "StringTensorUnpack")
+    outputs = unpacked.outputs()
+    readers = [output.get_target_inputs() for output in outputs]
+    for pattern, replacement in rules:
+        outputs = RegexNormalizationStep(pattern, replacement).get_ov_subgraph(list(outputs))
+    for targets, output in zip(readers, outputs):
+        for target in targets:
+            target.replace_source_output(output)
+    model.validate_nodes_and_infer_types()
