@@ -49,6 +49,7 @@ class Repository:
         name (`str`): path of a folder, or `owner/name`.
         subfolder (`str`): where in it the files are.
         revision, cache_dir, token, local_files_only, force_download: as for [`~huggingface_hub.hf_hub_download`].
+        any_name (`bool`): whether a name without an owner may be on the Hub. Only old models of other people have such names.
         on_hub (`bool`): whether `name` is a model id even if there is a folder of that name.
         any_name (`bool`): whether a name without an owner may be on the Hub. Only old models of other people have such names.
     """
@@ -60,8 +61,12 @@ class Repository:
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
     force_download: bool = False
+    any_name: bool = False
     on_hub: bool = False
     any_name: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "token", clean_token(self.token))
 
     def __post_init__(self):
         object.__setattr__(self, "token", clean_token(self.token))
