@@ -61,12 +61,8 @@ class Repository:
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
     force_download: bool = False
-    any_name: bool = False
     on_hub: bool = False
     any_name: bool = False
-
-    def __post_init__(self):
-        object.__setattr__(self, "token", clean_token(self.token))
 
     def __post_init__(self):
         object.__setattr__(self, "token", clean_token(self.token))
