@@ -51,6 +51,14 @@ def test_same_answers_of_a_random_model(name, bundles, models, processors):
         assert ask(theirs, text, images, do_sample=False) == ask(ours, text, images, do_sample=False)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_images_of_other_modes_are_converted(genai, openvino, mode):
+    """GenAI itself takes RGB alone, and gives wrong answers to anything else."""
+    image = A.convert(mode)
+    for engine in (genai, openvino):
+        assert ask(engine(), "Where is the star?", image) == ask(engine(), "Where is the star?", image.convert("RGB"))
+
+
 def test_undo_retry_reset_and_restore(genai, tmp_path):
     chat = genai()
     assert chat.send("How many shapes are there?", B).result() == "There are two shapes."

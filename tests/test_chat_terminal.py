@@ -199,6 +199,8 @@ class CtrlC(SlowProcessor):
     @property
     def tokenizer(self):
         if self.pressed and threading.current_thread().name == "answer":
+            while signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # the answer is not shown yet
+                time.sleep(0.01)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             time.sleep(0.2)
         return self.processor.tokenizer

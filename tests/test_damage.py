@@ -578,6 +578,13 @@ def test_export_leaves_nothing_behind(folder, tmp_path, name):
     assert {entry.name for entry in tmp_path.iterdir()} == {folder.name}
 
 
+def test_tokenizer_that_does_not_become_a_graph(folder, tmp_path):
+    change(TOKENIZER, pre_tokenizer={"type": "UnicodeScripts"})(folder)
+    with pytest.raises(UnsupportedCheckpointError, match=r"UnicodeScripts.*--disable-convert-tokenizer"):
+        main_export(folder / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_configuration_is_still_ours_to_report(folder):
     """Or Optimum would report that it does not know the model."""
     cut(CONFIG, 0.9)(folder)

@@ -123,6 +123,8 @@ for name, conversation in conversations.items():
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=prompt, images=images or None, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None)
+    penalised = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, repetition_penalty=5.0)
+    assert len(set(penalised[0, inputs["input_ids"].shape[1] :].tolist())) == max_new_tokens
     answers[name] = [inputs["input_ids"][0].tolist(), output[0, inputs["input_ids"].shape[1] :].tolist()]
 assert not any(module.startswith("optimum_llava_ov") for module in sys.modules)
 print(json.dumps([type(model).__name__, answers]))
@@ -177,6 +179,19 @@ def test_genai_applies_the_chat_template(pipeline, processors, expected):
     conversation = CONVERSATIONS["one_picture"]
     result = pipeline.generate(conversation[0]["content"], images=tensors(conversation), generation_config=genai_config())
     assert result.texts[0] == decode(processors[GOLDEN.name], expected["one_picture"])
+
+
+def test_genai_penalties_with_an_image(pipeline, models, processors, prompts):
+    """GenAI looks up the tokens of the prompt in the logits. The pipeline goes on to answer after it."""
+    inputs, conversation = prompts["one_picture"], CONVERSATIONS["one_picture"]
+    output = models[GOLDEN.name].generate(
+        **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=None, repetition_penalty=1.5
+    )
+    config = genai_config()
+    config.repetition_penalty = 1.5
+    for _ in range(2):
+        result = pipeline.generate(conversation[0]["content"], images=tensors(conversation), generation_config=config)
+        assert result.texts[0] == decode(processors[GOLDEN.name], output[0, inputs["input_ids"].shape[1] :])
 
 
 def test_genai_chat_keeps_the_picture(pipeline, models, processors):

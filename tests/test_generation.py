@@ -95,13 +95,104 @@ def test_several_answers_see_several_images(model, inputs_of):
     assert sampled == [alone[0], alone[0], alone[1], alone[1]]
 
 
-def test_repetition_penalty_with_images(model, inputs_of):
-    """`<image>` is no token of the head, so processors must not look for its logit."""
-    tokens = new_tokens(model, inputs_of("image_start"), repetition_penalty=5.0)[0]
-    assert len(set(tokens)) == len(tokens)
-    assert new_tokens(model, inputs_of("image_start"), no_repeat_ngram_size=1)[0] == list(
-        dict.fromkeys(new_tokens(model, inputs_of("image_start"), no_repeat_ngram_size=1)[0])
-    )
+IMAGE_TOKEN = 462
+PROCESSORS = {
+    "repetition_penalty": {"repetition_penalty": 5.0},
+    "a negative penalty": {"repetition_penalty": 0.2},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 2.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+    "bad_words_ids": {"bad_words_ids": [[IMAGE_TOKEN], [373], [26, 271]]},
+    "suppress_tokens": {"suppress_tokens": [373, IMAGE_TOKEN]},
+    "sequence_bias": {"sequence_bias": [[[IMAGE_TOKEN], 1000.0], [[9], 5.0]]},
+    "guidance_scale": {"guidance_scale": 1.5},
+    "negative prompt": {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[5, 6, 7, 8]])},
+    "beams": {"num_beams": 3, "repetition_penalty": 1.3},
+    "renormalize_logits": {"renormalize_logits": True, "repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_logits_processors_with_images(model, torch_models, inputs_of, name):
+    """They look up the tokens of the prompt in the logits, `<image>` among them."""
+    inputs, options = inputs_of("image_start"), PROCESSORS[name]
+    tokens = new_tokens(model, inputs, **options)
+    assert tokens == new_tokens(torch_models[GOLDEN.name], inputs, **options)
+    assert IMAGE_TOKEN not in tokens[0]
+    if name in ("repetition_penalty", "no_repeat_ngram_size"):
+        assert len(set(tokens[0])) == len(tokens[0])
+
+
+def test_penalties_of_prompts_of_the_original_code(model, inputs_of):
+    """-200 for an image is no index into the logits either."""
+    case = GOLDEN.cases["image_start"]
+    prompt = torch.tensor([case["input_ids"]])
+    pixel_values = inputs_of("image_start")["pixel_values"]
+    output = model.generate(prompt, images=pixel_values, **GREEDY, repetition_penalty=5.0)
+    assert output[0, prompt.shape[1] :].tolist() == new_tokens(model, inputs_of("image_start"), repetition_penalty=5.0)[0]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 0, "typical_p": 0.9}, {"top_k": 0, "top_p": 0.99999}], ids=str)
+def test_sampling_never_chooses_the_image(model, inputs_of, options):
+    torch.manual_seed(0)
+    options = {"do_sample": True, "temperature": 100.0, "num_return_sequences": 20, "max_new_tokens": 40, **options}
+    assert IMAGE_TOKEN not in {token for row in new_tokens(model, inputs_of("image_start"), **options) for token in row}
+
+
+class TestPastKeyValues:
+    """Of a first call of `generate`, handed to a second one."""
+
+    QUESTION = "<|im_end|><|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n"
+
+    @pytest.fixture
+    def first(self, model, processor, inputs_of):
+        """Answer to a question about an image, and the prompt of the next question."""
+        inputs = inputs_of("image_start")
+        output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        question = processor.tokenizer(self.QUESTION, return_tensors="pt")["input_ids"]
+        input_ids = torch.cat([output.sequences, question], dim=1)
+        return output.past_key_values, {**inputs, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+    def test_only_new_tokens_are_processed(self, model, inputs_of, first, monkeypatch):
+        past, inputs = first
+        lengths, forward = [], model.language_model.forward
+        monkeypatch.setattr(model.language_model, "forward", lambda *args: lengths.append(args[0].shape[1]) or forward(*args))
+        tokens = new_tokens(model, inputs, past_key_values=past)
+        assert lengths[0] == inputs["input_ids"].shape[1] - (inputs_of("image_start")["input_ids"].shape[1] + 15)
+        assert tokens == new_tokens(model, inputs)
+
+    def test_of_an_earlier_call(self, model, first):
+        past, inputs = first
+        model.generate(torch.tensor([[5, 6]]), **GREEDY)
+        with pytest.raises(
+            ValueError, match=r"are of an earlier prompt, and the model has begun another one since.*model\.chat\(\)"
+        ):
+            model.generate(**inputs, **GREEDY, past_key_values=past)
+
+    def test_of_other_rows(self, model, first):
+        past, inputs = first
+        with pytest.raises(ValueError, match=r"The cache has 1 row\(s\), but 3 row\(s\) of new tokens were given"):
+            model.generate(**inputs, **{**GREEDY, "num_beams": 3}, past_key_values=past)
+
+    def test_without_new_tokens(self, model, first):
+        past, _ = first
+        with pytest.raises(ValueError, match=r"have \d+ tokens, and no new ones follow: attention_mask has 3"):
+            model.generate(torch.tensor([[5, 6, 7]]), **GREEDY, past_key_values=past)
+
+
+class TestAssistant:
+    OPTIONS = {**GREEDY, "eos_token_id": 0}
+
+    def test_of_either_kind(self, bundles, model, torch_models, inputs_of):
+        assistant = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config=EXACT)
+        inputs, reference = inputs_of("image_start"), torch_models[GOLDEN.name]
+        expected = new_tokens(model, inputs, **self.OPTIONS)
+        for main, other in ((model, assistant), (model, reference), (reference, assistant)):
+            assert new_tokens(main, inputs, **self.OPTIONS, assistant_model=other) == expected
+
+    def test_the_model_itself(self, model, inputs_of):
+        with pytest.raises(ValueError, match="assistant_model is the model itself, which has one cache"):
+            model.generate(**inputs_of("image_start"), **self.OPTIONS, assistant_model=model)
 
 
 def test_streamers(model, processor, inputs_of, capsys):

@@ -370,7 +370,8 @@ class TestWhereItIsNot:
         with pytest.raises(ValueError, match="ATTENTION_BACKEND is 'flash'. It may be 'PA' or 'SDPA'"):
             OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config={"ATTENTION_BACKEND": "flash"})
 
-    def test_compiled_elsewhere(self, bundles):
-        options = {"compile_only": True, "ov_config": {**EXACT, "ATTENTION_BACKEND": "PA"}}
+    @pytest.mark.parametrize("backend", ["PA", "SDPA"])
+    def test_compile_only_has_the_backends_too(self, bundles, backend):
+        options = {"compile_only": True, "ov_config": {**EXACT, "ATTENTION_BACKEND": backend}}
         model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], **options)
-        assert model.attention_backend == "SDPA"
+        assert model.attention_backend == backend

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import pytest
 from conftest import files
 
 from optimum_llava_ov import BundleError
+from optimum_llava_ov.bundle.card import update_card
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, check_bundle
 from optimum_llava_ov.bundle.staging import complete_replacement, prepare_output, staged
 
@@ -268,6 +270,18 @@ class TestFullDisk:
         assert version_of(output) == "old"
         assert files(output) == set(FILES)
 
+    def test_card_of_the_users(self, tmpfs, bundles):
+        folder = shutil.copytree(bundles["mlp2x_fp32_pad"], tmpfs("small", "8m") / "out")
+        card = folder / "README.md"
+        card.write_text(card.read_text() + "\nWords of the user's.\n")
+        before = card.read_text()
+        with suppress(OSError), (folder.parent / "more").open("wb") as more:
+            more.write(bytes(8 << 20))
+        with pytest.raises(OSError, match="No space left on device"):
+            update_card(folder)
+        assert card.read_text() == before
+        assert files(folder) == set(FILES)
+
 
 class TestWhatMayBeReplaced:
     @pytest.mark.parametrize(
@@ -365,6 +379,45 @@ def test_two_at_a_time(tmp_path):
                 export(output, "second")
         assert version_of(output) == "first"
     assert files(tmp_path) == {"out"}
+
+
+class TestHostileFolders:
+    """A bundle that comes from somebody else may hold what looks like an interrupted replacement. It moves nothing from outside."""
+
+    @pytest.fixture
+    def bundle(self, tmp_path):
+        export(tmp_path / "bundle", "theirs")
+        export(tmp_path / "mine", "mine")
+        return tmp_path / "bundle"
+
+    def test_names_that_lead_outside(self, bundle, tmp_path):
+        workspace = bundle / ".optimum-llava-ov" / "abc"
+        workspace.mkdir(parents=True)
+        names = ("../../../mine/config.json", str(tmp_path / "mine" / "tokenizer.json"), *FILES)
+        workspace.with_suffix(".whole").write_text("\n".join(names))
+        complete_replacement(bundle)
+        assert version_of(bundle) == "theirs"
+        assert version_of(tmp_path / "mine") == "mine"
+
+    @pytest.mark.parametrize("state", ["partial", "whole"])
+    def test_links(self, bundle, tmp_path, state):
+        home = bundle / ".optimum-llava-ov"
+        home.mkdir()
+        (home / "abc").symlink_to(tmp_path / "mine")
+        (home / f"abc.{state}").write_text("\n".join(FILES))
+        complete_replacement(bundle)
+        export(bundle, "new")
+        assert version_of(bundle) == "new"
+        assert version_of(tmp_path / "mine") == "mine"
+
+    def test_link_in_place_of_our_folder(self, bundle, tmp_path):
+        (tmp_path / "mine" / "abc").mkdir()
+        write_bundle(tmp_path / "mine" / "abc", "other")
+        (tmp_path / "mine" / "abc.whole").write_text("\n".join(FILES))
+        (bundle / ".optimum-llava-ov").symlink_to(tmp_path / "mine")
+        complete_replacement(bundle)
+        assert version_of(bundle) == "theirs"
+        assert version_of(tmp_path / "mine" / "abc") == "other"
 
 
 def test_nothing_to_complete(tmp_path):

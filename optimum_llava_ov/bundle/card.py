@@ -97,9 +97,14 @@ def write_card(folder: Path, license: str, previous: str | None = None) -> None:
 
 
 def update_card(folder: Path) -> None:
-    """Bring the card of a bundle up to date with its files, if it has one."""
+    """Bring the card of a bundle up to date with its files, if it has one. What users wrote into it is not lost on a full disk."""
     if (previous := read_card(folder / CARD)) is not None:
-        (folder / CARD).write_text(card_text(folder, None, previous), encoding="utf-8")
+        beside = folder / f".{CARD}.optimum-llava-ov"
+        try:
+            beside.write_text(card_text(folder, None, previous), encoding="utf-8")
+            beside.replace(folder / CARD)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def card_text(folder: Path, license: str | None = None, previous: str | None = None, model_id: str | None = None) -> str:

@@ -125,12 +125,8 @@ class _Workspace:
         return self._whole.exists()
 
     def names(self) -> list[str]:
-        """The bundle's files, with those that were renamed into the output already.
-
-        A downloaded folder may hold a marker that somebody wrote to have other files moved. Names that lead elsewhere do not count.
-        """
-        names = self._whole.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [name for name in names if name == Path(name).name and name not in ("", "..")]
+        """The bundle's files, with those that were renamed into the output already. Nothing else that a marker may say counts."""
+        return [name for name in self._whole.read_text(encoding="utf-8").splitlines() if name in (*FILES, *EXTRA_FILES)]
 
     def declare_whole(self) -> None:
         names = sorted(file.name for file in self.folder.iterdir())
@@ -182,12 +178,16 @@ class _Home:
                 self.folder.rmdir()
 
     def workspaces(self) -> list[_Workspace]:
-        """All that exports have left here. A folder without a marker is not ours, whatever its name is."""
+        """All that exports have left here. A folder without a marker is not ours, whatever its name is, nor is what a link leads to."""
         try:
-            names = sorted(entry.path for entry in os.scandir(self.folder))
+            markers = (
+                []
+                if self.folder.is_symlink()
+                else [entry for entry in self.folder.iterdir() if entry.suffix in (_PARTIAL, _WHOLE)]
+            )
         except OSError:  # no such folder, or not readable
             return []
-        workspaces = [_Workspace(os.path.splitext(name)[0]) for name in names if name.endswith((_PARTIAL, _WHOLE))]
+        workspaces = [_Workspace(str(marker.with_suffix(""))) for marker in sorted(markers)]
         return [workspace for workspace in workspaces if not workspace.folder.is_symlink()]
 
     def new_workspace(self) -> _Workspace:
@@ -228,8 +228,9 @@ def _move_files(workspace: _Workspace, output: Path) -> None:
         for name in sorted(names, key=_LAST.__eq__):
             if (workspace.folder / name).exists():
                 (workspace.folder / name).replace(output / name)
-        for file in (output / MODEL_CACHE).glob("*.blob"):  # compiled from the old weights
-            file.unlink()
+        if not (output / MODEL_CACHE).is_symlink():
+            for file in (output / MODEL_CACHE).glob("*.blob"):  # compiled from the old weights
+                file.unlink()
         workspace.delete()
     except OSError as error:
         raise BundleError(

@@ -446,10 +446,10 @@ def build_page(
                 only_uploads(question)
             with gr.Column(scale=1, min_width=270, elem_id="settings"):
                 with gr.Row():
-                    retry = gr.Button("Retry", elem_id="retry", size="sm", min_width=60)
-                    undo = gr.Button("Undo", elem_id="undo", size="sm", min_width=60)
-                    copy = gr.Button("Copy", elem_id="copy", size="sm", min_width=60)
-                    clear = gr.Button("Clear", elem_id="clear", size="sm", min_width=60, variant="stop")
+                    retry = gr.Button("Retry", elem_id="retry", size="sm", min_width=50)
+                    undo = gr.Button("Undo", elem_id="undo", size="sm", min_width=50)
+                    copy = gr.Button("Copy", elem_id="copy", size="sm", min_width=50)
+                    clear = gr.Button("Clear", elem_id="clear", size="sm", min_width=50, variant="stop")
                 settings = [
                     gr.Slider(0.0, 2.0, temperature, step=0.05, label="Temperature", info="0 gives the likeliest words."),
                     gr.Slider(0.05, 1.0, top_p, step=0.05, label="Top-p", info="With temperature above 0."),

@@ -99,11 +99,11 @@ def _replace(file: Path, text: str) -> None:
     partial = file.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "x", encoding="utf-8") as stream:
+            if file.exists():
+                shutil.copymode(file, partial)
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        if file.exists():
-            shutil.copymode(file, partial)
         partial.replace(file)
     except OSError as error:
         raise OSError(error.errno, f"Not saved, and what was there before is unchanged: {error.strerror}", str(file)) from error

@@ -49,6 +49,7 @@ class Repository:
         name (`str`): path of a folder, or `owner/name`.
         subfolder (`str`): where in it the files are.
         revision, cache_dir, token, local_files_only, force_download: as for [`~huggingface_hub.hf_hub_download`].
+        any_name (`bool`): whether a name without an owner may be on the Hub. Only old models of other people have such names.
         on_hub (`bool`): whether `name` is a model id even if there is a folder of that name.
         any_name (`bool`): whether a name without an owner may be on the Hub. Only old models of other people have such names.
     """

@@ -219,14 +219,12 @@ class _Settings:
         if config.get("add_eos_token"):
             raise UnsupportedCheckpointError(
                 f"tokenizer_config.json of {repository.name!r} has add_eos_token=true, so that each prompt would end with the end of "
-                "the text. Expected false; this is a setting of training, set it to false."
+                "the text. Expected false: set it to false, it is a setting of training."
             )
-        if "added_tokens_decoder" in config:
-            added = {int(id): dict(token) for id, token in config["added_tokens_decoder"].items()}
-        else:  # saved by transformers before 4.34: other files count, and the map has the last word
+        if "added_tokens_decoder" not in config:
+            # Saved by transformers before 4.34: other files count, and what they say comes first
             config = {**config, **_read_json(repository, "special_tokens_map.json")}
-            added = {id: {"content": text} for text, id in _read_json(repository, "added_tokens.json").items()}
-
+        added = _read_added(repository, config)
         tokens = {name: config.get(name) or _DEFAULTS.get(name) for name in _SPECIAL_TOKENS}
         tokens = {name: token for name, token in tokens.items() if token is not None}
         additional = config.get("additional_special_tokens") or []
@@ -259,6 +257,21 @@ def _read_json(repository: Repository, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidCheckpointError(f"{file} holds a {type(values).__name__}, expected a JSON object. Download it again.")
     return values
+
+
+def _read_added(repository: Repository, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Descriptions of the tokens that a file gives an id."""
+    try:
+        if "added_tokens_decoder" in config:
+            return {int(id): dict(token) for id, token in config["added_tokens_decoder"].items()}
+        return {int(id): {"content": text} for text, id in _read_json(repository, "added_tokens.json").items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InvalidCheckpointError):
+            raise
+        raise InvalidCheckpointError(
+            f"The added tokens of {repository.name!r} are not given as ids and tokens ({error}): `added_tokens_decoder` of "
+            "tokenizer_config.json, or added_tokens.json. Download these files again."
+        ) from error
 
 
 def _check_token(repository: Repository, token: str | dict[str, Any]) -> None:
@@ -354,22 +367,23 @@ def _split_tokens(settings: _Settings, image_tokens: list[str]) -> dict[str, Add
 def _add_tokens(
     repository: Repository, tokenizer: Tokenizer, settings: _Settings, splits: dict[str, AddedToken], user_defined: list[str]
 ) -> None:
-    free = tokenizer.get_vocab_size()
-    known = [_added(text, special=False) for text in user_defined if text not in splits]
-    tokenizer.add_tokens(known + [token for text, token in splits.items() if tokenizer.token_to_id(text) is not None])
-    tokenizer.add_tokens([token for text, token in splits.items() if tokenizer.token_to_id(text) is None])
-
+    """Add the tokens, those of the vocabulary first, so that the others get the ids after it, and `<image>` the last one."""
+    size = tokenizer.get_vocab_size()
+    tokens = [token for text, token in splits.items() if text != IMAGE_TOKEN]
+    tokenizer.add_tokens([_added(text, special=False) for text in user_defined if text not in splits])
+    tokenizer.add_tokens(sorted(tokens, key=lambda token: tokenizer.token_to_id(token.content) is None))
     for id, token in settings.added.items():
-        if (found := tokenizer.token_to_id(token.content)) != id:
+        if token.content != IMAGE_TOKEN and (found := tokenizer.token_to_id(token.content)) != id:
             raise InvalidCheckpointError(
-                f"The tokenizer files of {repository.name!r} give {token.content!r} the id {id}, but tokenizer.model with "
-                f"{free:,} pieces leaves it {found}. These files are not of one checkpoint; download them again."
+                f"The tokenizer files of {repository.name!r} give {token.content!r} the id {id}, but after the {size:,} pieces of "
+                f"tokenizer.model it is {found}. These files are not of one checkpoint; download them again."
             )
-    image_token_id = tokenizer.token_to_id(IMAGE_TOKEN)
-    if image_token_id != tokenizer.get_vocab_size() - 1:
+
+    if tokenizer.token_to_id(IMAGE_TOKEN) is not None or IMAGE_TOKEN in {token.content for token in settings.added.values()}:
         raise UnsupportedCheckpointError(
-            f"{IMAGE_TOKEN!r} is already a token of the tokenizer of {repository.name!r} (id {image_token_id}), expected it to be free."
+            f"{IMAGE_TOKEN!r} is already a token of the tokenizer of {repository.name!r}, expected it to be free."
         )
+    tokenizer.add_tokens([splits[IMAGE_TOKEN]])
 
 
 def _rules(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
@@ -32,8 +33,10 @@ def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrained
     """
     tokenizer_file = repository.require("tokenizer.json", "original LLaVA-MPT checkpoints ship a fast tokenizer")
     config_file = repository.get("tokenizer_config.json")
-    tokenizer = _read_tokenizer(tokenizer_file, _special_tokens(config_file) if config_file else {})
+    values = read_json(tokenizer_file, MAX_TOKENIZER_BYTES)
+    tokenizer = _read_tokenizer(tokenizer_file, values, _special_tokens(config_file) if config_file else {})
     _check_special_tokens(repository, tokenizer, config)
+    _check_ids(tokenizer_file, values, tokenizer)
     if config.mm_use_im_start_end:
         config.im_start_token_id, config.im_end_token_id = tokenizer.convert_tokens_to_ids([IM_START_TOKEN, IM_END_TOKEN])
 
@@ -66,6 +69,16 @@ def _check_special_tokens(repository: Repository, tokenizer: PreTrainedTokenizer
             )
 
 
+def _check_ids(file: Path, values: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    """The library numbers added tokens after the vocabulary, whatever the file says; then they must be where the file says."""
+    for token in values.get("added_tokens") or ():
+        if tokenizer.convert_tokens_to_ids(token["content"]) != token["id"]:
+            raise InvalidCheckpointError(
+                f"{file} gives the added token {shown(token['content'])} the id {token['id']}, but the tokens before it are not all there. "
+                "Take it from the checkpoint's own repository."
+            )
+
+
 def _special_tokens(config_file: Path) -> dict[str, str]:
     """The only thing that is read of `tokenizer_config.json`; it could also name code (`auto_map`, `tokenizer_class`)."""
     settings = read_json(config_file, MAX_INDEX_BYTES)
@@ -87,13 +100,12 @@ def _is_unicode(text: str) -> bool:
     return not re.search("[\ud800-\udfff]", text)
 
 
-def _read_tokenizer(file: Path, tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+def _read_tokenizer(file: Path, values: dict[str, Any], tokens: dict[str, str]) -> PreTrainedTokenizerFast:
     """
     Raises:
         [`InvalidCheckpointError`]: it does not load, or `tokens` are not among its tokens.
         [`UnsupportedCheckpointError`]: it is not byte-pair encoding, as GPT-NeoX's is.
     """
-    values = read_json(file, MAX_TOKENIZER_BYTES)
     model = values.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     if kind not in (None, "BPE"):  # `None`: written before there was a choice
@@ -110,12 +122,6 @@ def _read_tokenizer(file: Path, tokens: dict[str, str]) -> PreTrainedTokenizerFa
                     f"{file} does not know the token {shown(token)}, which tokenizer_config.json names as {name}. Take both files from the "
                     "checkpoint's own repository."
                 )
-        for token in values.get("added_tokens") or ():
-            if vocabulary.token_to_id(token["content"]) != token["id"]:
-                raise InvalidCheckpointError(
-                    f"{file} gives the added token {shown(token['content'])} the id {shown(token['id'])}, which does not follow from its "
-                    "vocabulary: something is missing there. Take it from the checkpoint's own repository."
-                )
         return PreTrainedTokenizerFast(
             tokenizer_object=vocabulary,
             **tokens,
@@ -127,12 +133,11 @@ def _read_tokenizer(file: Path, tokens: dict[str, str]) -> PreTrainedTokenizerFa
             clean_up_tokenization_spaces=False,
             add_prefix_space=False,
         )
-    except BaseException as error:
-        # The library is not in Python: it raises plain `Exception` for what it cannot read, and a `BaseException` of its own if it panics
-        if isinstance(error, InvalidCheckpointError) or not (
-            isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        ):
-            raise
+    except (InvalidCheckpointError, KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the library is not in Python: what it cannot read is an `Exception`, its panics are not even that
         raise InvalidCheckpointError(
             f"{file} is not a tokenizer that loads ({error}). Take it from the checkpoint's own repository, or download it again."
         ) from error

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from optimum_llava_ov.errors import BundleError, HubError, InvalidCheckpointError, UnsupportedCheckpointError
+from optimum_llava_ov.errors import BundleError, HubError, ImageError, InvalidCheckpointError, UnsupportedCheckpointError
 
 
 DEBUG = "OPTIMUM_LLAVA_OV_DEBUG"
 VERBOSE_HELP = f"Show where an error comes from: its traceback, as {DEBUG}=1 does for all commands."
 FAILED, INTERRUPTED = 1, 130  # as shells count: 128 and the number of the signal
 
-_OURS = (UnsupportedCheckpointError, InvalidCheckpointError, BundleError, HubError)
+_OURS = (UnsupportedCheckpointError, InvalidCheckpointError, BundleError, HubError, ImageError)
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REPORT = (
     "This is a bug of optimum-llava-ov, or of a library that it uses. Please open an issue in the repository of optimum-llava-ov, with all "

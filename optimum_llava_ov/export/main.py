@@ -32,7 +32,7 @@ from optimum_llava_ov.bundle.settings import build_config, build_processor, save
 from optimum_llava_ov.bundle.staging import prepare_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
-from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.errors import BundleError, UnsupportedCheckpointError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
@@ -156,9 +156,9 @@ def _export(
             move_to_disk(model.embed_tokens.weight, folder)  # the checkpoint's table and a row for `<image>`
             model.language_model.lm_head.weight.data = model.embed_tokens.weight.data
         save_settings(checkpoint, processor, model.generation_config, folder)
-        _export_parts(model, processor, folder, ov_config, recipe, free if is_ours else None)
         if convert_tokenizer:
-            export_tokenizers(processor, folder)
+            export_tokenizers(processor, folder)  # first, for it may fail
+        _export_parts(model, processor, folder, ov_config, recipe, free if is_ours else None)
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
         write_card(folder, license, previous_card)
         # Closes the mapped files
@@ -305,8 +305,18 @@ def _finish(
 
 
 def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
-    """Tokenizer and detokenizer as OpenVINO models, for GenAI."""
-    models = openvino_tokenizers.convert_tokenizer(processor.tokenizer, with_detokenizer=True, skip_special_tokens=True)
+    """Tokenizer and detokenizer as OpenVINO models, for GenAI.
+
+    Raises:
+        [`UnsupportedCheckpointError`]: the tokenizer has a step that openvino-tokenizers does not know.
+    """
+    try:
+        models = openvino_tokenizers.convert_tokenizer(processor.tokenizer, with_detokenizer=True, skip_special_tokens=True)
+    except Exception as error:  # its errors have no common class
+        raise UnsupportedCheckpointError(
+            f"openvino-tokenizers does not convert this tokenizer.json ({error}). Take it from the original checkpoint, or export with "
+            "--disable-convert-tokenizer: everything but GenAI then runs."
+        ) from error
     # GenAI takes the chat template from here if it finds no better place.
     models[0].set_rt_info(processor.chat_template, "chat_template")
     for model, name in zip(models, TOKENIZERS):

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
 from optimum_llava_ov.bundle.check import check_is_llava_mpt, check_readable, load_processor, naming_damage
-from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS, weights_file
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, SMALL_PARTS, TOKENIZERS, weights_file
 from optimum_llava_ov.bundle.staging import complete_replacement, staged
 from optimum_llava_ov.bundle.weights import weight_shares
 from optimum_llava_ov.checkpoint.options import read_json
@@ -96,7 +96,7 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         # As the caller gave it. The host looks a default up by the model's name, and what it finds then is not ours.
         self._quantization_config = kwargs.get("quantization_config")
         ov_config = {**(kwargs.pop("ov_config", None) or {})}
-        attention_backend = ov_config.pop(ATTENTION_BACKEND, PA)
+        attention_backend = kwargs.pop("attention_backend", None) or ov_config.pop(ATTENTION_BACKEND, PA)
         super().__init__(
             language_model, text_embeddings, vision_embeddings, config, device, compile=False, ov_config=ov_config, **kwargs
         )
@@ -146,8 +146,9 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         if holds_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
-        if kwargs.get("compile_only") and kwargs.get("ov_config"):  # what is compiled is the bundle's graph as it is
-            kwargs["ov_config"] = {name: value for name, value in kwargs["ov_config"].items() if name != ATTENTION_BACKEND}
+        if kwargs.get("compile_only") and kwargs.get("ov_config"):  # the host gives all of it to OpenVINO
+            kwargs["ov_config"] = {**kwargs["ov_config"]}
+            kwargs["attention_backend"] = kwargs["ov_config"].pop(ATTENTION_BACKEND, PA)
         with naming_damage(folder):
             # Past the host's method of this name, which looks for a folder in the Hub's cache where there is no network
             return super(OVBaseModel, cls).from_pretrained(folder, *args, **kwargs)
@@ -167,10 +168,12 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         check_is_llava_mpt(model_id, config.to_dict())
         folder = Path(model_id)
         device, ov_config = kwargs.get("device", "CPU"), kwargs.get("ov_config")
-        parts = [
-            cls._compile_model(folder / file, device, ov_config, folder) if compile_only else cls.load_model(folder / file)
-            for file in PARTS.values()
-        ]
+        if compile_only:
+            small_parts = [cls._compile_model(folder / PARTS[part], device, ov_config, folder) for part in SMALL_PARTS]
+            backend = kwargs.get("attention_backend", PA)
+            parts = [LanguageModel.compile_only(folder, device, ov_config, backend), *small_parts]
+        else:
+            parts = [cls.load_model(folder / file) for file in PARTS.values()]
         if (folder / "generation_config.json").exists():
             kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
         quantization_config = quantization_config or ({"bits": 8} if load_in_8bit else None)

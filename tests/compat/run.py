@@ -30,15 +30,6 @@ ROOT = HERE.parent.parent
 SHAPES = ROOT / "examples" / "shapes"
 TABLE = ROOT / "docs" / "compatibility.md"
 
-# What the tools import at their start and this environment does not have. Without what these depend on, so that nothing that is
-# here is replaced.
-PACKAGES = """
-    accelerate aiohappyeyeballs aiohttp aiosignal attrs audioread cffi datasets<4.9 decorator diffusers<0.40 dill frozenlist imageio
-    importlib_metadata lazy_loader librosa llvmlite msgpack multidict multiprocess networkx numba opencv-python-headless pandas
-    parameterized peft platformdirs pooch propcache pyarrow pycparser scikit-image scikit-learn scipy sentence-transformers soundfile
-    soxr threadpoolctl joblib tifffile xxhash yarl zipp
-""".split()
-
 
 @dataclass(frozen=True)
 class Peers:
@@ -264,7 +255,7 @@ def prepare(folder: Path) -> Peers:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
         (packages / "base.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-        install = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, *PACKAGES)
+        install = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, "-r", HERE / "requirements.txt")
         subprocess.run([sys.executable, *install], check=True)
         (environment / "ready").touch()
     peers = Peers(folder, python)
