@@ -94,7 +94,9 @@ class DecoderCache:
         """
         batch_size, length = inputs_embeds.shape[:2]
         if batch_size != self._batch_size:
-            raise ValueError(f"The cache has {self._batch_size} sequence(s), but new tokens of {batch_size} sequence(s) were given.")
+            raise ValueError(
+                f"The cache has {self._batch_size} sequence(s), but new tokens of {batch_size} sequence(s) were given."
+            )
         beam_idx = np.arange(batch_size) if self._beam_idx is None else self._beam_idx
         logits = self.decoder(inputs_embeds, attention_mask, beam_idx, logits_to_keep)
         self._length, self._beam_idx = self._length + length, None

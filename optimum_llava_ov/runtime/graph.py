@@ -39,11 +39,6 @@ def paged(model: openvino.Model) -> openvino.Model | None:
     return model if attentions and has_alibi and not model.get_sinks() else None
 
 
-def is_paged(model: openvino.Model | openvino.CompiledModel) -> bool:
-    """Whether a graph is one that [`paged`] gave."""
-    return any("block_indices" in port.get_names() for port in model.inputs)
-
-
 def with_logit_positions(model: openvino.Model, axis: int) -> openvino.Model:
     """Logits of some positions only: those in the new input `logit_positions`, `(positions,)` int64, along an axis.
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import openvino
 import torch
@@ -17,7 +15,7 @@ from optimum_llava_ov.bundle.layout import PARTS, weights_file
 from optimum_llava_ov.runtime.cache import DecoderCache
 from optimum_llava_ov.runtime.decoder import Decoder
 from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
-from optimum_llava_ov.runtime.graph import is_paged, paged, with_logit_positions
+from optimum_llava_ov.runtime.graph import paged, with_logit_positions
 from optimum_llava_ov.runtime.mapped import read_once
 from optimum_llava_ov.runtime.paged import PagedDecoder
 from optimum_llava_ov.runtime.stateful import StatefulDecoder
@@ -46,24 +44,16 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         self._attention_backend = attention_backend
         self._compile_lock = threading.RLock()
         super().__init__(*args, **kwargs)
-        if self._compile_only:
-            self._use(PagedDecoder(self.model) if is_paged(self.model) else StatefulDecoder(self.model))
-
-    @classmethod
-    def compile_only(
-        cls, bundle: Path, device: str, ov_config: Mapping[str, Any] | None, attention_backend: str
-    ) -> openvino.CompiledModel:
-        """Compile the language model of a bundle, as [`compile`] does, without keeping its graph."""
-        graph = openvino.Core().read_model(bundle / PARTS["language_model"])
-        return _compile(graph, attention_backend, device, lambda each: cls._compile_model(each, device, ov_config, bundle))
+        if self._compile_only:  # the host has compiled the graph as it is, whose results are rounded in another way
+            self._use(self._compiled_decoder(openvino.Core().read_model(Path(self.model_save_dir) / PARTS["language_model"])))
+            self.model = self.request.get_compiled_model()
 
     def compile(self) -> None:
         """Compile, and run once: OpenVINO packs the weights when a graph first runs, seconds that belong to loading, at half the memory."""
         with self._compile_lock:
             if self.request is not None:
                 return
-            compiled = _compile(self.model, self._attention_backend, self._device, self._compiled)
-            self._use(PagedDecoder(compiled) if is_paged(compiled) else StatefulDecoder(compiled))
+            self._use(self._compiled_decoder(self.model))
             self._compile_text_emb()
             if isinstance(self.text_emb_model, openvino.Model):
                 self._embedding_table = EmbeddingTable.of(self.text_emb_model, lambda ids: self.text_emb_request(ids)[0])
@@ -79,6 +69,16 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
     def _use(self, decoder: Decoder) -> None:
         self._cache = DecoderCache(decoder)
         self.request = decoder.request
+
+    def _compiled_decoder(self, graph: openvino.Model) -> Decoder:
+        """Compile a bundle's graph, arranged for `generate`: on paged attention where that is asked for and possible."""
+        paged_graph = paged(graph) if self._attention_backend == PA and self._device == "CPU" else None
+        if paged_graph is not None:
+            try:
+                return PagedDecoder(self._compiled(with_logit_positions(paged_graph, axis=0)))
+            except RuntimeError as error:  # a processor that it was not written for
+                logger.warning("Paged attention does not compile here, so the slower attention is used. OpenVINO said: %s", error)
+        return StatefulDecoder(self._compiled(with_logit_positions(graph, axis=1)))
 
     def _compiled(self, graph: openvino.Model) -> openvino.CompiledModel:
         return self._compile_model(graph, self._device, {**self.ov_config}, self.model_save_dir)
@@ -145,18 +145,3 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         kept = min(logits_to_keep or length, length)
         logits = cache.extend(inputs_embeds.contiguous().numpy(), attention_mask.long().numpy(), kept)
         return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=cache)
-
-
-def _compile(
-    graph: openvino.Model, attention_backend: str, device: str, compile_model: Callable[[openvino.Model], openvino.CompiledModel]
-) -> openvino.CompiledModel:
-    """Compile a bundle's graph, arranged for `generate`: on paged attention where that is asked for and possible."""
-    paged_graph = paged(graph) if attention_backend == PA and device == "CPU" else None
-    if paged_graph is not None:
-        try:
-            return compile_model(with_logit_positions(paged_graph, axis=0))
-        except RuntimeError as error:  # a processor that it was not written for
-            logger.warning(
-                "Paged attention does not compile here, so the slower attention is used. OpenVINO said: %s", error
-            )
-    return compile_model(with_logit_positions(graph, axis=1))

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.card import update_card
 from optimum_llava_ov.bundle.check import check_is_llava_mpt, check_readable, load_processor, naming_damage
-from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, SMALL_PARTS, TOKENIZERS, weights_file
+from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS, weights_file
 from optimum_llava_ov.bundle.staging import complete_replacement, staged
 from optimum_llava_ov.bundle.weights import weight_shares
 from optimum_llava_ov.checkpoint.options import read_json
@@ -168,12 +168,10 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
         check_is_llava_mpt(model_id, config.to_dict())
         folder = Path(model_id)
         device, ov_config = kwargs.get("device", "CPU"), kwargs.get("ov_config")
-        if compile_only:
-            small_parts = [cls._compile_model(folder / PARTS[part], device, ov_config, folder) for part in SMALL_PARTS]
-            backend = kwargs.get("attention_backend", PA)
-            parts = [LanguageModel.compile_only(folder, device, ov_config, backend), *small_parts]
-        else:
-            parts = [cls.load_model(folder / file) for file in PARTS.values()]
+        parts = [
+            cls._compile_model(folder / file, device, ov_config, folder) if compile_only else cls.load_model(folder / file)
+            for file in PARTS.values()
+        ]
         if (folder / "generation_config.json").exists():
             kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
         quantization_config = quantization_config or ({"bits": 8} if load_in_8bit else None)

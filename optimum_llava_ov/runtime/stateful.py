@@ -47,4 +47,6 @@ class StatefulDecoder:
         if "position_ids" in self._inputs:  # compiled elsewhere; nothing in the graph consumes it
             inputs["position_ids"] = np.zeros((batch_size, length), dtype=np.int64)
         self.request.infer(inputs, share_inputs=True, share_outputs=True)
-        return self.request.get_tensor("logits").data[:, -logits_to_keep:].copy()  # the request overwrites its output at the next step
+        return (
+            self.request.get_tensor("logits").data[:, -logits_to_keep:].copy()
+        )  # the request overwrites its output at the next step
