@@ -244,8 +244,11 @@ def test_other_models_are_refused(checkpoint, field, reason):
         (b"", "no pieces"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n", "download it again"),
         (b"{}", "download it again"),
-        (b"\x0a\x05\x0a\x03<s>", "0 pieces for what is unknown"),
-        (b"\x0a\x07\x0a\x03<s>\x18\x02" * 2, "'<s>' is there twice"),
+        (b"\x0a\x05\x0a\x03<s>", "ends before it says how it was trained"),
+        (b"\x0a\x05\x0a\x03<s>" + UNIGRAM + CHARSMAP, "0 pieces for what is unknown"),
+        (b"\x0a\x07\x0a\x03<s>\x18\x02" * 2 + UNIGRAM + CHARSMAP, "'<s>' is there twice"),
+        (b"\x08\x01", "download it again"),
+        (b"\x0a\x02\x08\x01", "download it again"),
         (b"\x0a\x04\x0a\x02\xff\xff", "download it again"),
     ],
 )
@@ -259,7 +262,7 @@ def test_damaged_model_is_an_error(checkpoint, content, reason):
 def test_truncated_model_is_an_error(checkpoint, share):
     data = (checkpoint / "tokenizer.model").read_bytes()
     (checkpoint / "tokenizer.model").write_bytes(data[: int(len(data) * share)])
-    with pytest.raises((InvalidCheckpointError, UnsupportedCheckpointError)):
+    with pytest.raises(InvalidCheckpointError, match="it ends"):
         load_sentencepiece_tokenizer(Repository(str(checkpoint)))
 
 

@@ -82,7 +82,7 @@ class SentencePieceModel:
                 elif number == _MODEL_NORMALIZER:
                     normalizer.update(_fields(value))
             _check_model(file, pieces, trainer, normalizer)
-        except (ValueError, TypeError, IndexError, KeyError, struct.error) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, struct.error) as error:
             if isinstance(error, (InvalidCheckpointError, UnsupportedCheckpointError)):
                 raise
             raise InvalidCheckpointError(
@@ -157,6 +157,8 @@ def _piece(fields: dict[int, Any]) -> Piece:
 def _check_model(file: Path, pieces: list[Piece], trainer: dict[int, Any], normalizer: dict[int, Any]) -> None:
     if not pieces:
         raise ValueError("it has no pieces")
+    if not trainer or not normalizer:
+        raise ValueError("it ends before it says how it was trained")
     texts = [piece.text for piece in pieces]
     if len(set(texts)) != len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
@@ -214,7 +216,8 @@ class _Settings:
         config = _read_json(repository, "tokenizer_config.json")
         if (name := config.get("tokenizer_class")) not in _TOKENIZER_CLASSES:
             raise UnsupportedCheckpointError(
-                f"tokenizer_config.json of {repository.name!r} names the class {name!r}; only LlamaTokenizer is read from tokenizer.model."
+                f"tokenizer_config.json of {repository.name!r} names the class {name!r}, expected LlamaTokenizer. If the language "
+                "model is a LLaMA or Mistral, take the tokenizer's files from its own repository."
             )
         if config.get("add_eos_token"):
             raise UnsupportedCheckpointError(
