@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.chat.loading import GENAI, OPENVINO, session_factory
+from optimum_llava_ov.loading import GENAI, OPENVINO, session_factory
 from optimum_llava_ov.runtime.paged_cache import BLOCK
 
 

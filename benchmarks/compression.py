@@ -28,7 +28,7 @@ FIRST_PASS = """
 import contextlib, sys
 from optimum.intel import OVConfig
 from optimum_llava_ov import host
-from optimum_llava_ov.export import main
+from optimum_llava_ov.export import pipeline as main
 host.exporting = lambda *args: contextlib.nullcontext()
 main.read_ahead = lambda files: None
 main.main_export(sys.argv[1], sys.argv[2], ov_config=OVConfig(dtype="fp16"))

@@ -33,7 +33,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.models.alibi import alibi_slopes
-from optimum_llava_ov.models.loading import load_model
+from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
 from optimum_llava_ov.models.mpt import MptAttention, MptBlock, MptLanguageModel
 from optimum_llava_ov.models.vision import ImageEncoder
 
@@ -164,7 +164,7 @@ def convert(checkpoint_name: str | Path, folder: Path, compression: bool = True,
     checkpoint = OriginalCheckpoint.open(checkpoint_name)
     if checkpoint.config.padded_vocab_size != checkpoint.config.vocab_size or checkpoint.config.image_aspect_ratio == "pad":
         raise ValueError("The notebook knows neither padded vocabularies nor padded pictures; it converts wrong models of such.")
-    model = load_model(checkpoint)
+    model = LlavaMptForConditionalGeneration.from_checkpoint(checkpoint)
     del model.embed_tokens  # a copy with a row more, which the notebook has no use for
     model.image_encoder.features.encoder.config._attn_implementation = "eager"
     images, language = _EncodeImages(model.image_encoder), NotebookLanguageModel(model.language_model)

@@ -19,11 +19,11 @@ import torch
 from optimum.intel import OVConfig
 
 from optimum_llava_ov import main_export
-from optimum_llava_ov.evaluation.main import evaluate
+from optimum_llava_ov.evaluation.evaluate import evaluate
 from optimum_llava_ov.evaluation.plot import plot
 from optimum_llava_ov.evaluation.record import load
-from optimum_llava_ov.evaluation.shapes import built_in_samples, held_out
 from optimum_llava_ov.export.recipes import INT4_RECIPE, INT8_RECIPE
+from optimum_llava_ov.samples.shapes import built_in_samples, held_out
 
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "shapes" / "checkpoint"

@@ -8,16 +8,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from optimum_llava_ov import plugin
+from optimum_llava_ov.registration import activation
 
 
 if TYPE_CHECKING:
     from optimum_llava_ov.checkpoint.config import LlavaMptConfig
     from optimum_llava_ov.errors import BundleError, HubError, ImageError, InvalidCheckpointError, UnsupportedCheckpointError
-    from optimum_llava_ov.export.main import main_export
+    from optimum_llava_ov.export.pipeline import main_export
     from optimum_llava_ov.images import ImageLimits
+    from optimum_llava_ov.modeling import OVModelForLlava, OVModelForLlavaMPT
     from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
-    from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
 
 _MODULE_OF = {
     "BundleError": "errors",
@@ -27,9 +27,10 @@ _MODULE_OF = {
     "InvalidCheckpointError": "errors",
     "LlavaMptConfig": "checkpoint.config",
     "LlavaMptForConditionalGeneration": "models.llava_mpt",
-    "OVModelForLlavaMPT": "runtime.modeling",
+    "OVModelForLlava": "modeling",
+    "OVModelForLlavaMPT": "modeling",
     "UnsupportedCheckpointError": "errors",
-    "main_export": "export.main",
+    "main_export": "export.pipeline",
 }
 __all__ = list(_MODULE_OF)
 
@@ -44,4 +45,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-plugin.activate()
+activation.activate()

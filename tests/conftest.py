@@ -118,7 +118,7 @@ def fill_hub_cache(cache: Path, repositories: dict[str, Path]) -> None:
 def frozen_heap():
     """Each export collects garbage several times. What the imports have left need not be looked through again each time."""
 
-    import optimum_llava_ov.export.main  # noqa: F401
+    import optimum_llava_ov.export.pipeline  # noqa: F401
 
     gc.collect()
     gc.freeze()

@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoProcessor
 
 from optimum_llava_ov.benchmark.engine import OpenVINOEngine
 from optimum_llava_ov.benchmark.genai import GenAIEngine
-from optimum_llava_ov.benchmark.main import benchmark
-from optimum_llava_ov.benchmark.memory import AnonymousPeak, anonymous_memory, peak_rss
 from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Run
+from optimum_llava_ov.benchmark.run import benchmark
 from optimum_llava_ov.chat.genai_engine import picture_tensor
 from optimum_llava_ov.chat.messages import pictures_of, text_of
+from optimum_llava_ov.system.peak_memory import AnonymousPeak, anonymous_memory, peak_rss
 
 
 CHECKPOINT = EXAMPLES / "shapes" / "checkpoint"

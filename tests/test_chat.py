@@ -16,8 +16,8 @@ from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.errors import ContextWindowError
 from optimum_llava_ov.chat.messages import pictures_of, text_of
 from optimum_llava_ov.chat.streaming import StopStringFilter
-from optimum_llava_ov.evaluation.shapes import held_out
 from optimum_llava_ov.runtime.language_model import LanguageModel
+from optimum_llava_ov.samples.shapes import held_out
 
 
 GOLDEN = Golden("linear_fp16_sharded")

@@ -24,9 +24,9 @@ from playwright.sync_api import expect, sync_playwright
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.chat.demo import Demo, Limits, Turn, Visitors, build_page, run_demo
 from optimum_llava_ov.chat.messages import text_of
 from optimum_llava_ov.chat.session import ChatSession
+from optimum_llava_ov.demo.page import Demo, Limits, Turn, Visitors, build_page, run_demo
 
 
 PICTURES = EXAMPLES / "shapes" / "pictures"

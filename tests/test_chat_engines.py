@@ -11,9 +11,9 @@ from test_chat import ENDLESS, GOLDEN, Tokens, ask, cancel_at_the_tenth_token, c
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.chat.loading import GENAI, OPENVINO, choose_engine, session_factory
 from optimum_llava_ov.chat.messages import text_of
-from optimum_llava_ov.evaluation.shapes import held_out
+from optimum_llava_ov.loading import GENAI, OPENVINO, choose_engine, session_factory
+from optimum_llava_ov.samples.shapes import held_out
 
 
 PICTURES = EXAMPLES / "shapes" / "pictures"

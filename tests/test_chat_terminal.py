@@ -25,10 +25,10 @@ from test_chat import SlowProcessor
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.chat.devices import check_device
 from optimum_llava_ov.chat.pictures import fetch_picture
 from optimum_llava_ov.chat.terminal import Terminal, load_picture
 from optimum_llava_ov.images import ImageLimits, open_image
+from optimum_llava_ov.system.devices import check_device
 
 
 PICTURES = EXAMPLES / "shapes" / "pictures"

@@ -14,7 +14,7 @@ from transformers import CLIPVisionModel, MptConfig, MptForCausalLM
 from optimum_llava_ov import InvalidCheckpointError, LlavaMptForConditionalGeneration, UnsupportedCheckpointError
 from optimum_llava_ov.checkpoint.config import LlavaMptConfig, mpt_config
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
-from optimum_llava_ov.checkpoint.weights import map_tensors
+from optimum_llava_ov.checkpoint.tensors import map_tensors
 from optimum_llava_ov.models.mpt import MptLanguageModel
 
 

@@ -18,10 +18,10 @@ from optimum.intel.openvino.configuration import get_default_quantization_config
 
 from optimum_llava_ov import BundleError, OVModelForLlavaMPT, main_export
 from optimum_llava_ov.bundle.layout import FILES
-from optimum_llava_ov.export.command import ov_config_of
+from optimum_llava_ov.cli.export import ov_config_of
 from optimum_llava_ov.export.recipes import default_recipe
 from optimum_llava_ov.images import open_image
-from optimum_llava_ov.samples import Sample, read_samples
+from optimum_llava_ov.samples.files import Sample, read_samples
 
 
 GOLDEN = Golden("linear_fp16_sharded")

@@ -28,10 +28,9 @@ from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.bundle.settings import build_config, build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import Repository
+from optimum_llava_ov.checkpoint.tensors import map_tensors
 from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower
-from optimum_llava_ov.checkpoint.weights import map_tensors
 from optimum_llava_ov.export.finite import check_finite
-from optimum_llava_ov.models.loading import load_model
 
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -450,7 +449,7 @@ class TestConfigurationsChooseNoCode:
             change(file, **{name: self.CHOICES[name]})(folder)
         tower(**{name: self.CHOICES[name]})(folder)
         checkpoint = OriginalCheckpoint.open(folder / "checkpoint")
-        load_model(checkpoint)
+        LlavaMptForConditionalGeneration.from_checkpoint(checkpoint)
         build_processor(checkpoint).save_pretrained(folder / "bundle")
         build_config(checkpoint).save_pretrained(folder / "bundle")
         expected = OriginalCheckpoint.open(Golden("linear_fp16_sharded").checkpoint)

@@ -8,9 +8,9 @@ import pytest
 from conftest import Golden, run
 
 from optimum_llava_ov import BundleError
-from optimum_llava_ov.evaluation.main import evaluate
+from optimum_llava_ov.evaluation.evaluate import evaluate
 from optimum_llava_ov.evaluation.metrics import first_difference
-from optimum_llava_ov.evaluation.shapes import built_in_samples
+from optimum_llava_ov.samples.shapes import built_in_samples
 
 
 GOLDEN = Golden("linear_fp16_sharded")

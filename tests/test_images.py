@@ -17,7 +17,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from optimum_llava_ov import ImageError
 from optimum_llava_ov.images import fit_to_model, open_image, see_image
-from optimum_llava_ov.samples import Sample
+from optimum_llava_ov.samples.files import Sample
 
 
 SIDE = 56

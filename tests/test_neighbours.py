@@ -14,7 +14,7 @@ from optimum.intel.openvino import modeling_visual_language
 from transformers import AutoModelForImageTextToText
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.bundle.weights import weight_bytes
+from optimum_llava_ov.bundle.precision import weight_bytes
 
 
 CHECKPOINT = GOLDENS[0].checkpoint

@@ -18,7 +18,7 @@ from optimum_llava_ov import OVModelForLlavaMPT, main_export
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
 from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS, with_logit_positions
-from optimum_llava_ov.runtime.mapped import read_once, release_pages
+from optimum_llava_ov.system.mapped import read_once, release_pages
 
 
 GOLDEN = Golden("linear_fp16_sharded")
@@ -202,7 +202,7 @@ class TestMappedFiles:
 
 class TestHugePages:
     CODE = (
-        "import os; from optimum_llava_ov.export.memory import restart_with_huge_pages\n"
+        "import os; from optimum_llava_ov.system.memory import restart_with_huge_pages\n"
         "restart_with_huge_pages()\n"
         "print(os.environ.get('GLIBC_TUNABLES'))"
     )

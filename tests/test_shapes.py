@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
-from optimum_llava_ov.evaluation.shapes import KINDS, held_out
+from optimum_llava_ov.samples.shapes import KINDS, held_out
 
 
 SHAPES = EXAMPLES / "shapes"

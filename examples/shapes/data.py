@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from optimum_llava_ov.evaluation.shapes import (
+from optimum_llava_ov.samples.shapes import (
     COLOURS,
     SHAPES,
     SYSTEM_TURN,

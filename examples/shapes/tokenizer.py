@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from optimum_llava_ov.evaluation.shapes import SYSTEM_TURN, conversation
+from optimum_llava_ov.samples.shapes import SYSTEM_TURN, conversation
 
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_llava_ov.evaluation.shapes import COLOURS, SHAPES
 from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+from optimum_llava_ov.samples.shapes import COLOURS, SHAPES
 
 
 logger = logging.getLogger("train")

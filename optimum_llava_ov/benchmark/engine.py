@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from optimum_llava_ov.chat.messages import pictures_of
 from optimum_llava_ov.chat.prompt import Prompt
-from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
+from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
 
 # What a device chose, or was told, by the names of its properties

@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult
 
 from optimum_llava_ov.bundle.check import read_graph, read_settings
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
+from optimum_llava_ov.bundle.precision import WeightShare, weight_shares
 from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
-from optimum_llava_ov.bundle.weights import WeightShare, weight_shares
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.errors import BundleError
 

@@ -15,11 +15,11 @@ from transformers import StoppingCriteriaList
 
 from optimum_llava_ov.chat.prompt import Prompt, common_prefix
 from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer, Cancelled
-from optimum_llava_ov.export.memory import return_freed
+from optimum_llava_ov.system.memory import return_freed
 
 
 if TYPE_CHECKING:
-    from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
+    from optimum_llava_ov.runtime.modeling import OVLlavaModel
 
 LONG_PROMPT = 128  # tokens; buffers of a longer prompt are worth giving back
 MAX_IMAGES = 16  # images whose features are kept; older ones are encoded again if they are needed again
@@ -29,11 +29,11 @@ class OpenVINOEngine:
     """One conversation of a model that others may share. Takes every option of `generate`: streamers, stopping criteria, logits processors.
 
     Args:
-        model ([`OVModelForLlavaMPT`]): loaded; its weights are shared, the cache is the engine's own.
+        model ([`OVLlavaModel`]): loaded; its weights are shared, the cache is the engine's own.
         processor ([`LlavaProcessor`]): of the same bundle.
     """
 
-    def __init__(self, model: OVModelForLlavaMPT, processor: Any):
+    def __init__(self, model: OVLlavaModel, processor: Any):
         self._model = model
         self._processor = processor
         self._cache = model.new_cache()

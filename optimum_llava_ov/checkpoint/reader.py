@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from optimum_llava_ov.checkpoint.config import LlavaMptConfig, names_our_model, read_config
 from optimum_llava_ov.checkpoint.image_processor import read_image_processor
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository
+from optimum_llava_ov.checkpoint.tensors import index_shards, map_tensors
 from optimum_llava_ov.checkpoint.tokenizer import load_tokenizer
 from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower, read_vision_config
-from optimum_llava_ov.checkpoint.weights import index_shards, map_tensors
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
 

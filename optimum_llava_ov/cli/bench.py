@@ -47,11 +47,11 @@ class BenchCommand(Command):
         if args.device == "list":
             return list_devices()
         with redirect_stdout(sys.stderr):  # what libraries have to say is no part of the result
-            from optimum_llava_ov.chat.devices import check_device
+            from optimum_llava_ov.system.devices import check_device
 
             check_device(args.device)
-            from optimum_llava_ov.benchmark.main import benchmark
             from optimum_llava_ov.benchmark.result import report
+            from optimum_llava_ov.benchmark.run import benchmark
             from optimum_llava_ov.chat.terminal import load_picture
 
             result = benchmark(

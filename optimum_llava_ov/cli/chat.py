@@ -60,11 +60,11 @@ class ChatCommand(Command):
         if not sys.stdin.isatty():
             # Only the answer, for whoever reads the other end.
             os.environ.setdefault("TQDM_DISABLE", "1")
-        from optimum_llava_ov.chat.devices import check_device
+        from optimum_llava_ov.system.devices import check_device
 
         check_device(args.device)
-        from optimum_llava_ov.chat.loading import sampling_options, session_factory
         from optimum_llava_ov.chat.terminal import run_chat
+        from optimum_llava_ov.loading import sampling_options, session_factory
 
         factory = session_factory(args.model, args.device, engine=args.engine)
         chat = factory(
@@ -78,7 +78,7 @@ class ChatCommand(Command):
 
 
 def list_devices() -> None:
-    from optimum_llava_ov.chat.devices import available_devices
+    from optimum_llava_ov.system.devices import available_devices
 
     print("\n".join(available_devices()))
 
@@ -118,7 +118,7 @@ class DemoCommand(Command):
         args = self.args
         if args.device == "list":
             return list_devices()
-        from optimum_llava_ov.chat.devices import available_devices, check_device
+        from optimum_llava_ov.system.devices import available_devices, check_device
 
         check_device(args.device)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -126,9 +126,9 @@ class DemoCommand(Command):
             import gradio  # noqa: F401
         except ImportError as error:
             raise ImportError('The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"') from error
-        from optimum_llava_ov.chat.demo import Demo, Limits, Visitors, build_page, run_demo
-        from optimum_llava_ov.chat.loading import session_factory
+        from optimum_llava_ov.demo.page import Demo, Limits, Visitors, build_page, run_demo
         from optimum_llava_ov.images import ImageLimits
+        from optimum_llava_ov.loading import session_factory
 
         def factory_of(device: str):
             options = {"system": args.system, "context_window": args.context_window, "when_full": args.when_full}

@@ -33,7 +33,7 @@ class EvalCommand(Command):
 
     def execute(self) -> None:
         from optimum_llava_ov.bundle.card import update_card
-        from optimum_llava_ov.evaluation.main import evaluate
+        from optimum_llava_ov.evaluation.evaluate import evaluate
         from optimum_llava_ov.evaluation.metrics import table
         from optimum_llava_ov.evaluation.plot import plot
 

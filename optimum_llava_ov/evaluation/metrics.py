@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from optimum_llava_ov.bundle.layout import part_sizes
-from optimum_llava_ov.samples import Sample
+from optimum_llava_ov.samples.files import Sample
 
 
 @dataclass(frozen=True)

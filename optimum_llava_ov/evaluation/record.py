@@ -18,8 +18,8 @@ from transformers import AutoProcessor, LlavaProcessor
 
 from optimum_llava_ov.bundle.settings import build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, holds_original_checkpoint
-from optimum_llava_ov.models.loading import load_model
-from optimum_llava_ov.samples import Sample
+from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+from optimum_llava_ov.samples.files import Sample
 
 
 def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
@@ -28,9 +28,11 @@ def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
         checkpoint = OriginalCheckpoint.open(name)
         size = sum(file.stat().st_size for file in checkpoint.weight_files)
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        model = load_model(checkpoint, dtype=torch.float32 if 2.5 * size < available else torch.bfloat16)
+        model = LlavaMptForConditionalGeneration.from_checkpoint(
+            checkpoint, dtype=torch.float32 if 2.5 * size < available else torch.bfloat16
+        )
         return model, build_processor(checkpoint)
-    from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
+    from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
     return OVModelForLlavaMPT.from_pretrained(name, device=device), AutoProcessor.from_pretrained(name)
 

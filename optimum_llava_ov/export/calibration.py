@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from optimum_llava_ov import host
 from optimum_llava_ov.models.merge import merge_image_features
-from optimum_llava_ov.samples import Sample, read_samples
+from optimum_llava_ov.samples.files import Sample, read_samples
 
 
 if TYPE_CHECKING:

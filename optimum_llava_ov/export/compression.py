@@ -8,7 +8,7 @@ import nncf
 import openvino
 
 from optimum_llava_ov import host
-from optimum_llava_ov.bundle.weights import matmul_groups, weight_bytes
+from optimum_llava_ov.bundle.precision import matmul_groups, weight_bytes
 from optimum_llava_ov.errors import BundleError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import openvino
 
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
-from optimum_llava_ov.bundle.weights import weight_bytes
+from optimum_llava_ov.bundle.precision import weight_bytes
 
 
 def closing_words(bundle: Path) -> str:

@@ -10,11 +10,13 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
 from optimum_llava_ov.models.mpt import MptLanguageModel
 from optimum_llava_ov.models.projector import build_projector
 from optimum_llava_ov.models.vision import ClipFeatures, ImageEncoder
+from optimum_llava_ov.models.weights import load_weights
 
 
 class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
@@ -62,14 +64,33 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         Raises:
             [`UnsupportedCheckpointError`], [`InvalidCheckpointError`]: before weights are downloaded where that is possible.
         """
-        from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
-        from optimum_llava_ov.models.loading import load_model
-
         checkpoint = OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs)
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or getattr(config, "dtype", None)
-        model = load_model(checkpoint, dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
+        model = cls.from_checkpoint(checkpoint, getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
         device = kwargs.get("device_map")
         return model if device in (None, "auto") else model.to(device)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: OriginalCheckpoint, dtype: torch.dtype | str | None = None
+    ) -> LlavaMptForConditionalGeneration:
+        """Build the model of a checkpoint that is open. Its weights stay mapped from the files.
+
+        Args:
+            dtype: What to convert the weights to, which copies them. As stored if `None` or `"auto"`.
+
+        Raises:
+            [`InvalidCheckpointError`]: The weights do not fit the configuration.
+        """
+        with torch.device("meta"):
+            model = cls(checkpoint.config)
+        load_weights(model, checkpoint)
+        if dtype not in (None, "auto"):
+            model.to(dtype)
+            model.config.dtype = dtype
+        model.requires_grad_(False).eval()
+        model.generation_config = generation_config(checkpoint.config, checkpoint.tokenizer)
+        return model
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens

@@ -16,9 +16,9 @@ from optimum_llava_ov.runtime.cache import DecoderCache
 from optimum_llava_ov.runtime.decoder import Decoder
 from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
 from optimum_llava_ov.runtime.graph import paged, with_logit_positions
-from optimum_llava_ov.runtime.mapped import read_once
 from optimum_llava_ov.runtime.paged import PagedDecoder
 from optimum_llava_ov.runtime.stateful import StatefulDecoder
+from optimum_llava_ov.system.mapped import read_once
 
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from optimum_llava_ov.bundle.settings import write_json
 from optimum_llava_ov.bundle.staging import complete_replacement
 from optimum_llava_ov.evaluation.metrics import Quality, measure
 from optimum_llava_ov.evaluation.record import load, prepare_folder, record_bundle, record_reference
-from optimum_llava_ov.evaluation.shapes import built_in_samples
-from optimum_llava_ov.samples import Sample, read_samples
+from optimum_llava_ov.samples.files import Sample, read_samples
+from optimum_llava_ov.samples.shapes import built_in_samples
 
 
 logger = logging.getLogger(__name__)

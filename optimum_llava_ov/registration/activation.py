@@ -80,11 +80,11 @@ def _register_processor() -> None:
 
 def _host_hook(name: str) -> Callable[[], None]:
     def hook() -> None:
-        from optimum_llava_ov import host
+        from optimum_llava_ov.registration import hooks
 
         # The command is imported at every start of `optimum-cli`, and checks when it runs.
-        if name == "hook_command" or host.is_supported():
-            getattr(host, name)()
+        if name == "hook_command" or hooks.is_supported():
+            getattr(hooks, name)()
 
     return hook
 

@@ -10,10 +10,10 @@ from typing import Any
 from optimum_llava_ov.bundle.check import check_readable, load_processor, naming_damage
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, TOKENIZERS
 from optimum_llava_ov.bundle.staging import complete_replacement
-from optimum_llava_ov.chat.devices import check_device
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import Repository
+from optimum_llava_ov.system.devices import check_device
 
 
 AUTO, OPENVINO, GENAI = ENGINES = ("auto", "openvino", "genai")
@@ -33,7 +33,7 @@ def session_factory(
     """
     if resolve_engine(bundle, device, engine) == GENAI:
         return _genai_factory(bundle, device, ov_config)
-    from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
+    from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
     model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
     with naming_damage(Path(model.model_save_dir)):

@@ -11,12 +11,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from optimum_llava_ov.benchmark.engine import Engine, OpenVINOEngine
-from optimum_llava_ov.benchmark.machine import describe_cpu, versions
-from optimum_llava_ov.benchmark.memory import AnonymousPeak, peak_rss
 from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Benchmark, Run, Speed
 from optimum_llava_ov.bundle.check import check_readable, naming_damage
-from optimum_llava_ov.chat.loading import AUTO, GENAI, bundle_folder, resolve_engine
+from optimum_llava_ov.loading import AUTO, GENAI, bundle_folder, resolve_engine
+from optimum_llava_ov.system.machine import describe_cpu, versions
+from optimum_llava_ov.system.peak_memory import AnonymousPeak, peak_rss
 
 
 WARM_UP_TOKENS = 8  # of the answers before those that count

@@ -16,13 +16,13 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from optimum_llava_ov.chat.guard import Guard, OpenPages
-from optimum_llava_ov.chat.loading import sampling_options
-from optimum_llava_ov.chat.markup import answer_to_html
 from optimum_llava_ov.chat.pictures import fetch_picture
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.chat.streaming import Answer
+from optimum_llava_ov.demo.guard import Guard, OpenPages
+from optimum_llava_ov.demo.markup import answer_to_html
 from optimum_llava_ov.images import DEFAULT_LIMITS
+from optimum_llava_ov.loading import sampling_options
 
 
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]

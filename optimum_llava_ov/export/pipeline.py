@@ -28,6 +28,7 @@ from transformers import LlavaProcessor
 from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
 from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS, TOKENIZERS
+from optimum_llava_ov.bundle.provenance import openvino_config
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import prepare_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
@@ -37,13 +38,12 @@ from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
 from optimum_llava_ov.export.finite import check_finite
-from optimum_llava_ov.export.memory import free, move_to_disk, read_ahead
 from optimum_llava_ov.export.names import name_after_module
 from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
-from optimum_llava_ov.export.record import openvino_config
 from optimum_llava_ov.export.spill import Spill
-from optimum_llava_ov.models.loading import load_model
+from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
 from optimum_llava_ov.options import check_options, names_of
+from optimum_llava_ov.system.memory import free, move_to_disk, read_ahead
 
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
     from optimum.intel.openvino.configuration import OVPipelineQuantizationConfig, OVWeightQuantizationConfig
 
-    from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +144,7 @@ def _export(
     is_ours = model is None
     if is_ours:
         read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
-        model = load_model(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
+        model = LlavaMptForConditionalGeneration.from_checkpoint(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
     processor = build_processor(checkpoint)
     if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
         recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})

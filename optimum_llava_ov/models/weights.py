@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import InvalidCheckpointError
-from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration, generation_config
 from optimum_llava_ov.models.mpt import head_bias
 
+
+if TYPE_CHECKING:
+    from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def load_model(checkpoint: OriginalCheckpoint, dtype: torch.dtype | None = None) -> LlavaMptForConditionalGeneration:
-    """Build the modules on the `meta` device and let their parameters be the mapped tensors of the checkpoint.
+def load_weights(model: LlavaMptForConditionalGeneration, checkpoint: OriginalCheckpoint) -> None:
+    """Let the parameters of a model on the `meta` device be the mapped tensors of a checkpoint.
 
     Only the embedding table is copied, to append a row for `<image>` (412 MB at 7B in fp16). The head shares the copy.
 
-    Args:
-        dtype: what to convert the weights to; `None` or `"auto"` keeps them as stored, mapped.
-
     Raises:
-        [`InvalidCheckpointError`]: a tensor is missing, left over, no floats, or of another shape than the configuration says.
+        [`InvalidCheckpointError`]: A tensor is missing, is not expected, does not hold floats, or has another shape than the
+            configuration says.
     """
-    with torch.device("meta"):
-        model = LlavaMptForConditionalGeneration(checkpoint.config)
-
     state_dict = _language_tensors(checkpoint, model)
     state_dict.update(_vision_tensors(checkpoint, model))
     _check_tensors(checkpoint, model, state_dict)
     model.load_state_dict(state_dict, assign=True)
     _materialize_buffers(model)
-
-    if dtype not in (None, "auto"):
-        model.to(dtype)
-        model.config.dtype = dtype
-    model.requires_grad_(False).eval()
-    model.generation_config = generation_config(checkpoint.config, checkpoint.tokenizer)
-    return model
 
 
 def _language_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from optimum_llava_ov.samples import Sample
+from optimum_llava_ov.samples.files import Sample
 
 
 KINDS = ("colour", "shape", "position", "count", "description", "comparison", "follow-up")

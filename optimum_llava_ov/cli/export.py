@@ -12,10 +12,10 @@ from optimum.intel.openvino.configuration import OVConfig
 from optimum_llava_ov.bundle.layout import ONE_BILLION
 from optimum_llava_ov.checkpoint.config import read_config
 from optimum_llava_ov.checkpoint.repository import Repository
-from optimum_llava_ov.export.main import main_export
-from optimum_llava_ov.export.memory import restart_with_huge_pages, return_what_is_freed
+from optimum_llava_ov.export.pipeline import main_export
 from optimum_llava_ov.export.recipes import default_recipe
 from optimum_llava_ov.export.report import closing_words
+from optimum_llava_ov.system.memory import restart_with_huge_pages, return_what_is_freed
 
 
 logger = logging.getLogger(__name__)
