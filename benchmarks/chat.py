@@ -57,7 +57,9 @@ def first_token(model, processor, rounds: int) -> None:
             chat.undo()
             chat._engine.reset()  # image features stay, so the encoder is in neither
     cache, prefill = (statistics.median(times[way]) for way in times)
-    print(f"second turn, first token: {cache:.3f} s against {prefill:.3f} s: {cache / prefill:.3f} x (target: at most 0.15 x)")
+    print(
+        f"second turn, first token: {cache:.3f} s against {prefill:.3f} s: {cache / prefill:.3f} x (target: at most 0.15 x)"
+    )
 
 
 def engines(bundle: Path, model, processor, rounds: int) -> None:
@@ -72,9 +74,15 @@ def engines(bundle: Path, model, processor, rounds: int) -> None:
             first.result()
             second = chat.send(QUESTION, max_new_tokens=24)
             second.result()
-            row = first.stats.time_to_first_token, second.stats.time_to_first_token, 1000 / second.stats.tokens_per_second
+            row = (
+                first.stats.time_to_first_token,
+                second.stats.time_to_first_token,
+                1000 / second.stats.tokens_per_second,
+            )
             times[way].append(row)
-            print(f"  {way:8} first token {row[0]:.3f} s, of the second turn {row[1]:.3f} s, then {row[2]:.1f} ms per token")
+            print(
+                f"  {way:8} first token {row[0]:.3f} s, of the second turn {row[1]:.3f} s, then {row[2]:.1f} ms per token"
+            )
     for way, rows in times.items():
         first, second, token = (statistics.median(column) for column in zip(*rows[1:]))  # the first round warms up
         print(f"{way}: first token {first:.3f} s, of the second turn {second:.3f} s, then {token:.1f} ms per token")
@@ -135,7 +143,9 @@ def main() -> None:
     parser.add_argument("bundle", nargs="?", type=Path)
     parser.add_argument("--tiny", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--engines", nargs="+", default=[OPENVINO, GENAI], help="That run the tiny model (default: both).")
+    parser.add_argument(
+        "--engines", nargs="+", default=[OPENVINO, GENAI], help="That run the tiny model (default: both)."
+    )
     args = parser.parse_args()
     if args.bundle:
         model, processor = load(args.bundle)

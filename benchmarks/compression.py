@@ -96,7 +96,10 @@ def report(results: dict[str, Measurement], size: int, args: argparse.Namespace)
     print(f"{'':12}{'time':>10}{'CPU':>10}{'anonymous':>12}{'RSS':>12}{'disk':>12}")
     for name, m in results.items():
         values = (m.peak_anonymous, m.peak_rss, m.peak_disk)
-        print(f"{name:12}{m.seconds:>8.1f} s{m.cpu_seconds:>8.1f} s" + "".join(f"{value / 1e9:>9.2f} GB" for value in values))
+        print(
+            f"{name:12}{m.seconds:>8.1f} s{m.cpu_seconds:>8.1f} s"
+            + "".join(f"{value / 1e9:>9.2f} GB" for value in values)
+        )
     one = results["one pass"]
     print(f"\nbundle {size / 1e9:.2f} GB; peak disk {one.peak_disk / size:.2f} x the bundle")
     if "two passes" in results:
@@ -107,7 +110,8 @@ def report(results: dict[str, Measurement], size: int, args: argparse.Namespace)
         for name, m in results.items()
     }
     file.write_text(
-        json.dumps({"results": values, "bundle_bytes": size, "machine": machine(), "versions": versions()}, indent=2) + "\n"
+        json.dumps({"results": values, "bundle_bytes": size, "machine": machine(), "versions": versions()}, indent=2)
+        + "\n"
     )
     print(f"Written: {file}")
 

@@ -123,7 +123,11 @@ def run(job: Job, workdir: Path) -> dict:
         raise SystemExit(f"{job.contender} imported this package, so it is not what it is called.")
     memory = {name: getattr(measurement, name) for name in ("peak_rss", "peak_anonymous")}
     settings = {name: getattr(job, name) for name in ("contender", "prompt_tokens", "batch")}
-    costs = {"process_seconds": measurement.seconds, "cpu_seconds": measurement.cpu_seconds, "load": os.getloadavg()[0]}
+    costs = {
+        "process_seconds": measurement.seconds,
+        "cpu_seconds": measurement.cpu_seconds,
+        "load": os.getloadavg()[0],
+    }
     return {**settings, "memory": memory, **costs, **result}
 
 
@@ -152,7 +156,9 @@ def needed_paths(contender: str, paths: dict[str, Path]) -> dict[str, str]:
 
 def jobs(arguments: argparse.Namespace, paths: dict[str, Path], prompts: dict[int, str], round_number: int):
     """One round: every configuration, and in it every contender. Who begins changes from round to round."""
-    configurations = [(length, 1) for length in prompts] + [(min(prompts), batch) for batch in arguments.batches if batch > 1]
+    configurations = [(length, 1) for length in prompts] + [
+        (min(prompts), batch) for batch in arguments.batches if batch > 1
+    ]
     first = round_number % len(arguments.contenders)
     contenders = arguments.contenders[first:] + arguments.contenders[:first]
     limits = {name: int(tokens) for name, tokens in (limit.split("=") for limit in arguments.limit)}
@@ -175,7 +181,9 @@ def benchmark(arguments: argparse.Namespace) -> dict:
     workdir = arguments.workdir
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "results.json"
-    checkpoint = TINY / "checkpoint" if arguments.tiny else arguments.checkpoint or make_checkpoint(workdir, arguments.size)
+    checkpoint = (
+        TINY / "checkpoint" if arguments.tiny else arguments.checkpoint or make_checkpoint(workdir, arguments.size)
+    )
     paths = {
         "checkpoint": checkpoint,
         "bundle": arguments.bundle or workdir / "bundle",
@@ -191,10 +199,14 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         "runs": json.loads(file.read_text())["runs"] if arguments.add and file.exists() else [],
     }
     if not arguments.bundle:
-        result["export"] = make(export_command(checkpoint, paths["bundle"], WEIGHT_FORMAT), checkpoint, paths["bundle"])
+        result["export"] = make(
+            export_command(checkpoint, paths["bundle"], WEIGHT_FORMAT), checkpoint, paths["bundle"]
+        )
     if "notebook" in arguments.contenders and not arguments.notebook:
         command = [sys.executable, HERE / "notebook_conversion.py", checkpoint, paths["notebook"]]
-        result["conversion"] = make(command + ["--stored-weights"] * arguments.stored_weights, checkpoint, paths["notebook"])
+        result["conversion"] = make(
+            command + ["--stored-weights"] * arguments.stored_weights, checkpoint, paths["notebook"]
+        )
     if any(MODULES[name] == "llama" for name in arguments.contenders):
         result["llama"] = make(
             [sys.executable, HERE / "llama.py", "convert", checkpoint, paths["llama"]], checkpoint, paths["llama"]
@@ -246,11 +258,17 @@ def main() -> None:
     parser.add_argument(
         "--limit", nargs="*", default=limits, help=f"longest prompt of slow contenders (default: {' '.join(limits)})"
     )
-    parser.add_argument("--together", action="store_true", help="take turns answer by answer, which takes memory for all at once")
+    parser.add_argument(
+        "--together", action="store_true", help="take turns answer by answer, which takes memory for all at once"
+    )
     parser.add_argument("--checkpoint", type=Path, help="take this one instead of a random one")
     parser.add_argument("--bundle", type=Path, help="measure this bundle instead of exporting one")
-    parser.add_argument("--notebook", type=Path, help="measure this conversion of the notebook's instead of making one")
-    parser.add_argument("--stored-weights", action="store_true", help="the notebook's conversion does not load float32")
+    parser.add_argument(
+        "--notebook", type=Path, help="measure this conversion of the notebook's instead of making one"
+    )
+    parser.add_argument(
+        "--stored-weights", action="store_true", help="the notebook's conversion does not load float32"
+    )
     parser.add_argument("--add", action="store_true", help="keep the runs that results.json has, and add to them")
     parser.add_argument("--tiny", action="store_true", help="try it out on a tiny checkpoint")
     arguments = parser.parse_args()

@@ -41,7 +41,9 @@ with staged(sys.argv[2]) as folder:
 def digests(folder: Path) -> dict[str, bytes]:
     """Of the files of the bundle in `folder`."""
     return {
-        name: hashlib.sha256((folder / name).read_bytes()).digest() for name in (*FILES, *EXTRA_FILES) if (folder / name).exists()
+        name: hashlib.sha256((folder / name).read_bytes()).digest()
+        for name in (*FILES, *EXTRA_FILES)
+        if (folder / name).exists()
     }
 
 
@@ -63,7 +65,9 @@ def replace_until(action: str, call: str, number: int, bundle: Path, output: Pat
     """Replace in a process that is stopped when it makes a call for time `number`; whether it came so far."""
     inject = f"inject={call}:{ACTIONS[action].format(number)}"
     command = ["strace", "-f", "-qq", "-e", f"trace={call}", "-e", inject]
-    result = subprocess.run([*command, sys.executable, "-c", REPLACE, bundle, output], capture_output=True, env=ENVIRONMENT)
+    result = subprocess.run(
+        [*command, sys.executable, "-c", REPLACE, bundle, output], capture_output=True, env=ENVIRONMENT
+    )
     return result.returncode != 0 or b"INJECTED" in result.stderr
 
 

@@ -67,7 +67,9 @@ class NotebookAttention(nn.Module):
         bias = bias[:, :, :, max(0, bias.shape[3] - key_length) :]
         weights = weights + bias
         if past is None:  # a single new token sees all
-            future = ~torch.ones(key_length, key_length, dtype=torch.float16).tril().bool()[-query_length:, -key_length:]
+            future = (
+                ~torch.ones(key_length, key_length, dtype=torch.float16).tril().bool()[-query_length:, -key_length:]
+            )
             weights = weights.masked_fill(future.view(1, 1, query_length, key_length), torch.finfo(weights.dtype).min)
         context = torch.softmax(weights, dim=-1).matmul(value)
         return self.out_proj(context.transpose(1, 2).flatten(2)), (key, value)
@@ -79,7 +81,12 @@ class NotebookAttention(nn.Module):
 class NotebookBlock(nn.Module):
     def __init__(self, block: MptBlock):
         super().__init__()
-        self.norm_1, self.attn, self.norm_2, self.ffn = block.norm_1, NotebookAttention(block.attn), block.norm_2, block.ffn
+        self.norm_1, self.attn, self.norm_2, self.ffn = (
+            block.norm_1,
+            NotebookAttention(block.attn),
+            block.norm_2,
+            block.ffn,
+        )
 
     def forward(self, hidden_states: torch.Tensor, bias: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None):
         attended, present = self.attn(self.norm_1(hidden_states), bias, past)
@@ -162,8 +169,13 @@ def convert(checkpoint_name: str | Path, folder: Path, compression: bool = True,
         stored_weights: do not convert the weights to float32 first.
     """
     checkpoint = OriginalCheckpoint.open(checkpoint_name)
-    if checkpoint.config.padded_vocab_size != checkpoint.config.vocab_size or checkpoint.config.image_aspect_ratio == "pad":
-        raise ValueError("The notebook knows neither padded vocabularies nor padded pictures; it converts wrong models of such.")
+    if (
+        checkpoint.config.padded_vocab_size != checkpoint.config.vocab_size
+        or checkpoint.config.image_aspect_ratio == "pad"
+    ):
+        raise ValueError(
+            "The notebook knows neither padded vocabularies nor padded pictures; it converts wrong models of such."
+        )
     model = LlavaMptForConditionalGeneration.from_checkpoint(checkpoint)
     del model.embed_tokens  # a copy with a row more, which the notebook has no use for
     model.image_encoder.features.encoder.config._attn_implementation = "eager"
@@ -184,7 +196,9 @@ def convert(checkpoint_name: str | Path, folder: Path, compression: bool = True,
 
 def _convert_images(images: nn.Module, side: int, folder: Path, compression: bool) -> None:
     options = IMAGE_ENCODER_COMPRESSION if compression else None
-    _trace_and_save(images, torch.zeros((1, 3, side, side)), folder / IMAGE_ENCODER, options, input=[(-1, 3, side, side)])
+    _trace_and_save(
+        images, torch.zeros((1, 3, side, side)), folder / IMAGE_ENCODER, options, input=[(-1, 3, side, side)]
+    )
 
 
 def _convert_language(language: NotebookLanguageModel, d_model: int, folder: Path, compression: bool) -> None:

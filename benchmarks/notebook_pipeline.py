@@ -76,7 +76,9 @@ class NotebookPipeline:
                 return torch.stack(generated, dim=1)
             logits, past = self._next(token[:, None], past)
 
-    def _first(self, input_ids: torch.LongTensor, images: torch.Tensor | None) -> tuple[torch.Tensor, list[np.ndarray]]:
+    def _first(
+        self, input_ids: torch.LongTensor, images: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[np.ndarray]]:
         inputs_embeds = self._embed(input_ids, images)
         attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long)
         logits, *past = self.first_stage([inputs_embeds, attention_mask]).values()

@@ -50,7 +50,9 @@ def _panel(axes: Axes, summaries: list[dict], measure: str) -> None:
         color, marker = STYLES.get(contender, OTHER)
         weight, order = (2.6, 4) if contender == "ours" else (1.6, 3)
         axes.plot(*zip(*points), color=color, marker=marker, linewidth=weight, zorder=order, label=contender)
-        if failed := [entry["prompt_tokens"] for entry in entries if "error" in entry and entry["prompt_tokens"] > points[-1][0]]:
+        if failed := [
+            entry["prompt_tokens"] for entry in entries if "error" in entry and entry["prompt_tokens"] > points[-1][0]
+        ]:
             place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
             axes.annotate(f"fails at {failed[0]:,}", points[-1], **place, fontsize=8, color=color)
     axes.set_xscale("log")

@@ -40,7 +40,12 @@ RECIPES = {
     "int4 asym g32 r1.0": {**INT4, "group_size": 32, "ratio": 1.0},
     "int4 default + AWQ": {**INT4_RECIPE, "quant_method": "awq"},
     "int4 default + data": {**INT4_RECIPE, "data": True},
-    "int4 default + AWQ + scale estimation": {**INT4_RECIPE, "quant_method": "awq", "scale_estimation": True, "data": True},
+    "int4 default + AWQ + scale estimation": {
+        **INT4_RECIPE,
+        "quant_method": "awq",
+        "scale_estimation": True,
+        "data": True,
+    },
     "nf4 g32": {"bits": 4, "dtype": "nf4", "group_size": 32},
     "mxfp4": {"bits": 4, "dtype": "mxfp4", "group_size": 32},
 }
@@ -93,7 +98,9 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=400)
     args = parser.parse_args()
     bundles = export_all(args.workdir)
-    qualities = evaluate(list(bundles.values()), CHECKPOINT, num_samples=args.num_samples, work_dir=args.workdir / "recordings")
+    qualities = evaluate(
+        list(bundles.values()), CHECKPOINT, num_samples=args.num_samples, work_dir=args.workdir / "recordings"
+    )
     speeds = tokens_per_second(bundles)
     print(
         "| recipe | exact answers | KL mean | KL p95 | same answers | size | tokens/s |\n| --- | --- | --- | --- | --- | --- | --- |"

@@ -163,16 +163,22 @@ def text(result: dict) -> str:
             lines += ["", f"{title}, {unit}", *_table([("", *contenders), *rows])]
     if failures := [entry for entry in summaries if "error" in entry]:
         lines += ["", "failures"]
-        lines += [f"  {e['contender']}, {e['prompt_tokens']} tokens, {e['batch']} row(s): {e['error']}" for e in failures]
+        lines += [
+            f"  {e['contender']}, {e['prompt_tokens']} tokens, {e['batch']} row(s): {e['error']}" for e in failures
+        ]
     lines += ["", "targets"]
     for target in targets(result):
         value = "not measured" if target.value is None else f"{target.value:.2f}"
         state = {True: "met", False: "MISSED", None: ""}[target.met]
-        lines.append(f"  {target.name:<56}{value:>14}  ({'>=' if target.at_least else '<='} {target.limit:.3g})  {state}")
+        lines.append(
+            f"  {target.name:<56}{value:>14}  ({'>=' if target.at_least else '<='} {target.limit:.3g})  {state}"
+        )
     return "\n".join(lines)
 
 
-def _cell(summaries: list[dict], contender: str, length: int, batch: int, measure: str, factor: float, digits: int) -> str:
+def _cell(
+    summaries: list[dict], contender: str, length: int, batch: int, measure: str, factor: float, digits: int
+) -> str:
     if find(summaries, contender, length, "error", batch):
         return "fails"
     value = find(summaries, contender, length, measure, batch)
@@ -185,7 +191,8 @@ def _cell(summaries: list[dict], contender: str, length: int, batch: int, measur
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
-        "  " + row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:])) for row in rows
+        "  " + row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
+        for row in rows
     ]
 
 

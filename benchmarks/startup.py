@@ -49,7 +49,9 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, median in medians.items():
         print(f"{name:36}{median:8.3f} s")
-    print(f"import: {medians['import optimum, optimum_llava_ov'] - medians['import optimum']:+.3f} s (target: below 0.3 s)")
+    print(
+        f"import: {medians['import optimum, optimum_llava_ov'] - medians['import optimum']:+.3f} s (target: below 0.3 s)"
+    )
     ratio = medians["optimum-cli --help with"] / medians["optimum-cli --help without"]
     print(f"optimum-cli --help: {ratio:.2f} x (target: at most 1.1 x)")
 

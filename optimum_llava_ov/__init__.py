@@ -13,7 +13,13 @@ from optimum_llava_ov.registration import activation
 
 if TYPE_CHECKING:
     from optimum_llava_ov.checkpoint.config import LlavaMptConfig
-    from optimum_llava_ov.errors import BundleError, HubError, ImageError, InvalidCheckpointError, UnsupportedCheckpointError
+    from optimum_llava_ov.errors import (
+        BundleError,
+        HubError,
+        ImageError,
+        InvalidCheckpointError,
+        UnsupportedCheckpointError,
+    )
     from optimum_llava_ov.export.pipeline import main_export
     from optimum_llava_ov.images import ImageLimits
     from optimum_llava_ov.modeling import OVModelForLlava, OVModelForLlavaMPT

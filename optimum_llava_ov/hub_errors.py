@@ -26,14 +26,18 @@ def clean_token(token: str | bool | None) -> str | bool | None:
         return token
     token = token.strip()
     if not re.fullmatch(r"[!-~]*", token):
-        raise HubError("The token has white space or special characters inside, so it is not a token of the Hub. Copy it again.")
+        raise HubError(
+            "The token has white space or special characters inside, so it is not a token of the Hub. Copy it again."
+        )
     return token or None
 
 
 def redacted(text: str, *tokens: str | bool | None) -> str:
     """`text` with each token replaced by `hf_***`: those given, that of HF_TOKEN, and all that look like one."""
     for token in (*tokens, os.environ.get("HF_TOKEN")):
-        if isinstance(token, str) and len(token.strip()) >= 4:  # a shorter one is a placeholder, and its letters are everywhere
+        if (
+            isinstance(token, str) and len(token.strip()) >= 4
+        ):  # a shorter one is a placeholder, and its letters are everywhere
             text = text.replace(token.strip(), "hf_***")
     return _TOKEN.sub("hf_***", text)
 
@@ -71,7 +75,9 @@ def status_meaning(error: HfHubHTTPError, asked: str) -> str:
     if status == 404:
         return f"The Hub ({constants.ENDPOINT}) does not know {asked} (HTTP 404). Check the name, and HF_ENDPOINT if it is set. ({said})"
     if status == 429:
-        return f"The Hub asks for patience: too many requests (HTTP 429). Wait a few minutes, then run it again. ({said})"
+        return (
+            f"The Hub asks for patience: too many requests (HTTP 429). Wait a few minutes, then run it again. ({said})"
+        )
     if status >= 500:
         return f"The Hub has a problem of its own (HTTP {status}). Run it again later. ({said})"
     return f"The Hub refused {asked} (HTTP {status}): {said}."

@@ -84,7 +84,9 @@ def open_image(source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image
     elif isinstance(source, (str, os.PathLike, bytes)):
         name = "The image" if isinstance(source, bytes) else f"The image {source}"
     else:
-        raise ImageError(f"An image is given as a PIL.Image, a path or the bytes of a file, not as {type(source).__name__}.")
+        raise ImageError(
+            f"An image is given as a PIL.Image, a path or the bytes of a file, not as {type(source).__name__}."
+        )
     try:
         with _one_at_a_time:
             if isinstance(source, Image.Image):
@@ -162,7 +164,9 @@ def _check_bytes(size: int, name: str, max_bytes: int) -> None:
 def _check(image: Image.Image, name: str, limits: ImageLimits) -> None:
     """Before anything is decoded."""
     if image.format not in (None, *FORMATS, *_JPEGS):
-        raise ImageError(f"{name} cannot be read: it is {image.format}, not one of {', '.join(FORMATS)}. Convert it first.")
+        raise ImageError(
+            f"{name} cannot be read: it is {image.format}, not one of {', '.join(FORMATS)}. Convert it first."
+        )
     width, height = image.size
     found = f"{name} has {width} x {height} pixels"
     if min(image.size) < 1:
@@ -279,5 +283,7 @@ def _padded(image: Image.Image, image_mean: list[float]) -> Image.Image:
 
 def _cropped(image: Image.Image, crop_size: Any, edge: int) -> Image.Image:
     """The middle that the processor's own crop is cut from. It stays in the middle to the pixel: as many go on the left as on the right."""
-    left, top = (max(0, side - max(edge, crop_size.get(name))) // 2 for side, name in zip(image.size, ("width", "height")))
+    left, top = (
+        max(0, side - max(edge, crop_size.get(name))) // 2 for side, name in zip(image.size, ("width", "height"))
+    )
     return image.crop((left, top, image.width - left, image.height - top))

@@ -50,7 +50,9 @@ class OVModelForLlava(OVLlavaModel):
     _support_new_processing = True  # the host's word for prompts that say `<image>` once for each of its features
 
     @classmethod
-    def from_pretrained(cls, model_id: str | Path, *args, vision_tower: str | None = None, **kwargs) -> OVModelForLlava:
+    def from_pretrained(
+        cls, model_id: str | Path, *args, vision_tower: str | None = None, **kwargs
+    ) -> OVModelForLlava:
         """Load a bundle, or convert an original checkpoint on the fly.
 
         A conversion lives in a temporary folder beside the Hub's cache; keep it with [`save_pretrained`].
@@ -93,7 +95,9 @@ class OVModelForLlava(OVLlavaModel):
         folder = Path(model_id)
         device, ov_config = kwargs.get("device", "CPU"), kwargs.get("ov_config")
         parts = [
-            cls._compile_model(folder / file, device, ov_config, folder) if compile_only else cls.load_model(folder / file)
+            cls._compile_model(folder / file, device, ov_config, folder)
+            if compile_only
+            else cls.load_model(folder / file)
             for file in PARTS.values()
         ]
         if (folder / "generation_config.json").exists():
@@ -195,7 +199,9 @@ class OVModelForLlava(OVLlavaModel):
             `TypeError`: there is no such option; suggests the nearest.
         """
         check_options(
-            "save_pretrained", kwargs, names_of(self.save_pretrained) | names_of(self.push_to_hub) | _options_of_transformers()
+            "save_pretrained",
+            kwargs,
+            names_of(self.save_pretrained) | names_of(self.push_to_hub) | _options_of_transformers(),
         )
         source = self._whole_source()
         with staged(save_directory, tokenizers=(source / TOKENIZERS[0]).exists()) as folder:

@@ -24,4 +24,6 @@ def check_options(function: str, given: Iterable[str], known: Iterable[str]) -> 
 def names_of(function: Callable) -> set[str]:
     """Names of the options that a function takes, those of its `**kwargs` left out."""
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind not in kinds} - {"self"}
+    return {
+        name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind not in kinds
+    } - {"self"}

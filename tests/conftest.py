@@ -73,7 +73,9 @@ by_case = pytest.mark.parametrize(("golden", "case"), CASES, ids=[f"{golden.name
 by_golden = pytest.mark.parametrize("golden", GOLDENS, ids=[golden.name for golden in GOLDENS])
 
 
-def run(*command: str | Path, env: dict[str, str] | None = None, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+def run(
+    *command: str | Path, env: dict[str, str] | None = None, check: bool = True, **kwargs
+) -> subprocess.CompletedProcess:
     """Run a program of this environment, such as `optimum-cli`, as a user would type it."""
     installed = Path(sys.executable).parent / command[0]
     command = [str(installed if installed.exists() else command[0]), *map(str, command[1:])]
@@ -197,5 +199,6 @@ def torch_models():
     from optimum_llava_ov import LlavaMptForConditionalGeneration
 
     return {
-        golden.name: LlavaMptForConditionalGeneration.from_pretrained(golden.checkpoint, dtype="float32") for golden in GOLDENS
+        golden.name: LlavaMptForConditionalGeneration.from_pretrained(golden.checkpoint, dtype="float32")
+        for golden in GOLDENS
     }

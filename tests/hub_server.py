@@ -149,7 +149,9 @@ class HubServer:
         """Put a repository there, with the files of a folder, as if somebody had pushed it."""
         repo = self.create(name, private)
         if isinstance(files, Path):
-            files = {file.relative_to(files).as_posix(): file.read_bytes() for file in files.rglob("*") if file.is_file()}
+            files = {
+                file.relative_to(files).as_posix(): file.read_bytes() for file in files.rglob("*") if file.is_file()
+            }
         blobs = {f"{subfolder}/{path}".lstrip("/"): self.store([content], path) for path, content in files.items()}
         self.commit(repo, "main", "Upload", {**repo.commit("main").files, **blobs})
         return repo
@@ -157,13 +159,20 @@ class HubServer:
     def create(self, name: str, private: bool = False) -> Repo:
         repo = self.repos.setdefault(name, Repo(name, private))
         if not repo.branches:
-            self.commit(repo, "main", "initial commit", {".gitattributes": self.store([b"*.bin filter=lfs\n"], ".gitattributes")})
+            self.commit(
+                repo,
+                "main",
+                "initial commit",
+                {".gitattributes": self.store([b"*.bin filter=lfs\n"], ".gitattributes")},
+            )
         return repo
 
     def commit(self, repo: Repo, branch: str, message: str, files: dict[str, Blob]) -> Commit:
         history = repo.branches.setdefault(branch, [])
         count = sum(len(branch) for branch in repo.branches.values())
-        commit = Commit(hashlib.sha1(f"{repo.name}{branch}{count}{message}".encode()).hexdigest(), message, dict(files))
+        commit = Commit(
+            hashlib.sha1(f"{repo.name}{branch}{count}{message}".encode()).hexdigest(), message, dict(files)
+        )
         history.append(commit)
         return commit
 
@@ -240,7 +249,10 @@ class _Handler(BaseHTTPRequestHandler):
             for methods, pattern, handle in _ROUTES:
                 match = re.fullmatch(pattern, self.route)
                 if match and self.command in methods.split():
-                    handle(self, **{name: unquote(value) for name, value in match.groupdict().items() if value is not None})
+                    handle(
+                        self,
+                        **{name: unquote(value) for name, value in match.groupdict().items() if value is not None},
+                    )
                     break
             else:
                 raise AnswerError(404, message=f"No such page: {self.command} {self.route}")
@@ -289,7 +301,9 @@ class _Handler(BaseHTTPRequestHandler):
         for _ in self.body():  # what was not read would be taken for the next request
             pass
         content = json.dumps(values).encode()
-        self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})})
+        self._head(
+            status, {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}
+        )
         if self.command != "HEAD":
             self.wfile.write(content)
 
@@ -317,7 +331,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None or (repo.private and owner != user):
             raise AnswerError(404 if user else 401, "RepoNotFound", "Repository not found")
         if write and not (may_write and owner == user):
-            raise AnswerError(403, message="Authorization error: you need write access to this repository" if user else "Log in")
+            raise AnswerError(
+                403, message="Authorization error: you need write access to this repository" if user else "Log in"
+            )
         return repo
 
     def commit(self, name: str, revision: str) -> Commit:
@@ -346,7 +362,9 @@ class _Handler(BaseHTTPRequestHandler):
         owner = values.get("organization") or user
         name = f"{owner}/{values['name']}"
         if not may_write or owner != user:
-            raise AnswerError(403, message=f'You don\'t have the rights to create a model under the namespace "{owner}"')
+            raise AnswerError(
+                403, message=f'You don\'t have the rights to create a model under the namespace "{owner}"'
+            )
         if name in self.hub.repos:
             raise AnswerError(409, message="You already created this model repo", url=f"{self.hub.url}/{name}")
         self.hub.create(name, values.get("visibility") == "private" or bool(values.get("private")))
@@ -418,7 +436,10 @@ class _Handler(BaseHTTPRequestHandler):
             action = {"href": f"{self.hub.url}/lfs/{oid}", "header": {}}
             if size > PART:
                 parts = range(1, -(-size // PART) + 1)
-                header = {"chunk_size": str(PART), **{f"{part:05d}": f"{self.hub.url}/lfs/{oid}/{part}" for part in parts}}
+                header = {
+                    "chunk_size": str(PART),
+                    **{f"{part:05d}": f"{self.hub.url}/lfs/{oid}/{part}" for part in parts},
+                }
                 action = {"href": f"{self.hub.url}/lfs/{oid}/complete", "header": header}
             verify = {"href": f"{self.hub.url}/lfs/{oid}/verify"}
             answer.append({"oid": oid, "size": size, "actions": {"upload": action, "verify": verify}})
@@ -475,7 +496,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif item["key"] == "lfsFile":
                 stored = self.hub.folder / value["oid"]
                 if not stored.is_file():
-                    raise AnswerError(400, message=f"LFS pointer of {value['path']} points to a file that does not exist")
+                    raise AnswerError(
+                        400, message=f"LFS pointer of {value['path']} points to a file that does not exist"
+                    )
                 files[value["path"]] = Blob(stored, stored.stat().st_size, value["oid"], True)
             elif item["key"] == "deletedFile":
                 del files[value["path"]]
@@ -490,7 +513,9 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "commitUrl": f"{self.hub.url}/{name}/commit/{commit.oid}",
                 "commitOid": commit.oid,
-                "pullRequestUrl": f"{self.hub.url}/{name}/discussions/{branch.split('/')[-1]}" if is_pull_request else None,
+                "pullRequestUrl": f"{self.hub.url}/{name}/discussions/{branch.split('/')[-1]}"
+                if is_pull_request
+                else None,
             },
         )
 

@@ -50,7 +50,9 @@ WAITED_FOR = {
     "transformers.models.auto.modeling_auto": lambda auto: auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[_config_class()],
     "transformers.models.auto.processing_auto": lambda auto: auto.PROCESSOR_MAPPING[_config_class()],
     "optimum.exporters.openvino": lambda exporter: exporter.main_export.__wrapped__,
-    "optimum.intel.openvino.modeling_visual_language": lambda modeling: modeling._OVLlavaForCausalLM.__subclasses__()[0],
+    "optimum.intel.openvino.modeling_visual_language": lambda modeling: modeling._OVLlavaForCausalLM.__subclasses__()[
+        0
+    ],
 }
 
 
@@ -61,7 +63,9 @@ def main(everything: bool) -> int:
 
     first = _try_all("ours first", modules)
     failures = {f"ours first, then {module}": found.error for module, found in first.items() if found.error}
-    controls = _try_all("without ours", {name: modules[name] for name in modules if first[name].error or name in WAITED_FOR})
+    controls = _try_all(
+        "without ours", {name: modules[name] for name in modules if first[name].error or name in WAITED_FOR}
+    )
     for module, found in controls.items():
         if found.error:
             failures.pop(f"ours first, then {module}")

@@ -39,7 +39,9 @@ def test_paged_attention_keeps_alibi(bundles):
     paged = [op for op in model.get_ops() if op.get_type_name() == "PagedAttentionExtension"]
     assert len(paged) == 3
     for op in paged:
-        slopes = [value for value in map(_constant, (source.get_node() for source in op.input_values())) if value is not None]
+        slopes = [
+            value for value in map(_constant, (source.get_node() for source in op.input_values())) if value is not None
+        ]
         assert any(value.shape == (4,) and np.allclose(value, [2**-2, 2**-4, 2**-6, 2**-8]) for value in slopes)
 
 
@@ -71,7 +73,11 @@ def long_prompt(processors):
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(2, 450, (1, 8192 - inputs["input_ids"].shape[1]), generator=generator)
     input_ids = torch.cat([inputs["input_ids"], words], dim=1)
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": inputs["pixel_values"]}
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": inputs["pixel_values"],
+    }
 
 
 def test_no_wall_at_max_seq_len(long_prompt, models, torch_models):
@@ -82,7 +88,8 @@ def test_no_wall_at_max_seq_len(long_prompt, models, torch_models):
     logits = models[GOLDEN.name](**long_prompt, logits_to_keep=64).logits
     assert (logits - expected).abs().max() < 1e-3
     assert torch.equal(
-        models[GOLDEN.name].generate(**long_prompt, **options), torch_models[GOLDEN.name].generate(**long_prompt, **options)
+        models[GOLDEN.name].generate(**long_prompt, **options),
+        torch_models[GOLDEN.name].generate(**long_prompt, **options),
     )
 
 
@@ -93,11 +100,15 @@ def test_no_wall_at_max_seq_len(long_prompt, models, torch_models):
 def test_bf16_does_not_lose_positions(bundles, models, long_prompt):
     """Mean KL to f32 at 1,000 and 2,000 tokens is at most twice that at 64."""
     exact = models[GOLDEN.name]
-    bf16 = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config={**EXACT, "INFERENCE_PRECISION_HINT": "bf16"})
+    bf16 = OVModelForLlavaMPT.from_pretrained(
+        bundles[GOLDEN.name], ov_config={**EXACT, "INFERENCE_PRECISION_HINT": "bf16"}
+    )
 
     def mean_kl(length):
         inputs = {**long_prompt, **{name: long_prompt[name][:, :length] for name in ("input_ids", "attention_mask")}}
-        exact_log, bf16_log = (torch.log_softmax(model(**inputs, logits_to_keep=40).logits, -1) for model in (exact, bf16))
+        exact_log, bf16_log = (
+            torch.log_softmax(model(**inputs, logits_to_keep=40).logits, -1) for model in (exact, bf16)
+        )
         return torch.nn.functional.kl_div(bf16_log, exact_log, log_target=True, reduction="none").sum(-1).mean().item()
 
     near = mean_kl(64)

@@ -43,7 +43,10 @@ def test_table(shapes_bundle):
     assert re.fullmatch(r"shapes-ov in genai on CPU: computes in (bf16|f16|f32), cache in \w+", head)
     assert machine.endswith(f"openvino {version('openvino')}, openvino-genai {version('openvino-genai')}")
     assert re.split(" {2,}", names.strip()) == ["prompt", "first token", "then, per token", "tokens/s"]
-    assert [re.fullmatch(rf" *(\d+) tokens +{number} s +{number} ms +{number}", row)[1] for row in rows] == ["60", "200"]
+    assert [re.fullmatch(rf" *(\d+) tokens +{number} s +{number} ms +{number}", row)[1] for row in rows] == [
+        "60",
+        "200",
+    ]
     assert re.fullmatch(
         rf"Loading takes {number} s, and the first answer after it begins after {number} s \(60 tokens\)\.", loading
     )
@@ -55,7 +58,14 @@ def test_json(hub):
     """Nothing else on stdout; by model id, with `generate`, and several rows."""
     options = ["--engine", "openvino", "--rounds", "3", "--batch-size", "2", "--json"]
     values = json.loads(run("optimum-cli", "llava-ov", "bench", "me/shapes-ov", *SHORT, *options, env=hub).stdout)
-    told = {"bundle": "me/shapes-ov", "engine": "openvino", "device": "CPU", "batch_size": 2, "new_tokens": 5, "rounds": 3}
+    told = {
+        "bundle": "me/shapes-ov",
+        "engine": "openvino",
+        "device": "CPU",
+        "batch_size": 2,
+        "new_tokens": 5,
+        "rounds": 3,
+    }
     measured = {"load_seconds", "first_time_to_first_token", "peak_rss", "peak_anonymous"}
     assert {name: values[name] for name in told} == told
     assert values.keys() == told.keys() | measured | {"speeds", "settings", "cpu", "versions"}
@@ -112,7 +122,9 @@ def test_prompts_are_as_long_as_asked_for(shapes_bundle):
         pictures = pictures_of(prompt.messages)
         inputs = genai.processor(text=prompt.text, images=pictures, return_tensors="pt")
         tensors = [picture_tensor(picture, genai.processor) for picture in pictures]
-        answer = genai.pipeline.generate([text_of(prompt.messages[-1])], images=[tensors], generation_config=[options])[0]
+        answer = genai.pipeline.generate(
+            [text_of(prompt.messages[-1])], images=[tensors], generation_config=[options]
+        )[0]
         assert inputs["input_ids"].shape[1] == answer.perf_metrics.get_num_input_tokens() == length
 
 
@@ -174,5 +186,7 @@ def test_bad_options(shapes_bundle, options, message):
 def test_what_is_no_bundle(engine, shapes_bundle, tmp_path):
     partial = shutil.copytree(shapes_bundle, tmp_path / "partial", ignore=shutil.ignore_patterns("openvino_language*"))
     for folder in (CHECKPOINT, partial):
-        with pytest.raises(ValueError, match="has no openvino_language_model.xml, so it is no bundle, and .* Convert it first: "):
+        with pytest.raises(
+            ValueError, match="has no openvino_language_model.xml, so it is no bundle, and .* Convert it first: "
+        ):
             benchmark(folder, engine=engine)

@@ -50,8 +50,21 @@ def test_notebook_pipeline_prepares_pictures_as_the_original(notebook):
 def test_engines(notebook, bundles, tmp_path):
     """The whole comparison in small. The notebook's pipeline ends at 2048 tokens, and that is said."""
     options = ["--tiny", "--bundle", bundles[GOLDEN.name], "--notebook", notebook, "--rounds", "1", "--repeats", "1"]
-    options += ["--contenders", "ours", "genai-pa", "notebook", "--prompts", "80", "2060", "--limit", "ours=80", "--together"]
-    output = run(sys.executable, BENCHMARKS / "engines.py", tmp_path, *options, "--new-tokens", "4", "--batches").stdout
+    options += [
+        "--contenders",
+        "ours",
+        "genai-pa",
+        "notebook",
+        "--prompts",
+        "80",
+        "2060",
+        "--limit",
+        "ours=80",
+        "--together",
+    ]
+    output = run(
+        sys.executable, BENCHMARKS / "engines.py", tmp_path, *options, "--new-tokens", "4", "--batches"
+    ).stdout
 
     result = json.loads((tmp_path / "results.json").read_text())
     summary = {(entry["contender"], entry["prompt_tokens"]): entry for entry in result["summary"]}
@@ -64,7 +77,9 @@ def test_engines(notebook, bundles, tmp_path):
     for measured in result["runs"]:
         if "error" not in measured:
             answers = [measured["first"], *measured["later"]]
-            assert [answer["prompt_tokens"] for answer in answers] == [measured["prompt_tokens"]] * 2, measured["contender"]
+            assert [answer["prompt_tokens"] for answer in answers] == [measured["prompt_tokens"]] * 2, measured[
+                "contender"
+            ]
     assert "fails" in output
     assert "notebook, 2060 tokens" in output
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
@@ -73,7 +88,12 @@ def test_engines(notebook, bundles, tmp_path):
 def measured(contender, prompt_tokens, times, batch=1, later_tokens=5):
     """A run: time to first token and whole time, of the first answer and of later ones."""
     answers = [
-        {"first_token_seconds": first, "seconds": whole, "preprocess_seconds": None, "tokens": [[1] * later_tokens] * batch}
+        {
+            "first_token_seconds": first,
+            "seconds": whole,
+            "preprocess_seconds": None,
+            "tokens": [[1] * later_tokens] * batch,
+        }
         for first, whole in times
     ]
     memory = {"peak_rss": 2e9, "peak_anonymous": 1e9}
@@ -89,7 +109,11 @@ def test_medians_and_targets():
         measured("ours", 300, [(9.0, 9.0), (9.0, 9.8)], batch=8),
         {"contender": "notebook", "prompt_tokens": 300, "batch": 1, "error": "RuntimeError: no"},
     ]
-    result = {"summary": summarize(runs), "export": {"bytes": 1, "seconds": 4}, "conversion": {"bytes": 2, "seconds": 5}}
+    result = {
+        "summary": summarize(runs),
+        "export": {"bytes": 1, "seconds": 4},
+        "conversion": {"bytes": 2, "seconds": 5},
+    }
     ours = result["summary"][0]
     assert (ours["ttft"], ours["ttft_first"], ours["rounds"]) == (1.15, 4.0, 2)
     assert ours["token_ms"] == pytest.approx(100)

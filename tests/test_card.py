@@ -35,7 +35,9 @@ def compressed(tmp_path_factory):
     """A compressed bundle, and what NNCF said meanwhile."""
     bundle, messages, logger = tmp_path_factory.mktemp("card") / "int4", Messages(), logging.getLogger("nncf")
     logger.addHandler(messages)
-    main_export(GOLDEN.checkpoint, bundle, ov_config=OVConfig(quantization_config=OVWeightQuantizationConfig(**RECIPE)))
+    main_export(
+        GOLDEN.checkpoint, bundle, ov_config=OVConfig(quantization_config=OVWeightQuantizationConfig(**RECIPE))
+    )
     logger.removeHandler(messages)
     return bundle, messages.texts
 
@@ -123,7 +125,12 @@ class TestContent:
         results = metadata_of(card)["model-index"][0]["results"][0]
         assert results["dataset"]["name"] == "coloured shapes (built in)"
         metrics = {metric["type"]: metric["value"] for metric in results["metrics"]}
-        assert metrics == {"kl_divergence": 0.012346, "top1_agreement": 0.97, "identical_answers": 0.75, "accuracy": 0.9}
+        assert metrics == {
+            "kl_divergence": 0.012346,
+            "top1_agreement": 0.97,
+            "identical_answers": 0.75,
+            "accuracy": 0.9,
+        }
 
     def test_quality_is_saved_along(self, bundle, tmp_path):
         evaluate(bundle)
@@ -157,7 +164,9 @@ class TestReproduction:
     def test_python(self, tmp_path):
         """A recipe that no command line can say."""
         parts = {"lm_model": {"bits": 4, "group_size": 16}, "vision_embeddings_model": {"bits": 8, "sym": False}}
-        recipe = OVPipelineQuantizationConfig({part: OVWeightQuantizationConfig(**config) for part, config in parts.items()})
+        recipe = OVPipelineQuantizationConfig(
+            {part: OVWeightQuantizationConfig(**config) for part, config in parts.items()}
+        )
         main_export(GOLDEN.checkpoint, tmp_path / "mixed", ov_config=OVConfig(quantization_config=recipe))
         card = (tmp_path / "mixed" / "README.md").read_text()
         code = next(code for code in re.findall(r"```python\n(.*?)\n```", card, re.DOTALL) if "main_export" in code)
@@ -221,7 +230,10 @@ class TestEdits:
     def test_text_between_sections_and_removed_sections(self, bundle):
         card = (bundle / "README.md").read_text()
         card = re.sub(
-            r"<!-- optimum-llava-ov: limitations.*?/optimum-llava-ov: limitations -->\n", "My limits.\n", card, flags=re.DOTALL
+            r"<!-- optimum-llava-ov: limitations.*?/optimum-llava-ov: limitations -->\n",
+            "My limits.\n",
+            card,
+            flags=re.DOTALL,
         )
         (bundle / "README.md").write_text(card)
         evaluate(bundle)
@@ -231,7 +243,9 @@ class TestEdits:
         assert "## Quality" in again  # what was not touched is up to date
 
     def test_users_own_card(self, bundle):
-        (bundle / "README.md").write_text("---\nlicense: mit\nmodel-index: []\n---\n# Mine\n\nAll of it. `<this model>`\n")
+        (bundle / "README.md").write_text(
+            "---\nlicense: mit\nmodel-index: []\n---\n# Mine\n\nAll of it. `<this model>`\n"
+        )
         again = self.again(bundle, "me/mine")
         assert "# Mine\n\nAll of it. `me/mine`\n" in again
         assert metadata_of(again)["license"] == "mit"

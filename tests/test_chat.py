@@ -45,7 +45,9 @@ class Tokens(BaseStreamer):
 
 @pytest.fixture(scope="module")
 def shapes(shapes_bundle):
-    return OVModelForLlavaMPT.from_pretrained(shapes_bundle, ov_config=EXACT), AutoProcessor.from_pretrained(shapes_bundle)
+    return OVModelForLlavaMPT.from_pretrained(shapes_bundle, ov_config=EXACT), AutoProcessor.from_pretrained(
+        shapes_bundle
+    )
 
 
 @pytest.fixture
@@ -137,7 +139,9 @@ def test_a_picture_is_encoded_once(shapes, monkeypatch):
 
 def test_computes_no_logits_but_those_of_the_next_token(chat, monkeypatch):
     wanted, forward = [], LanguageModel.forward
-    monkeypatch.setattr(LanguageModel, "forward", lambda self, *args, **kwargs: wanted.append(args[3]) or forward(self, *args))
+    monkeypatch.setattr(
+        LanguageModel, "forward", lambda self, *args, **kwargs: wanted.append(args[3]) or forward(self, *args)
+    )
     chat.send("What colour is the circle?", A).result()
     assert set(wanted) == {1}
 
@@ -154,7 +158,9 @@ def test_pieces_come_word_by_word(chat):
 
 def test_any_streamer_of_transformers(chat, shapes, capsys):
     tokenizer = shapes[1].tokenizer
-    chat.send("Where is the star?", A, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)).result()
+    chat.send(
+        "Where is the star?", A, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ).result()
     assert capsys.readouterr().out == "The star is at the top right.\n"
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     chat.send("What colour is the circle?", streamer=streamer)
@@ -175,7 +181,9 @@ def test_stopping_criteria_and_limits(chat):
     assert chat.retry().result() == "The star is at the top right."
 
 
-@pytest.mark.parametrize(("stop", "expected"), [(" at", "The star is"), (["nothing", "top right"], "The star is at the ")])
+@pytest.mark.parametrize(
+    ("stop", "expected"), [(" at", "The star is"), (["nothing", "top right"], "The star is at the ")]
+)
 def test_stop_strings_end_the_answer_and_are_no_part_of_it(chat, shapes, stop, expected):
     answer = chat.send("Where is the star?", A, stop_strings=stop)
     assert "".join(answer) == answer.result() == expected
@@ -194,7 +202,10 @@ def test_stop_string_filter():
 
 def test_sampling_of_a_turn(chat, shapes):
     torch.manual_seed(0)
-    sampled = {chat.send("Where is the star?", A, do_sample=True, temperature=50.0, max_new_tokens=6).result() for _ in range(3)}
+    sampled = {
+        chat.send("Where is the star?", A, do_sample=True, temperature=50.0, max_new_tokens=6).result()
+        for _ in range(3)
+    }
     assert len(sampled) == 3
     [chat.undo() for _ in range(3)]
     assert chat.send("Where is the star?", A, do_sample=True, top_k=1).result() == "The star is at the top right."
@@ -393,7 +404,13 @@ def test_saving_on_a_full_disk_keeps_the_file(chat, tmp_path):
         ([{"role": "user", "content": "Hi"}], "in turn"),
         ([{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Hi"}], "in turn"),
         ([{"text": "Hi"}], "found something else"),
-        ([{"role": "user", "content": [{"type": "image", "url": "http://x"}]}, {"role": "assistant", "content": ""}], "'url'"),
+        (
+            [
+                {"role": "user", "content": [{"type": "image", "url": "http://x"}]},
+                {"role": "assistant", "content": ""},
+            ],
+            "'url'",
+        ),
         ([{"role": "user", "content": [{"type": "image", "base64": "eHg="}]}], "cannot be read"),
     ],
 )
@@ -468,12 +485,19 @@ def test_sessions_in_parallel(shapes):
     alone = [[ask_all(model.chat(processor), conversation)] for conversation in conversations]
     sessions = [model.chat(processor) for _ in conversations]
     with ThreadPoolExecutor(9) as pool:
-        messages = [{"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": "Where is the star?"}]}]
+        messages = [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": A}, {"type": "text", "text": "Where is the star?"}],
+            }
+        ]
         beside = pool.submit(lambda: [prefill(model, processor, messages) for _ in range(10)])
         together = list(pool.map(lambda pair: [ask_all(*pair)], zip(sessions, conversations)))
     assert together == alone
     assert len({str(answers) for answers in together}) > 4
-    assert {processor.decode(tokens, skip_special_tokens=True) for tokens in beside.result()} == {"The star is at the top right."}
+    assert {processor.decode(tokens, skip_special_tokens=True) for tokens in beside.result()} == {
+        "The star is at the top right."
+    }
 
 
 def ask_all(chat, conversation):

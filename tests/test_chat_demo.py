@@ -31,7 +31,13 @@ from optimum_llava_ov.demo.page import Demo, Limits, Turn, Visitors, build_page,
 
 PICTURES = EXAMPLES / "shapes" / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 REBINDING = "--host-resolver-rules=MAP elsewhere.example 127.0.0.1"  # a site whose name leads to this machine
 
 
@@ -81,7 +87,9 @@ def server(shapes_bundle, website, tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        program = next(filter(None, map(shutil.which, BROWSERS)), None)  # else the one that `playwright install` fetched
+        program = next(
+            filter(None, map(shutil.which, BROWSERS)), None
+        )  # else the one that `playwright install` fetched
         if program is None and not Path(playwright.chromium.executable_path).exists():
             pytest.skip("needs a browser: `apt install chromium`, or `playwright install chromium`")
         browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS, REBINDING])
@@ -176,7 +184,9 @@ def test_limits(browser, server, tmp_path):
     Image.new("1", (1500, 1500)).save(file)
     page.upload(file)
     page.send("What is this?")
-    expect(page.page.get_by_text("1500 x 1500 pixels, and at most 1 million are accepted")).to_be_visible(timeout=15_000)
+    expect(page.page.get_by_text("1500 x 1500 pixels, and at most 1 million are accepted")).to_be_visible(
+        timeout=15_000
+    )
     expect(page.page).to_have_title("Coloured shapes")  # a name of a file is text
 
 
@@ -237,7 +247,9 @@ def test_size_of_uploads(server):
 
 def post(server, path, data):
     headers = {"Content-Type": "application/json"}
-    return urllib.request.urlopen(urllib.request.Request(f"{server.url}/gradio_api/{path}", json.dumps(data).encode(), headers))
+    return urllib.request.urlopen(
+        urllib.request.Request(f"{server.url}/gradio_api/{path}", json.dumps(data).encode(), headers)
+    )
 
 
 def functions(server):
@@ -270,7 +282,9 @@ def test_sessions_are_made_by_open_pages_only(browser, server):
     page = Page(browser, server)
     page.upload(PICTURES / "a.png")
     page.ask("What colour is the circle?", "The circle is red.")
-    unqueued = [item for item in functions(server) if item["queue"] is False and item["backend_fn"]]  # not those in the browser
+    unqueued = [
+        item for item in functions(server) if item["queue"] is False and item["backend_fn"]
+    ]  # not those in the browser
     assert len(unqueued) >= 3
     for number in range(40):
         item = unqueued[number % len(unqueued)]
@@ -293,7 +307,9 @@ def test_a_long_text_holds_nobody_up(browser, server):
     started = time.monotonic()
     other.ask("Where is the star?", "The star is at the top right.")
     assert time.monotonic() - started < 10
-    assert "The question has 4,999,999 characters, and at most 20,000 are accepted" in json.dumps(events(server, one.session))
+    assert "The question has 4,999,999 characters, and at most 20,000 are accepted" in json.dumps(
+        events(server, one.session)
+    )
     status, _, text = answer_to(server, "POST", "/gradio_api/queue/join", Host="localhost", Content_Length="20000000")
     assert (status, text) == (413, "The request has more than 16,000,000 bytes, which is the most that is accepted.\n")
 
@@ -311,9 +327,23 @@ def answer_to(server, method="GET", path="/config", **headers):
 
 def test_names_of_the_server(browser, server):
     own = f"127.0.0.1:{server.port}"
-    for host in (own, f"localhost:{server.port}", "LOCALHOST", f"[::1]:{server.port}", "192.0.2.7", "shapes.example:443"):
+    for host in (
+        own,
+        f"localhost:{server.port}",
+        "LOCALHOST",
+        f"[::1]:{server.port}",
+        "192.0.2.7",
+        "shapes.example:443",
+    ):
         assert answer_to(server, Host=host)[0] == 200, host
-    for host in ("elsewhere.example", f"elsewhere.example:{server.port}", "localhost.elsewhere.example", "", "a b", "[::1"):
+    for host in (
+        "elsewhere.example",
+        f"elsewhere.example:{server.port}",
+        "localhost.elsewhere.example",
+        "",
+        "a b",
+        "[::1",
+    ):
         status, _, text = answer_to(server, Host=host)
         assert status == 421, host
         assert text.startswith("This server is not known as")
@@ -385,7 +415,9 @@ main()
 """
     result = run(sys.executable, "-c", code, check=False)
     assert result.returncode == 1
-    assert result.stderr.strip().endswith('error: The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"')
+    assert result.stderr.strip().endswith(
+        'error: The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"'
+    )
 
 
 # What would load something if a page took it for a part of itself. URL is where a request would be seen.
@@ -500,7 +532,9 @@ class EchoServer:
             .replace("URL", f"http://127.0.0.1:{self.listener.server_port}/{number}")
             for number, line in enumerate(PAYLOADS.strip().splitlines())
         ]
-        self.visitors = Visitors(lambda device: lambda: ChatSession(Echo(), processor, config, context_window=10**6), 32, 3600)
+        self.visitors = Visitors(
+            lambda device: lambda: ChatSession(Echo(), processor, config, context_window=10**6), 32, 3600
+        )
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         demo = Demo(self.visitors, Limits())

@@ -101,7 +101,9 @@ def test_a_retry_that_fails_loses_nothing(genai):
 def test_system_prompt_and_dropped_turns(genai, openvino):
     options = {"system": "You see shapes.", "context_window": 130, "max_new_tokens": 40, "when_full": "drop_oldest"}
     ours, theirs = openvino(**options), genai(**options)
-    for number, question in enumerate(["What colour is the circle?", "Where is the star?", "What is at the bottom?"] * 2):
+    for number, question in enumerate(
+        ["What colour is the circle?", "Where is the star?", "What is at the bottom?"] * 2
+    ):
         images = A if number == 0 else None
         assert ask(theirs, question, images) == ask(ours, question, images)
     assert theirs.dropped_turns >= 2
@@ -113,7 +115,9 @@ def test_options(genai):
     assert chat.retry(max_new_tokens=3).stats.new_tokens <= 3
     chat.cancel()
     torch.manual_seed(0)
-    sampled = [chat.send("Where is the star?", do_sample=True, temperature=50.0, max_new_tokens=6).result() for _ in range(3)]
+    sampled = [
+        chat.send("Where is the star?", do_sample=True, temperature=50.0, max_new_tokens=6).result() for _ in range(3)
+    ]
     assert len(set(sampled)) == 3
     with pytest.raises(ValueError, match=r"no penalty_alpha, only max_new_tokens, .*openvino engine has them all"):
         chat.send("Hi", penalty_alpha=0.5).result()
@@ -155,7 +159,17 @@ def test_sessions_in_parallel(genai):
 
 def test_the_other_engine_in_the_program(shapes_bundle):
     """What the other tests of the programs run with is GenAI, the default."""
-    command = ["optimum-cli", "llava-ov", "chat", shapes_bundle, "--engine", "openvino", "--stats", "--image", PICTURES / "a.png"]
+    command = [
+        "optimum-cli",
+        "llava-ov",
+        "chat",
+        shapes_bundle,
+        "--engine",
+        "openvino",
+        "--stats",
+        "--image",
+        PICTURES / "a.png",
+    ]
     result = run(*command, input="What colour is the circle?\n")
     assert result.stdout == "The circle is red.\n"
     assert "(0 of them in the cache)" in result.stderr

@@ -40,7 +40,10 @@ def test_without_generation_prompt(render):
 
 def test_own_system_message_replaces_the_default(render):
     prompt = render([{"role": "system", "content": "Be brief."}, HELLO])
-    assert prompt == "<|im_start|>system\nBe brief.<|im_end|><|im_start|>user\nHello there<|im_end|><|im_start|>assistant\n"
+    assert (
+        prompt
+        == "<|im_start|>system\nBe brief.<|im_end|><|im_start|>user\nHello there<|im_end|><|im_start|>assistant\n"
+    )
     assert prompt == render([{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, HELLO])
 
 
@@ -68,4 +71,6 @@ def test_images_stand_before_the_text(render, content, expected):
 
 
 def test_borders_in_a_message_are_taken_as_the_image(render):
-    assert "user\n<image>\nWhat?<|im_end|>" in render([{"role": "user", "content": "<im_start><image><im_end>\nWhat?"}])
+    assert "user\n<image>\nWhat?<|im_end|>" in render(
+        [{"role": "user", "content": "<im_start><image><im_end>\nWhat?"}]
+    )

@@ -56,7 +56,13 @@ class Console:
         self.ours, theirs = pty.openpty()
         program = [str(Path(sys.executable).parent / command[0]), *map(str, command[1:])]
         self.process = subprocess.Popen(
-            program, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, start_new_session=True, preexec_fn=_take_terminal
+            program,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=cwd,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
         )
         os.close(theirs)
         self.screen = ""
@@ -102,7 +108,9 @@ def shapes(shapes_bundle):
 
 
 def test_conversation_at_a_terminal(start, shapes_bundle, website, tmp_path):
-    console = start("optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--stats", cwd=tmp_path)
+    console = start(
+        "optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--stats", cwd=tmp_path
+    )
     console.expect("> ")
     console.ask("What colour is the circle?", "The circle is red.")
     stats = console.ask("Where is the star?", "The star is at the top right.") + console.ask("", "> ")

@@ -92,7 +92,9 @@ class TestFormats:
         """Two loads share the pages of the file; the embedding table, which gets a row more, is the one copy. The head shares it."""
         mapped = {str(SHARDED.checkpoint / f"pytorch_model-0000{i}-of-00003.bin") for i in (1, 2, 3)}
         state = state_of(SHARDED.checkpoint)
-        regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.split()[-1] in mapped]
+        regions = [
+            line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.split()[-1] in mapped
+        ]
         ranges = [tuple(int(end, 16) for end in region[0].split("-")) for region in regions]
         copies = [
             name
@@ -160,7 +162,9 @@ class TestOptions:
     @pytest.mark.parametrize("attn_config", [{}, {"clip_qkv": 0.02}, {"softmax_scale": 0.7}], ids=str)
     def test_attention_options_equal_transformers(self, attn_config):
         model = self.language_model(attn_config)
-        reference = MptForCausalLM(MptConfig(**{**model.config.to_dict(), "attn_config": {**attn_config, "alibi": True}})).eval()
+        reference = MptForCausalLM(
+            MptConfig(**{**model.config.to_dict(), "attn_config": {**attn_config, "alibi": True}})
+        ).eval()
         reference.transformer.load_state_dict({**model.transformer.state_dict(), "wte.weight": model.lm_head.weight})
         reference.tie_weights()
         embeds = torch.randn(2, 20, model.config.d_model)
@@ -173,7 +177,9 @@ class TestOptions:
     def test_logit_scale(self, logit_scale, factor):
         embeds, mask = torch.randn(1, 5, 120), torch.ones(1, 5, dtype=torch.long)
         with torch.no_grad():
-            plain, scaled = (self.language_model(logit_scale=scale)(embeds, mask).logits for scale in (None, logit_scale))
+            plain, scaled = (
+                self.language_model(logit_scale=scale)(embeds, mask).logits for scale in (None, logit_scale)
+            )
         assert torch.allclose(scaled[..., :-1], plain[..., :-1] * factor, atol=1e-6)
 
     def test_alibi_bias_max(self):
@@ -203,7 +209,13 @@ class TestOptions:
         )
         replace_weights(checkpoint, tensors)
         model = LlavaMptForConditionalGeneration.from_pretrained(checkpoint)
-        assert [type(layer).__name__ for layer in model.image_encoder.projector] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
+        assert [type(layer).__name__ for layer in model.image_encoder.projector] == [
+            "Linear",
+            "GELU",
+            "Linear",
+            "GELU",
+            "Linear",
+        ]
 
     def test_identity_projector_needs_equal_widths(self, copy):
         with pytest.raises(UnsupportedCheckpointError, match="identity"):
@@ -283,7 +295,9 @@ class TestDamage:
         replace_weights(checkpoint, tensors)
         with pytest.raises(InvalidCheckpointError) as error:
             state_of(checkpoint)
-        assert "language_model.transformer.blocks.0.attn.Wqkv.weight is (8, 8), expected (768, 256)" in str(error.value)
+        assert "language_model.transformer.blocks.0.attn.Wqkv.weight is (8, 8), expected (768, 256)" in str(
+            error.value
+        )
         assert "not expected: language_model.transformer.blocks.0.attn.Wqkv.bias" in str(error.value)
         assert "missing: language_model.transformer.norm_f.weight" in str(error.value)
 

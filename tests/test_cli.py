@@ -108,7 +108,11 @@ DAMAGES = [
     (halved("openvino_language_model.xml"), "chat", "openvino_language_model.xml does not load"),
     (halved("openvino_language_model.bin"), "chat-genai", "openvino_language_model.xml does not load"),
     (halved("openvino_vision_embeddings_model.bin"), "bench", "openvino_vision_embeddings_model.xml does not load"),
-    (written("openvino_text_embeddings_model.xml", b"hello"), "eval", "openvino_text_embeddings_model.xml does not load"),
+    (
+        written("openvino_text_embeddings_model.xml", b"hello"),
+        "eval",
+        "openvino_text_embeddings_model.xml does not load",
+    ),
     (halved("openvino_detokenizer.xml"), "push", "openvino_detokenizer.xml does not load"),
     (
         replaced("openvino_language_model.xml", b'type="Result"', b'type="Nothing"'),
@@ -171,7 +175,11 @@ class TestExport:
         )
         status, _, errors = optimum_cli(*command, tmp_path / "out")
         assert status == 1
-        assert errors.strip().splitlines()[-1].startswith(f"error: {str(checkpoint)!r} has no pytorch_model-00002-of-00002.bin")
+        assert (
+            errors.strip()
+            .splitlines()[-1]
+            .startswith(f"error: {str(checkpoint)!r} has no pytorch_model-00002-of-00002.bin")
+        )
         assert "Traceback" not in errors
         assert not (tmp_path / "out").exists()
 
@@ -204,10 +212,14 @@ class TestExport:
 
     def test_what_nncf_refuses(self, shapes_bundle):
         model = openvino.Core().read_model(shapes_bundle / "openvino_language_model.xml")
-        with pytest.raises(ValueError, match="NNCF cannot compress the weights with these options: .* group size value 17"):
+        with pytest.raises(
+            ValueError, match="NNCF cannot compress the weights with these options: .* group size value 17"
+        ):
             compress(model, OVWeightQuantizationConfig(bits=4, group_size=17))
 
-    @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere", "a/b/c", "C:\\nowhere", "a b"])
+    @pytest.mark.parametrize(
+        "name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere", "a/b/c", "C:\\nowhere", "a b"]
+    )
     def test_a_path_that_leads_nowhere(self, optimum_cli, tmp_path, name):
         status, _, errors = optimum_cli("export", "openvino", "--model", name, tmp_path / "out")
         assert status == 1
@@ -258,7 +270,10 @@ class TestExitStatus:
         assert capsys.readouterr().err == "error: No space left on device\n"
 
     def test_missing_package(self, capsys):
-        assert self.end(ImportError("Install it with: pip install x"), capsys) == (1, "error: Install it with: pip install x\n")
+        assert self.end(ImportError("Install it with: pip install x"), capsys) == (
+            1,
+            "error: Install it with: pip install x\n",
+        )
         with pytest.raises(SystemExit), exit_status():
             import no_such_module  # noqa: F401
         assert capsys.readouterr().err.startswith("Traceback")
@@ -345,6 +360,8 @@ def test_loading_warns_of_nothing(shapes_bundle, tmp_path, offline):
         env = hub.env(tmp_path)
         if offline == "1":
             fill_hub_cache(tmp_path / "hub", {"me/shapes-ov": shapes_bundle})
-        result = run(sys.executable, "-c", LOADS, shapes_bundle, "me/shapes-ov", env={**env, "HF_HUB_OFFLINE": offline})
+        result = run(
+            sys.executable, "-c", LOADS, shapes_bundle, "me/shapes-ov", env={**env, "HF_HUB_OFFLINE": offline}
+        )
     assert "Could not infer" not in result.stderr
     assert bool(hub.requests) == (offline == "0")

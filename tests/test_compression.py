@@ -97,7 +97,9 @@ class TestRecipes:
     def test_in_optimums_tables(self, weight_format):
         import optimum_llava_ov  # noqa: F401
 
-        found = get_default_quantization_config("liuhaotian/LLaVA-Lightning-MPT-7B-preview", weight_format=weight_format)
+        found = get_default_quantization_config(
+            "liuhaotian/LLaVA-Lightning-MPT-7B-preview", weight_format=weight_format
+        )
         assert found == default_recipe(weight_format)
 
     @pytest.mark.parametrize("source", ["checkpoint", "bundle"])
@@ -146,7 +148,9 @@ class TestRecipes:
         from optimum.intel import OVModelForVisualCausalLM
 
         model = OVModelForVisualCausalLM.from_pretrained(
-            bundles[GOLDEN.name], quantization_config=OVWeightQuantizationConfig(bits=4, ratio=0.8, group_size=128), compile=False
+            bundles[GOLDEN.name],
+            quantization_config=OVWeightQuantizationConfig(bits=4, ratio=0.8, group_size=128),
+            compile=False,
         )
         kinds = Counter(
             op.get_element_type().get_type_name()
@@ -162,7 +166,10 @@ OPTIONS = {
     "per channel": ({"bits": 4, "group_size": -1, "ratio": 1.0}, {"u4": 12, "u8": 1}),
     "all layers": ({"bits": 4, "group_size": 64, "ratio": 1.0, "all_layers": True}, {"u4": 13}),
     "backup none": ({"bits": 4, "group_size": 128, "ratio": 0.8, "backup_precision": "none"}, {"u4": 10, "f16": 3}),
-    "backup int8_sym": ({"bits": 4, "group_size": 128, "ratio": 0.8, "backup_precision": "int8_sym"}, {"u4": 10, "i8": 3}),
+    "backup int8_sym": (
+        {"bits": 4, "group_size": 128, "ratio": 0.8, "backup_precision": "int8_sym"},
+        {"u4": 10, "i8": 3},
+    ),
     "nf4": ({"bits": 4, "dtype": "nf4", "group_size": 64}, {"nf4": 12, "u8": 1}),
     "mxfp4": ({"bits": 4, "dtype": "mxfp4", "group_size": 32}, {"f4e2m1": 12, "f8e4m3": 1}),
     "awq": ({"bits": 4, "group_size": 128, "quant_method": "awq"}, {"u4": 12, "u8": 1}),
@@ -177,7 +184,10 @@ def test_options(tmp_path, name):
 
 def test_cb4(tmp_path):
     """A codebook: indices in 4 bits, looked up in 16 values."""
-    assert nodes(compressed(tmp_path, {"bits": 4, "dtype": "cb4", "group_size": 64}))["language"] == {"u4": 12, "u8": 1}
+    assert nodes(compressed(tmp_path, {"bits": 4, "dtype": "cb4", "group_size": 64}))["language"] == {
+        "u4": 12,
+        "u8": 1,
+    }
 
 
 def test_group_size_that_does_not_fit(tmp_path):
@@ -198,7 +208,13 @@ DATA_AWARE = {
 
 @pytest.mark.parametrize("name", DATA_AWARE)
 def test_data_aware_without_the_internet(tmp_path, pictures, name):
-    config = {"bits": 4, "group_size": 64, "dataset": [str(pictures / "samples.jsonl")], "num_samples": 3, **DATA_AWARE[name]}
+    config = {
+        "bits": 4,
+        "group_size": 64,
+        "dataset": [str(pictures / "samples.jsonl")],
+        "num_samples": 3,
+        **DATA_AWARE[name],
+    }
     aware = nodes(compressed(tmp_path, config))["language"]
     expected = {"u4": 10, "u8": 3} if "sensitivity" in name else {"u4": 12, "u8": 1}
     assert {precision: aware.get(precision) for precision in expected} == (
@@ -207,7 +223,17 @@ def test_data_aware_without_the_internet(tmp_path, pictures, name):
 
 
 def test_command_with_a_data_set_and_statistics(tmp_path, pictures):
-    command = ["optimum-cli", "export", "openvino", "--model", GOLDEN.checkpoint, "--weight-format", "int4", "--group-size", "64"]
+    command = [
+        "optimum-cli",
+        "export",
+        "openvino",
+        "--model",
+        GOLDEN.checkpoint,
+        "--weight-format",
+        "int4",
+        "--group-size",
+        "64",
+    ]
     command += ["--ratio", "0.9", "--awq", "--scale-estimation", "--dataset", pictures, "--num-samples", "2"]
     result = run(*command, "--quantization-statistics-path", tmp_path / "statistics", tmp_path / "out")
     assert nodes(tmp_path / "out")["language"] == {"u4": 10, "u8": 3}
@@ -243,7 +269,9 @@ def test_options_of_the_command(options, expected):
 
     parser = ArgumentParser()
     parse_args_openvino(parser)
-    config = ov_config_of(parser.parse_args(["--model", "x", "--weight-format", *options.split(), "out"])).quantization_config
+    config = ov_config_of(
+        parser.parse_args(["--model", "x", "--weight-format", *options.split(), "out"])
+    ).quantization_config
     assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -258,7 +286,9 @@ def test_options_of_the_command(options, expected):
     ids=["quant-mode", "no format", "data set", "awq at 8 bits"],
 )
 def test_refusals(tmp_path, options, message):
-    result = run("optimum-cli", "export", "openvino", "--model", GOLDEN.checkpoint, *options, tmp_path / "out", check=False)
+    result = run(
+        "optimum-cli", "export", "openvino", "--model", GOLDEN.checkpoint, *options, tmp_path / "out", check=False
+    )
     assert result.returncode != 0
     assert message in result.stderr
     assert files(tmp_path) == set()

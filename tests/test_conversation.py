@@ -126,7 +126,9 @@ def test_an_empty_system_text_is_not_written_for_llama_2(render):
 @by_conversation
 def test_other_roles_are_an_error(tokenizer, name):
     with pytest.raises(Exception, match="roles system, user and assistant, found tool"):
-        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], chat_template=CONVERSATIONS[name].chat_template)
+        tokenizer.apply_chat_template(
+            [{"role": "tool", "content": "x"}], chat_template=CONVERSATIONS[name].chat_template
+        )
 
 
 @pytest.mark.parametrize("golden", CHECKPOINTS)
@@ -150,7 +152,10 @@ def test_stops(tokenizer, yi_tokenizer):
     assert CONVERSATIONS["vicuna_v1"].stops(tokenizer) == ([eos], [])
     assert CONVERSATIONS["llava_v0"].stops(tokenizer) == ([eos], ["###"])
     assert CONVERSATIONS["chatml_direct"].stops(tokenizer) == ([eos], ["<|im_end|>"])
-    assert CONVERSATIONS["chatml_direct"].stops(yi_tokenizer) == ([yi_tokenizer.convert_tokens_to_ids("<|im_end|>")], [])
+    assert CONVERSATIONS["chatml_direct"].stops(yi_tokenizer) == (
+        [yi_tokenizer.convert_tokens_to_ids("<|im_end|>")],
+        [],
+    )
 
 
 def test_name_of_a_conversation():

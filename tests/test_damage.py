@@ -140,7 +140,10 @@ def compressed(folder):
     content = (folder / SHARD).read_bytes()
     (folder / SHARD).unlink()
     (folder / "zip").write_bytes(content)
-    with zipfile.ZipFile(folder / "zip") as source, zipfile.ZipFile(folder / SHARD, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(folder / "zip") as source,
+        zipfile.ZipFile(folder / SHARD, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for entry in source.namelist():
             target.writestr(entry, source.read(entry))
 
@@ -177,8 +180,14 @@ DAMAGES = {
         for file in (CONFIG, TOWER, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, INDEX)
         for name, content in NO_JSON.items()
     },
-    **{f"{file}: cut": (cut(file), Path(file).name) for file in (CONFIG, TOWER, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, INDEX)},
-    **{f"{file}: a folder": (as_folder(file), Path(file).name) for file in (CONFIG, TOWER, PROCESSOR, TOKENIZER, SHARD)},
+    **{
+        f"{file}: cut": (cut(file), Path(file).name)
+        for file in (CONFIG, TOWER, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, INDEX)
+    },
+    **{
+        f"{file}: a folder": (as_folder(file), Path(file).name)
+        for file in (CONFIG, TOWER, PROCESSOR, TOKENIZER, SHARD)
+    },
     f"{INDEX}: a folder": (as_folder(INDEX), "the weights are not there"),
     # Limits
     f"{CONFIG}: two million keys": (large(CONFIG, 20), "expected at most 1,048,576"),
@@ -331,7 +340,10 @@ DAMAGES = {
     "weights turned": (tensor(WQKV, lambda weight: weight.T.contiguous()), "Wqkv.weight is (256, 768)"),
     "a norm that is a number": (tensor(NORM, lambda weight: torch.tensor(1.0)), "norm_2.weight is ()"),
     "no norm": (tensors(lambda content: content.pop(NORM)), "missing: language_model.blocks.1.norm_2.weight"),
-    "one tensor too many": (tensors(lambda content: content.update(more=torch.zeros(1))), "not expected: language_model.more"),
+    "one tensor too many": (
+        tensors(lambda content: content.update(more=torch.zeros(1))),
+        "not expected: language_model.more",
+    ),
     "a table that is a number": (
         tensors(
             lambda content: content.update({"transformer.wte.weight": torch.tensor(1.0)}),
@@ -351,7 +363,10 @@ DAMAGES = {
         safetensors({"a": {"dtype": "F9", "shape": [1], "data_offsets": [0, 4]}}, data=b"0000"),
         TOWER_WEIGHTS,
     ),
-    "safetensors: beyond the file": (safetensors({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}), TOWER_WEIGHTS),
+    "safetensors: beyond the file": (
+        safetensors({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}),
+        TOWER_WEIGHTS,
+    ),
     "safetensors: size that overflows": (
         safetensors({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, data=b"0000"),
         TOWER_WEIGHTS,
@@ -488,7 +503,9 @@ class TestPathsStayInside:
         shutil.copytree(folder / "clip", snapshot.parent / "clip")
         change("config.json", mm_vision_tower=named)(snapshot)
         options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
-        with pytest.raises(InvalidCheckpointError, match="mm_vision_tower in config.json of 'me/model', was not found"):
+        with pytest.raises(
+            InvalidCheckpointError, match="mm_vision_tower in config.json of 'me/model', was not found"
+        ):
             OriginalCheckpoint.open("me/model", **options)
         OriginalCheckpoint.open("me/model", vision_tower="here/clip", **options)  # the user may
 

@@ -27,7 +27,10 @@ def folder(tmp_path):
     """Where a reader who follows the document is."""
     (tmp_path / "examples").symlink_to(EXAMPLES)
     shapes = EXAMPLES / "shapes"
-    names = {"liuhaotian/LLaVA-Lightning-MPT-7B-preview": shapes / "checkpoint", "openai/clip-vit-large-patch14": shapes / "clip"}
+    names = {
+        "liuhaotian/LLaVA-Lightning-MPT-7B-preview": shapes / "checkpoint",
+        "openai/clip-vit-large-patch14": shapes / "clip",
+    }
     fill_hub_cache(tmp_path / "hub", names)
     return tmp_path
 
@@ -58,7 +61,9 @@ def test_model_server_page():
     manifest = page[page.index("    apiVersion: apps/v1") : page.index("Written to `llava-mpt.yaml`")]
     deployment, service = yaml.safe_load_all(textwrap.dedent(manifest))
     template = deployment["spec"]["template"]
-    assert deployment["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"] == service["spec"]["selector"]
+    assert (
+        deployment["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"] == service["spec"]["selector"]
+    )
     volumes = {volume["name"] for volume in template["spec"]["volumes"]}
     assert {mount["name"] for mount in template["spec"]["containers"][0]["volumeMounts"]} <= volumes
 
@@ -71,7 +76,9 @@ def test_make_targets_of_the_readme_exist():
 def test_wheel_holds_what_is_needed(tmp_path):
     """Built from what git tracks, as a release is."""
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "examples", "benchmarks", "build", "*-ov"))
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "examples", "benchmarks", "build", "*-ov")
+    )
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source)
     names = subprocess.run(
         [sys.executable, "-m", "zipfile", "-l", next(tmp_path.glob("*.whl"))], capture_output=True, text=True

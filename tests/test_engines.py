@@ -134,7 +134,9 @@ print(json.dumps([type(model).__name__, answers]))
 def test_stock_optimum_intel_without_this_package(bundles, prompts, expected, tmp_path):
     for name, picture in PICTURES.items():
         picture.save(tmp_path / f"{name}.png")
-    output = run_stock(STOCK, bundles[GOLDEN.name], tmp_path, json.dumps(CONVERSATIONS), json.dumps(EXACT), str(MAX_NEW_TOKENS))
+    output = run_stock(
+        STOCK, bundles[GOLDEN.name], tmp_path, json.dumps(CONVERSATIONS), json.dumps(EXACT), str(MAX_NEW_TOKENS)
+    )
     class_name, answers = json.loads(output.splitlines()[-1])
     assert class_name == "_OVLlavaForCausalLM"
     for name, (input_ids, tokens) in answers.items():
@@ -177,7 +179,9 @@ def test_genai(pipeline, processors, expected, name):
 
 def test_genai_applies_the_chat_template(pipeline, processors, expected):
     conversation = CONVERSATIONS["one_picture"]
-    result = pipeline.generate(conversation[0]["content"], images=tensors(conversation), generation_config=genai_config())
+    result = pipeline.generate(
+        conversation[0]["content"], images=tensors(conversation), generation_config=genai_config()
+    )
     assert result.texts[0] == decode(processors[GOLDEN.name], expected["one_picture"])
 
 
@@ -240,7 +244,9 @@ def test_every_file_names_the_end_of_the_turn(shapes_bundle):
     """Whatever a loader reads, the answer stops. Padding is another token, so that an end is never taken for it."""
     tokenizer = AutoTokenizer.from_pretrained(shapes_bundle)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    config, generation = (json.loads((shapes_bundle / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    config, generation = (
+        json.loads((shapes_bundle / f"{name}.json").read_text()) for name in ("config", "generation_config")
+    )
     assert tokenizer.eos_token_id == end
     assert openvino_genai.Tokenizer(shapes_bundle).get_eos_token_id() == end
     assert config["text_config"]["eos_token_id"] == generation["eos_token_id"] == [end, 0]
@@ -259,7 +265,10 @@ def test_continuous_batching_serves_all_at_once(bundles, processors, expected):
     names = [*CONVERSATIONS, *CONVERSATIONS]  # the second half finds its prefixes in the cache
     handles = [
         pipeline.add_request(
-            index, genai_prompt(CONVERSATIONS[name], processor), images=tensors(CONVERSATIONS[name]), generation_config=config
+            index,
+            genai_prompt(CONVERSATIONS[name], processor),
+            images=tensors(CONVERSATIONS[name]),
+            generation_config=config,
         )
         for index, name in enumerate(names)
     ]

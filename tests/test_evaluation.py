@@ -30,7 +30,16 @@ def int8(tmp_path_factory):
 def test_command(int8, bundles, tmp_path):
     fp16 = shutil.copytree(bundles[GOLDEN.name], tmp_path / GOLDEN.name)
     command = ["optimum-cli", "llava-ov", "eval", fp16, int8, "--reference", GOLDEN.checkpoint]
-    options = ["--num-samples", "4", "--max-new-tokens", "8", "--work-dir", tmp_path / "work", "--plot", tmp_path / "plot.png"]
+    options = [
+        "--num-samples",
+        "4",
+        "--max-new-tokens",
+        "8",
+        "--work-dir",
+        tmp_path / "work",
+        "--plot",
+        tmp_path / "plot.png",
+    ]
     first = run(*command, *options)
     assert "linear_fp16_sharded" in first.stdout
     assert "exact answers" in first.stdout
@@ -57,9 +66,13 @@ def test_a_model_equals_itself(int8, tmp_path):
 def test_data_of_the_users(int8, tmp_path):
     GOLDEN.image("img2_224x224").save(tmp_path / "a.png")
     (tmp_path / "data.jsonl").write_text(
-        json.dumps({"image": "a.png", "question": "What is this?", "answer": "A boat."}) + "\n" + json.dumps({"prompt": "Hello"})
+        json.dumps({"image": "a.png", "question": "What is this?", "answer": "A boat."})
+        + "\n"
+        + json.dumps({"prompt": "Hello"})
     )
-    quality = evaluate([int8], GOLDEN.checkpoint, tmp_path / "data.jsonl", max_new_tokens=6, work_dir=tmp_path / "work")["int8"]
+    quality = evaluate(
+        [int8], GOLDEN.checkpoint, tmp_path / "data.jsonl", max_new_tokens=6, work_dir=tmp_path / "work"
+    )["int8"]
     assert quality.num_samples == 2
     assert quality.accuracy == 0
 
@@ -79,7 +92,9 @@ def test_what_is_no_bundle(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("expected", "found", "index"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None)], ids=str
+    ("expected", "found", "index"),
+    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None)],
+    ids=str,
 )
 def test_first_difference(expected, found, index):
     assert first_difference(expected, found) == index
@@ -87,5 +102,7 @@ def test_first_difference(expected, found, index):
 
 def test_built_in_samples_are_always_the_same():
     samples = built_in_samples(5)
-    assert [(sample.prompt, sample.answer) for sample in samples] == [(s.prompt, s.answer) for s in built_in_samples(5)]
+    assert [(sample.prompt, sample.answer) for sample in samples] == [
+        (s.prompt, s.answer) for s in built_in_samples(5)
+    ]
     assert np.array_equal(np.array(samples[0].images[0]), np.array(built_in_samples(1)[0].images[0]))

@@ -77,7 +77,9 @@ class TestBundle:
 
     def test_parts(self, bundles, golden):
         bundle = bundles[golden.name]
-        language, table, vision = (model_of(bundle, part) for part in ("language", "text_embeddings", "vision_embeddings"))
+        language, table, vision = (
+            model_of(bundle, part) for part in ("language", "text_embeddings", "vision_embeddings")
+        )
         assert sorted(names(language.inputs)) == ["attention_mask", "beam_idx", "inputs_embeds", "position_ids"]
         assert names(language.outputs) == ["logits"]
         assert names(table.inputs) == ["input"]
@@ -89,7 +91,9 @@ class TestBundle:
     def test_position_ids_are_not_used(self, bundles, golden):
         """GenAI sets the input unconditionally; nothing may depend on it."""
         parameter = next(
-            op for op in model_of(bundles[golden.name], "language").get_parameters() if "position_ids" in op.output(0).get_names()
+            op
+            for op in model_of(bundles[golden.name], "language").get_parameters()
+            if "position_ids" in op.output(0).get_names()
         )
         assert not parameter.output(0).get_target_inputs()
 
@@ -117,12 +121,15 @@ class TestBundle:
 
     def test_processor(self, bundles, golden):
         processor, preprocessor = (
-            json.loads((bundles[golden.name] / f"{name}_config.json").read_text()) for name in ("processor", "preprocessor")
+            json.loads((bundles[golden.name] / f"{name}_config.json").read_text())
+            for name in ("processor", "preprocessor")
         )
         kind = "CLIPImageProcessor" if golden is SHARDED else "LlavaImageProcessor"
         assert processor["image_processor"]["image_processor_type"] == f"{kind}Pil"
         assert preprocessor["image_processor_type"] == kind
-        assert preprocessor["crop_size"] == ({"height": 56, "width": 56} if golden is SHARDED else {"height": 42, "width": 42})
+        assert preprocessor["crop_size"] == (
+            {"height": 56, "width": 56} if golden is SHARDED else {"height": 42, "width": 42}
+        )
         assert processor["num_additional_image_tokens"] == (2 if golden is SHARDED else 0)
 
     def test_tokens(self, processors, golden):
@@ -167,7 +174,16 @@ class TestCommand:
         assert converted_from["vision_tower"] == tower
 
     def test_weight_formats(self, tmp_path):
-        run("optimum-cli", "export", "openvino", "--model", SINGLE.checkpoint, "--weight-format", "fp16", tmp_path / "fp16")
+        run(
+            "optimum-cli",
+            "export",
+            "openvino",
+            "--model",
+            SINGLE.checkpoint,
+            "--weight-format",
+            "fp16",
+            tmp_path / "fp16",
+        )
         main_export(SHARDED.checkpoint, tmp_path / "fp32", ov_config=OVConfig(dtype="fp32"))
         for part in ("language", "text_embeddings", "vision_embeddings"):
             assert weight_types(tmp_path / "fp16", part) == {"f16"}, part
@@ -184,7 +200,9 @@ class TestCommand:
         ids=["task", "stateful", "model-kwargs", "variant"],
     )
     def test_refusals(self, tmp_path, options, message):
-        result = run("optimum-cli", "export", "openvino", "--model", SHARDED.checkpoint, *options, tmp_path / "out", check=False)
+        result = run(
+            "optimum-cli", "export", "openvino", "--model", SHARDED.checkpoint, *options, tmp_path / "out", check=False
+        )
         assert result.returncode != 0
         assert message in result.stderr
         assert files(tmp_path) == set()
@@ -211,7 +229,9 @@ class TestPython:
         model = model_class.from_pretrained(str(SHARDED.checkpoint), ov_config=EXACT)
         assert type(model) is OVModelForLlavaMPT
         inputs = processors[SHARDED.name](
-            text=SHARDED.cases["raw_image_first"]["prompt"], images=SHARDED.images("raw_image_first"), return_tensors="pt"
+            text=SHARDED.cases["raw_image_first"]["prompt"],
+            images=SHARDED.images("raw_image_first"),
+            return_tensors="pt",
         )
         options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
         assert torch.equal(model.generate(**inputs, **options), models[SHARDED.name].generate(**inputs, **options))
@@ -274,8 +294,12 @@ class TestOutput:
         output = shutil.copytree(bundles[SINGLE.name], tmp_path / "out")
         before = digest(output)
         code = "import sys; from optimum_llava_ov import main_export; main_export(sys.argv[1], sys.argv[2])"
-        for _ in range(3):  # Python drops an interrupt that comes in a destructor; the export is then whole, and is tried again
-            process = subprocess.Popen([sys.executable, "-c", code, SHARDED.checkpoint, output], stderr=subprocess.DEVNULL)
+        for _ in range(
+            3
+        ):  # Python drops an interrupt that comes in a destructor; the export is then whole, and is tried again
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, SHARDED.checkpoint, output], stderr=subprocess.DEVNULL
+            )
             while not any(output.glob(".*/*/openvino_vision_embeddings_model.xml")):
                 assert process.poll() is None
                 time.sleep(0.02)
@@ -339,12 +363,20 @@ class TestOptions:
         from optimum.exporters.openvino import main_export as optimum_main_export
 
         export = main_export if function == "ours" else optimum_main_export
-        with pytest.raises(TypeError, match=r"main_export\(\) got an unknown option 'ov_confg'. Did you mean 'ov_config'\?"):
+        with pytest.raises(
+            TypeError, match=r"main_export\(\) got an unknown option 'ov_confg'. Did you mean 'ov_config'\?"
+        ):
             export(str(SHARDED.checkpoint), tmp_path / "out", ov_confg=OVConfig(dtype="fp16"))
         assert files(tmp_path) == set()
 
     def test_what_optimum_takes(self, tmp_path):
-        options = {"device": "cpu", "framework": "pt", "trust_remote_code": True, "library_name": "transformers", "batch_size": 2}
+        options = {
+            "device": "cpu",
+            "framework": "pt",
+            "trust_remote_code": True,
+            "library_name": "transformers",
+            "batch_size": 2,
+        }
         main_export(SHARDED.checkpoint, tmp_path / "out", convert_tokenizer=False, **options)
         assert files(tmp_path / "out") == {
             name for name in EXPECTED_FILES if "tokenizer." not in name or name == "tokenizer.json"
@@ -352,9 +384,13 @@ class TestOptions:
 
     def test_saving_and_publishing(self, models, tmp_path):
         model = models[SHARDED.name]
-        with pytest.raises(TypeError, match=r"push_to_hub\(\) got an unknown option 'privat'. Did you mean 'private'\?"):
+        with pytest.raises(
+            TypeError, match=r"push_to_hub\(\) got an unknown option 'privat'. Did you mean 'private'\?"
+        ):
             model.push_to_hub("me/new", privat=True)
-        with pytest.raises(TypeError, match=r"save_pretrained\(\) got an unknown option 'repoid'. Did you mean 'repo_id'\?"):
+        with pytest.raises(
+            TypeError, match=r"save_pretrained\(\) got an unknown option 'repoid'. Did you mean 'repo_id'\?"
+        ):
             model.save_pretrained(tmp_path / "out", push_to_hub=True, repoid="me/new")
         assert files(tmp_path) == set()
         model.save_pretrained(tmp_path / "out", max_shard_size="5GB", safe_serialization=True)

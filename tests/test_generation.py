@@ -78,7 +78,10 @@ def test_beam_search_equals_torch(model, torch_models, inputs_of, num_beams):
 
 
 def test_sampling_is_reproducible_and_varied(model, inputs_of):
-    inputs, options = inputs_of("image_start"), {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "num_return_sequences": 3}
+    inputs, options = (
+        inputs_of("image_start"),
+        {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "num_return_sequences": 3},
+    )
     torch.manual_seed(0)
     first = new_tokens(model, inputs, **options)
     torch.manual_seed(0)
@@ -129,14 +132,20 @@ def test_penalties_of_prompts_of_the_original_code(model, inputs_of):
     prompt = torch.tensor([case["input_ids"]])
     pixel_values = inputs_of("image_start")["pixel_values"]
     output = model.generate(prompt, images=pixel_values, **GREEDY, repetition_penalty=5.0)
-    assert output[0, prompt.shape[1] :].tolist() == new_tokens(model, inputs_of("image_start"), repetition_penalty=5.0)[0]
+    assert (
+        output[0, prompt.shape[1] :].tolist() == new_tokens(model, inputs_of("image_start"), repetition_penalty=5.0)[0]
+    )
 
 
-@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 0, "typical_p": 0.9}, {"top_k": 0, "top_p": 0.99999}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"top_k": 0}, {"top_k": 0, "typical_p": 0.9}, {"top_k": 0, "top_p": 0.99999}], ids=str
+)
 def test_sampling_never_chooses_the_image(model, inputs_of, options):
     torch.manual_seed(0)
     options = {"do_sample": True, "temperature": 100.0, "num_return_sequences": 20, "max_new_tokens": 40, **options}
-    assert IMAGE_TOKEN not in {token for row in new_tokens(model, inputs_of("image_start"), **options) for token in row}
+    assert IMAGE_TOKEN not in {
+        token for row in new_tokens(model, inputs_of("image_start"), **options) for token in row
+    }
 
 
 class TestPastKeyValues:
@@ -156,7 +165,9 @@ class TestPastKeyValues:
     def test_only_new_tokens_are_processed(self, model, inputs_of, first, monkeypatch):
         past, inputs = first
         lengths, forward = [], model.language_model.forward
-        monkeypatch.setattr(model.language_model, "forward", lambda *args: lengths.append(args[0].shape[1]) or forward(*args))
+        monkeypatch.setattr(
+            model.language_model, "forward", lambda *args: lengths.append(args[0].shape[1]) or forward(*args)
+        )
         tokens = new_tokens(model, inputs, past_key_values=past)
         assert lengths[0] == inputs["input_ids"].shape[1] - (inputs_of("image_start")["input_ids"].shape[1] + 15)
         assert tokens == new_tokens(model, inputs)
@@ -176,7 +187,9 @@ class TestPastKeyValues:
         length = first.shape[1] - 1
         for pixel_values in (all_images, second["pixel_values"]):
             cache.crop(length)
-            assert torch.equal(model.generate(**inputs, pixel_values=pixel_values, **GREEDY, past_key_values=cache), expected)
+            assert torch.equal(
+                model.generate(**inputs, pixel_values=pixel_values, **GREEDY, past_key_values=cache), expected
+            )
 
     def test_of_an_earlier_call(self, model, first):
         past, inputs = first
@@ -330,13 +343,18 @@ def test_optimum_finds_this_class(bundles):
 def test_transformers_pipeline(model, processor, inputs_of):
     chat = pipeline("image-text-to-text", model=model, processor=processor)
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": GOLDEN.image("img0_300x200")}, {"type": "text", "text": "Hi"}]}
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": GOLDEN.image("img0_300x200")}, {"type": "text", "text": "Hi"}],
+        }
     ]
     result = chat(text=messages, generate_kwargs={"max_new_tokens": 8, "do_sample": False}, return_full_text=False)
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=prompt, images=[GOLDEN.image("img0_300x200")], return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    assert result[0]["generated_text"] == processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert result[0]["generated_text"] == processor.decode(
+        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -344,7 +362,9 @@ def test_transformers_pipeline(model, processor, inputs_of):
 )
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_number_of_images(model, processor, images, placeholders, num_beams):
-    inputs = processor(text="<image>" * placeholders + "Hi", images=[GOLDEN.image("img0_300x200")] * images, return_tensors="pt")
+    inputs = processor(
+        text="<image>" * placeholders + "Hi", images=[GOLDEN.image("img0_300x200")] * images, return_tensors="pt"
+    )
     with pytest.raises(ValueError, match=rf"places for {placeholders} image\(s\), but {images} image\(s\) were given"):
         model.generate(**inputs, **GREEDY, num_beams=num_beams)
 
@@ -386,7 +406,12 @@ def test_other_models_are_refused(tmp_path, bundles):
 
     folder = shutil.copytree(bundles[GOLDEN.name], tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"] = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
+    config["text_config"] = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BundleError, match="OVModelForVisualCausalLM"):
         OVModelForLlavaMPT.from_pretrained(folder)

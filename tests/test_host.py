@@ -96,14 +96,18 @@ def test_private_names(package, module, name):
     found = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    advice = ADVICE.format(package=package, version=version(package), name=f"{module}.{name}", last=name.split(".")[-1])
+    advice = ADVICE.format(
+        package=package, version=version(package), name=f"{module}.{name}", last=name.split(".")[-1]
+    )
     assert found is not None, advice
 
 
 @pytest.mark.parametrize("package", NAMES)
 def test_private_names_need_an_upper_bound(package):
     """What may move without notice must not come with an update of the library."""
-    bound = re.search(rf'^ +"{package}(>=[^"]*)",$|= \["{package}(>=[^"]*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    bound = re.search(
+        rf'^ +"{package}(>=[^"]*)",$|= \["{package}(>=[^"]*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
     assert bound is not None, f"pyproject.toml has no bounds for {package}"
     assert re.fullmatch(r">=[\d.]+,<[\d.]+", bound[1] or bound[2])
 
@@ -164,7 +168,16 @@ def test_main_export_still_takes_what_we_pass_on():
     from optimum.exporters.openvino.__main__ import main_export
 
     parameters = inspect.signature(main_export.__wrapped__).parameters
-    expected = {"model_name_or_path", "output", "task", "ov_config", "stateful", "convert_tokenizer", "model_kwargs", "cache_dir"}
+    expected = {
+        "model_name_or_path",
+        "output",
+        "task",
+        "ov_config",
+        "stateful",
+        "convert_tokenizer",
+        "model_kwargs",
+        "cache_dir",
+    }
     assert expected <= set(parameters), (
         f"main_export of optimum-intel {version('optimum-intel')} lost {expected - set(parameters)}"
     )

@@ -16,7 +16,11 @@ from hub_server import HubServer
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES
 
 
-SOURCE, TOWER, PUBLISHED = "liuhaotian/LLaVA-Lightning-MPT-7B-preview", "openai/clip-vit-large-patch14", "me/llava-mpt-ov"
+SOURCE, TOWER, PUBLISHED = (
+    "liuhaotian/LLaVA-Lightning-MPT-7B-preview",
+    "openai/clip-vit-large-patch14",
+    "me/llava-mpt-ov",
+)
 SHAPES = EXAMPLES / "shapes"
 GOLDEN = Golden("linear_fp16_sharded")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -92,7 +96,8 @@ def hub(tmp_path_factory):
     with HubServer(tmp_path_factory.mktemp("hub")) as server:
         server.add(SOURCE, {**checkpoint_files(SHAPES / "checkpoint"), "other_weights.msgpack": b"x" * 200_000})
         server.add(
-            TOWER, {**{file.name: file.read_bytes() for file in (SHAPES / "clip").iterdir()}, "tf_model.h5": b"x" * 200_000}
+            TOWER,
+            {**{file.name: file.read_bytes() for file in (SHAPES / "clip").iterdir()}, "tf_model.h5": b"x" * 200_000},
         )
         yield server
 
@@ -104,7 +109,10 @@ def on_the_hub(hub, bundle):
     hub.add("me/bundle", {**files, "pytorch_model.bin": b"x" * 1000, "notes.txt": b"x"})
     hub.add("me/secret", files, private=True)
     hub.add("me/many", {f"{folder}/{name}": content for folder in ("int4", "int8") for name, content in files.items()})
-    hub.add("me/llama", {"config.json": b'{"model_type": "llava", "text_config": {"model_type": "llama"}}', "model.bin": b"x"})
+    hub.add(
+        "me/llama",
+        {"config.json": b'{"model_type": "llava", "text_config": {"model_type": "llama"}}', "model.bin": b"x"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +146,9 @@ def dying(bundle, tmp_path_factory):
     """A push of 100 MB to a server that dies in the middle. Begun here, for the client waits half a minute before it gives up."""
     folder = tmp_path_factory.mktemp("dying")
     big = shutil.copytree(bundle, folder / "big")
-    with open(big / "openvino_language_model.bin", "ab") as file:  # what is behind the weights, the graph does not mind
+    with open(
+        big / "openvino_language_model.bin", "ab"
+    ) as file:  # what is behind the weights, the graph does not mind
         file.write(os.urandom(100_000_000))
     with HubServer(folder / "server") as hub:
         hub.fail("PUT /lfs/.*/3$", cut=5_000_000, dies=True)
@@ -203,7 +213,10 @@ class TestReadme:
         env = hub.env(tmp_path / "home")
         assert run_in(code, env, tmp_path).split() == ["OVModelForLlavaMPT", "LlavaProcessor"]
         before = len(hub.requests)
-        assert run_in(code, {**env, "HF_HUB_OFFLINE": "1"}, tmp_path).split() == ["OVModelForLlavaMPT", "LlavaProcessor"]
+        assert run_in(code, {**env, "HF_HUB_OFFLINE": "1"}, tmp_path).split() == [
+            "OVModelForLlavaMPT",
+            "LlavaProcessor",
+        ]
         assert len(hub.requests) == before
 
     def test_changed_card_is_one_small_commit(self, hub, client, published, tmp_path):
@@ -240,7 +253,14 @@ class TestReadme:
                 run("hf", *code.split()[1:-3], PUBLISHED, *code.split()[-2:], env=env, cwd=tmp_path)
                 assert {entry.name for entry in (tmp_path / "models" / "llava-mpt").iterdir()} >= set(FILES)
             else:
-                assert code.split() == ["optimum-cli", "export", "openvino", "--model", SOURCE, f"{SOURCE.split('/')[1]}-ov"]
+                assert code.split() == [
+                    "optimum-cli",
+                    "export",
+                    "openvino",
+                    "--model",
+                    SOURCE,
+                    f"{SOURCE.split('/')[1]}-ov",
+                ]
         assert len(answers) == 3
         assert answers[0] == answers[1]
         assert all("red" in answer or "circle" in answer or len(answer) > 3 for answer in answers)
@@ -316,7 +336,10 @@ class TestPush:
                 "openvino_language_model.xml does not load",
             ),
             (lambda bundle: (bundle / "config.json").write_text("{"), "config.json is not valid JSON"),
-            (lambda bundle: (bundle / "README.md").write_text("# Hello\n"), "lacks license, library_name, pipeline_tag, tags"),
+            (
+                lambda bundle: (bundle / "README.md").write_text("# Hello\n"),
+                "lacks license, library_name, pipeline_tag, tags",
+            ),
             (lambda bundle: (bundle / "README.md").write_text("---\n: [\n---\n"), "The metadata of .* is not YAML"),
             (shutil.rmtree, "is no folder"),
         ],
@@ -438,7 +461,10 @@ class TestDownload:
 
     def test_subfolder(self, hub, client, tmp_path):
         start = len(hub.requests)
-        client.run(self.load("me/many", tmp_path / "cache", subfolder="int4") + f".save_pretrained({str(tmp_path / 'saved')!r})")
+        client.run(
+            self.load("me/many", tmp_path / "cache", subfolder="int4")
+            + f".save_pretrained({str(tmp_path / 'saved')!r})"
+        )
         assert {file.name for file in (tmp_path / "saved").iterdir()} == set(FILES)
         assert not [path for _, path, *_ in hub.requests[start:] if "/int8/" in path]
 
@@ -450,7 +476,9 @@ class TestDownload:
 
     def test_cache(self, hub, client, tmp_path):
         """What is there is not asked for again; without a connection it is used."""
-        assert "has no config.json in the cache" in client.error(self.load("me/bundle", tmp_path, local_files_only=True))
+        assert "has no config.json in the cache" in client.error(
+            self.load("me/bundle", tmp_path, local_files_only=True)
+        )
         client.run(self.load("me/bundle", tmp_path))
         before = len(hub.asked("^GET /(cdn|.*/resolve/)"))
         client.run(self.load("me/bundle", tmp_path))
@@ -467,7 +495,9 @@ class TestDownload:
         assert "There is no folder 'me/not valid'" in client.error(self.load("me/not valid", tmp_path))
 
     @pytest.mark.parametrize(
-        "fault", [{"status": 500}, {"status": 429}, {"cut": 1000}, {"damage": True}], ids=["500", "429", "cut", "damaged"]
+        "fault",
+        [{"status": 500}, {"status": 429}, {"cut": 1000}, {"damage": True}],
+        ids=["500", "429", "cut", "damaged"],
     )
     def test_hiccups_are_overcome(self, faults, client, bundle, tmp_path, fault):
         name = "openvino_language_model.bin"
@@ -507,7 +537,16 @@ class TestExportFromTheHub:
         branches = hub.repos["you/checkpoints"].branches
         branches["v1"], branches["main"] = branches["main"], branches["main"][:1]
         options = ("--revision", "v1", "--subfolder", "shapes", "--token", "hf_you")
-        run("optimum-cli", "export", "openvino", "--model", "you/checkpoints", *options, tmp_path / "out", env=hub.env())
+        run(
+            "optimum-cli",
+            "export",
+            "openvino",
+            "--model",
+            "you/checkpoints",
+            *options,
+            tmp_path / "out",
+            env=hub.env(),
+        )
         converted_from = json.loads((tmp_path / "out" / "config.json").read_text())["converted_from"]
         assert converted_from["model"] == "you/checkpoints"
         assert converted_from["revision"] == branches["v1"][-1].oid

@@ -44,7 +44,11 @@ def peak_above_idle(work):
 
     def status(name):
         return (
-            next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+            next(
+                int(line.split()[1])
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(name)
+            )
             / 1e3
         )
 
@@ -90,7 +94,9 @@ class TestFit:
     def test_what_is_reduced_first_looks_the_same(self):
         """Above 4096 x 4096 pixels: within two grey levels, on average."""
         image = (
-            Image.open(EXAMPLES / "shapes" / "pictures" / "a.png").convert("RGB").resize((4600, 4000), Image.Resampling.BICUBIC)
+            Image.open(EXAMPLES / "shapes" / "pictures" / "a.png")
+            .convert("RGB")
+            .resize((4600, 4000), Image.Resampling.BICUBIC)
         )
         expected = np.asarray(fit_to_model(image, CLIP), dtype=float)
         for source in (image, image.convert("RGBA"), saved(image, "JPEG", quality=95)):
@@ -136,9 +142,15 @@ class TestOpen:
 
     def test_16_bits_are_scaled(self):
         ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
-        for image in (Image.fromarray(ramp), Image.fromarray(ramp.astype(">u2")), Image.fromarray(ramp.astype(np.int32))):
+        for image in (
+            Image.fromarray(ramp),
+            Image.fromarray(ramp.astype(">u2")),
+            Image.fromarray(ramp.astype(np.int32)),
+        ):
             for source in (image, saved(image, "TIFF")):
-                assert np.array_equal(np.asarray(open_image(source))[..., 1], np.arange(256)[None].repeat(4, axis=0)), image.mode
+                assert np.array_equal(
+                    np.asarray(open_image(source))[..., 1], np.arange(256)[None].repeat(4, axis=0)
+                ), image.mode
         assert np.array_equal(np.asarray(open_image(saved(Image.fromarray(ramp), "PNG")))[0, :, 0], np.arange(256))
 
     def test_values_of_32_bits(self):

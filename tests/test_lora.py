@@ -91,9 +91,9 @@ def test_compressed_weights(bundles, adapters, answers, image, tmp_path, capfd):
     """The adapter is computed beside the weights, whatever their precision. In 8 bits the answer is still the same."""
     for bits in (8, 4):
         config = {"bits": bits, "sym": False} | ({"group_size": 64, "ratio": 1.0} if bits == 4 else {})
-        OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], quantization_config=config, compile=False).save_pretrained(
-            tmp_path / f"int{bits}"
-        )
+        OVModelForLlavaMPT.from_pretrained(
+            bundles[GOLDEN.name], quantization_config=config, compile=False
+        ).save_pretrained(tmp_path / f"int{bits}")
         capfd.readouterr()
         pipeline = pipeline_with(tmp_path / f"int{bits}", adapters[PREFIXES[0]], "SDPA")
         with_adapter, without = ask(pipeline, image), ask(pipeline, image, adapters=openvino_genai.AdapterConfig())

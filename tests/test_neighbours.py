@@ -133,7 +133,9 @@ def test_our_class_does_not_need_the_hosts_table(bundles, monkeypatch):
     monkeypatch.setitem(modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING, "llava", stock)
     bundle = bundles[GOLDENS[0].name]
     assert type(OVModelForLlavaMPT.from_pretrained(bundle, compile=False)) is OVModelForLlavaMPT
-    assert isinstance(OVModelForLlavaMPT.from_pretrained(bundle, compile_only=True).ov_models["lm_model"], openvino.CompiledModel)
+    assert isinstance(
+        OVModelForLlavaMPT.from_pretrained(bundle, compile_only=True).ov_models["lm_model"], openvino.CompiledModel
+    )
 
 
 def test_attributes_that_others_read(bundles, torch_models):

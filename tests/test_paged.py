@@ -111,7 +111,9 @@ class TestCache:
             cache.extend(0, 3 * BLOCK)
             blocks, _ = cache.blocks([0])
             cache._arrays[0][blocks[-3:]] = step
-        assert [block[0] for block in cache._arrays[0][cache.blocks([0])[0]]] == [step for step in range(1, 6) for _ in range(3)]
+        assert [block[0] for block in cache._arrays[0][cache.blocks([0])[0]]] == [
+            step for step in range(1, 6) for _ in range(3)
+        ]
         tensor = cache._request.get_tensor(cache._ports[0])
         assert tensor.data.ctypes.data == cache._arrays[0].ctypes.data
         assert tensor.data.ctypes.data % 64 == 0
@@ -174,7 +176,9 @@ class TestAnswers:
         tokens = []
         for each in (model, stateful):
             torch.manual_seed(0)
-            tokens.append(each.generate(torch.tensor([[5, 6, 7]]), do_sample=True, num_return_sequences=3, max_new_tokens=20))
+            tokens.append(
+                each.generate(torch.tensor([[5, 6, 7]]), do_sample=True, num_return_sequences=3, max_new_tokens=20)
+            )
         assert torch.equal(*tokens)
 
     def test_right_padding_of_a_forward_call(self, model, torch_models):
@@ -218,7 +222,11 @@ class TestAnswers:
     def test_a_mask_that_changes_its_mind(self, model):
         past = model(inputs_embeds=embeddings(model, 1, 4)).past_key_values
         with pytest.raises(ValueError, match=r"shows \[3\] earlier tokens, but the cache holds \[4\]"):
-            model(inputs_embeds=embeddings(model, 1, 1), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), past_key_values=past)
+            model(
+                inputs_embeds=embeddings(model, 1, 1),
+                attention_mask=torch.tensor([[0, 1, 1, 1, 1]]),
+                past_key_values=past,
+            )
 
     def test_a_mask_that_was_wrong_can_be_put_right(self, model):
         embeds, new = embeddings(model, 2, 4), embeddings(model, 2, 1)
@@ -233,13 +241,17 @@ class TestAnswers:
     def test_equal_rows_padded_on_either_side(self, model):
         embeds = embeddings(model, 1, 4).repeat(2, 1, 1)
         embeds[1, 1:] = embeds[1, :3].clone()
-        logits = model(inputs_embeds=embeds, attention_mask=torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]), logits_to_keep=1).logits
+        logits = model(
+            inputs_embeds=embeds, attention_mask=torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]), logits_to_keep=1
+        ).logits
         assert (logits[1] - model(inputs_embeds=embeds[:1, :3], logits_to_keep=1).logits[0]).abs().max() < 1e-4
 
     @pytest.mark.parametrize("precision", ["u8", "f16", "u4"])
     def test_caches_of_fewer_bits(self, bundles, precision):
         """The default has fewer bits than these tests: beams copy blocks of them, long answers make them grow. Rows stay themselves."""
-        model = OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config={**EXACT, "KV_CACHE_PRECISION": precision})
+        model = OVModelForLlavaMPT.from_pretrained(
+            bundles[GOLDEN.name], ov_config={**EXACT, "KV_CACHE_PRECISION": precision}
+        )
         compiled = model.language_model.request.get_compiled_model()
         assert compiled.input("key_cache.0").get_element_type().get_type_name() == precision
         rows = torch.arange(5, 85).view(2, 40)
@@ -268,7 +280,9 @@ class TestAnswers:
         options = {**GREEDY, "eos_token_id": 0}
         expected = each.generate(**inputs, **options)
         steps, forward = [], each.language_model.forward
-        monkeypatch.setattr(each.language_model, "forward", lambda *args: steps.append(len(args[0][0])) or forward(*args))
+        monkeypatch.setattr(
+            each.language_model, "forward", lambda *args: steps.append(len(args[0][0])) or forward(*args)
+        )
         assert torch.equal(each.generate(**inputs, **options, prompt_lookup_num_tokens=5), expected)
         assert 1 < len(steps) < 40
         assert max(steps[1:]) > 1

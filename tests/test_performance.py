@@ -89,7 +89,9 @@ class TestLogits:
 def test_torch_does_not_compete(model, monkeypatch):
     before, during = torch.get_num_threads(), []
     forward = model.language_model.forward
-    monkeypatch.setattr(model.language_model, "forward", lambda *args: during.append(torch.get_num_threads()) or forward(*args))
+    monkeypatch.setattr(
+        model.language_model, "forward", lambda *args: during.append(torch.get_num_threads()) or forward(*args)
+    )
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=-1)
     model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2, eos_token_id=None, do_sample=False)
@@ -102,7 +104,9 @@ def test_rows_that_share_a_picture_encode_it_once(model, monkeypatch):
     expected = torch.cat([model.get_image_features(image[None]) for image in (a, b)])
     encoded = []
     encode = model.vision_embeddings.forward
-    monkeypatch.setattr(model.vision_embeddings, "forward", lambda images: encoded.append(len(images)) or encode(images))
+    monkeypatch.setattr(
+        model.vision_embeddings, "forward", lambda images: encoded.append(len(images)) or encode(images)
+    )
     features = model.get_image_features(torch.stack([a, b, a, a, b]))
     assert encoded == [2]
     torch.testing.assert_close(features, expected[[0, 1, 0, 0, 1]], atol=1e-5, rtol=0)
@@ -114,7 +118,9 @@ class TestEmbeddingTable:
         """Floats, and 8 bits with and without a zero point; in 4 bits, OpenVINO is asked."""
         model = openvino.Core().read_model(bundles[GOLDEN.name] / "openvino_text_embeddings_model.xml")
         if bits is not None:
-            options = {"bits": 4, "group_size": 64, "all_layers": True} if bits == 4 else {"bits": 8, "sym": bits == "sym"}
+            options = (
+                {"bits": 4, "group_size": 64, "all_layers": True} if bits == 4 else {"bits": 8, "sym": bits == "sym"}
+            )
             model = compress(model, OVWeightQuantizationConfig(**options))
         compiled = openvino.compile_model(model, "CPU")
         table = EmbeddingTable.of(model, lambda ids: compiled(ids)[0])
@@ -221,7 +227,9 @@ class TestHugePages:
         assert run(sys.executable, "-c", self.CODE, env=env).stdout == f"{expected}\n"
 
     def test_who_chose_otherwise_is_left_alone(self):
-        assert run(sys.executable, "-c", self.CODE, env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}).stdout.endswith("=0\n")
+        assert run(sys.executable, "-c", self.CODE, env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}).stdout.endswith(
+            "=0\n"
+        )
 
 
 @pytest.mark.parametrize(
@@ -257,6 +265,8 @@ def test_precision_of_the_cache(tmp_path, bundles, compressed):
         model.save_pretrained(tmp_path / "compressed_later")
         folders = [tmp_path / "exported", tmp_path / "compressed_later"]
     for folder in folders:
-        options = openvino.Core().read_model(folder / "openvino_language_model.xml").get_rt_info(["runtime_options"]).value
+        options = (
+            openvino.Core().read_model(folder / "openvino_language_model.xml").get_rt_info(["runtime_options"]).value
+        )
         assert options.get("KV_CACHE_PRECISION") == (None if compressed else "f16"), folder
         assert options["ACTIVATIONS_SCALE_FACTOR"] == "8.0", folder

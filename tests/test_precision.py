@@ -33,7 +33,9 @@ def expected(inputs):
 @pytest.mark.parametrize(("options", "tolerance"), SETTINGS, ids=["default cache", "f32 cache", "f32 cache, SDPA"])
 def test_settings(shapes_bundle, inputs, expected, options, tolerance):
     logits = [
-        OVModelForLlavaMPT.from_pretrained(shapes_bundle, ov_config=options, compile_only=compile_only)(**inputs).logits
+        OVModelForLlavaMPT.from_pretrained(shapes_bundle, ov_config=options, compile_only=compile_only)(
+            **inputs
+        ).logits
         for compile_only in (False, True)
     ]
     assert torch.equal(*logits)

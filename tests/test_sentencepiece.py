@@ -96,7 +96,9 @@ def test_golden_texts_have_the_originals_ids(variant, tokenizers):
     golden = json.loads((GOLDEN / variant / "cases.json").read_text())
     texts = [(entry["text"], entry["ids"]) for entry in golden["tokenization"]]
     texts += [(case["prompt"], case["input_ids"]) for case in golden["cases"].values()]
-    different = [text for text, ids in texts if original(tokenizers[variant](text)["input_ids"], tokenizers[variant]) != ids]
+    different = [
+        text for text, ids in texts if original(tokenizers[variant](text)["input_ids"], tokenizers[variant]) != ids
+    ]
     assert different == ["", "<image>", "<s>abc</s>def"]  # on purpose, see the next test
 
 
@@ -153,7 +155,9 @@ def test_openvino_gives_the_same_ids(variant, tokenizers, exported, table):
     tokenizer = tokenizers[variant]
     found = openvino_ids(exported[variant], table["prompts"])
     different = [
-        text for text, ids, row in zip(table["prompts"], table["ids"][variant], found) if original(row, tokenizer) != ids
+        text
+        for text, ids, row in zip(table["prompts"], table["ids"][variant], found)
+        if original(row, tokenizer) != ids
     ]
     # openvino_tokenizers takes the text <0x0A> for the byte that the vocabulary writes so
     assert different == [text for text in table["prompts"] if re.search(BYTE, text)]
@@ -285,7 +289,11 @@ def change(checkpoint, name, **values):
         ({"added_tokens_decoder": {"600": {"content": "<x>", "lstrip": True}}}, UnsupportedCheckpointError, "lstrip"),
         ({"added_tokens_decoder": {"600": {"text": "<x>"}}}, InvalidCheckpointError, "describe a token as .*'<x>'"),
         ({"added_tokens_decoder": ["<x>"]}, InvalidCheckpointError, "not given as ids and tokens"),
-        ({"added_tokens_decoder": {"first": {"content": "<x>"}}}, InvalidCheckpointError, "not given as ids and tokens"),
+        (
+            {"added_tokens_decoder": {"first": {"content": "<x>"}}},
+            InvalidCheckpointError,
+            "not given as ids and tokens",
+        ),
         ({"added_tokens_decoder": {"600": {"content": "<image>"}}}, UnsupportedCheckpointError, "already a token"),
         ({"added_tokens_decoder": {"650": {"content": "<x>"}}}, InvalidCheckpointError, "the id 650, but .* 600"),
     ],

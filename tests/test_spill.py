@@ -42,7 +42,9 @@ def test_the_same_bytes(tmp_path):
     save(tmp_path)
     assert (tmp_path / "model.bin").read_bytes() == (tmp_path / "expected.bin").read_bytes()
     # but for names that OpenVINO counts up in a process
-    graphs = [re.sub(r"Result_\d+", "Result", (tmp_path / f"{name}.xml").read_text()) for name in ("model", "expected")]
+    graphs = [
+        re.sub(r"Result_\d+", "Result", (tmp_path / f"{name}.xml").read_text()) for name in ("model", "expected")
+    ]
     assert graphs[0] == graphs[1]
     assert {file.name for file in tmp_path.iterdir()} == {"expected.xml", "expected.bin", "model.xml", "model.bin"}
 

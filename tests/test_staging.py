@@ -37,7 +37,9 @@ def version_of(folder: Path) -> str | None:
     except BundleError:
         return None
     versions = {
-        (folder / name).read_text() for name in (*FILES, *EXTRA_FILES) if name != "config.json" and (folder / name).exists()
+        (folder / name).read_text()
+        for name in (*FILES, *EXTRA_FILES)
+        if name != "config.json" and (folder / name).exists()
     }
     versions.add(json.loads((folder / "config.json").read_text())["version"])
     return versions.pop() if len(versions) == 1 else None
@@ -162,7 +164,9 @@ class Place:
         self.version += 2
         export(self.output, str(self.version))
         lost |= self.of_the_user() != self.before
-        unusable |= version_of(self.output) != str(self.version) or (files(self.around), files(self.target)) != self.entries
+        unusable |= (
+            version_of(self.output) != str(self.version) or (files(self.around), files(self.target)) != self.entries
+        )
         (self.target / "eval.json").write_text(str(self.version))
         return lost, unusable
 
@@ -175,7 +179,9 @@ def tmpfs(tmp_path):
     def mount(name: str, size: str = "1m") -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        result = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
+        result = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
+        )
         if result.returncode:
             pytest.skip(f"cannot mount here: {result.stderr.strip()}")
         mounted.append(folder)
@@ -252,7 +258,9 @@ class TestFullDisk:
         def fill():
             (output.parent / "more").write_bytes(bytes(2 << 20))
 
-        with pytest.raises(BundleError, match="failed: No space left on device. What was there is unchanged. Make room"):
+        with pytest.raises(
+            BundleError, match="failed: No space left on device. What was there is unchanged. Make room"
+        ):
             export(output, "new", fill)
         assert version_of(output) == "old"
         assert files(output) == set(FILES)
@@ -298,12 +306,16 @@ class TestWhatMayBeReplaced:
     def test_something_else(self, tmp_path, names):
         for name in names:
             (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text('{"model_type": "llava", "converted_from": "x", "versions": ["optimum-llava-ov"]}')
+            (tmp_path / name).write_text(
+                '{"model_type": "llava", "converted_from": "x", "versions": ["optimum-llava-ov"]}'
+            )
         with pytest.raises(BundleError, match=r"holds something else than a bundle \("):
             export(tmp_path, "new")
         assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == set(names)
 
-    @pytest.mark.parametrize("names", [(), (".git", ".gitattributes"), ("lost+found",)], ids=["nothing", "git", "mounted"])
+    @pytest.mark.parametrize(
+        "names", [(), (".git", ".gitattributes"), ("lost+found",)], ids=["nothing", "git", "mounted"]
+    )
     def test_empty_folders(self, tmp_path, names):
         for name in names:
             (tmp_path / name).mkdir()

@@ -103,11 +103,15 @@ def load(job: Job) -> GenAIContender | ContinuousBatchingContender:
         return GenAIContender(openvino_genai.VLMPipeline(job.paths["bundle"], "CPU", ATTENTION_BACKEND=backend))
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = 1 << 30  # as VLMPipeline itself sets it: a prompt in one piece
-    return ContinuousBatchingContender(openvino_genai.ContinuousBatchingPipeline(job.paths["bundle"], scheduler, "CPU"))
+    return ContinuousBatchingContender(
+        openvino_genai.ContinuousBatchingPipeline(job.paths["bundle"], scheduler, "CPU")
+    )
 
 
 def _config(new_tokens: int) -> openvino_genai.GenerationConfig:
-    return openvino_genai.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, ignore_eos=True, apply_chat_template=False)
+    return openvino_genai.GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, ignore_eos=True, apply_chat_template=False
+    )
 
 
 def _prompt(prompt: str) -> str:

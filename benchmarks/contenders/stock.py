@@ -13,4 +13,6 @@ def load(job: Job) -> TransformersContender:
     model = OVModelForVisualCausalLM.from_pretrained(job.paths["bundle"])
     if type(model).__name__ != "_OVLlavaForCausalLM":
         raise RuntimeError(f"Found {type(model).__name__}, expected optimum-intel's _OVLlavaForCausalLM.")
-    return TransformersContender(model, AutoProcessor.from_pretrained(job.paths["bundle"]), model.get_vision_embeddings)
+    return TransformersContender(
+        model, AutoProcessor.from_pretrained(job.paths["bundle"]), model.get_vision_embeddings
+    )

@@ -47,7 +47,9 @@ class TransformersContender:
         inputs = self.processor(text=[prompt] * len(pictures), images=pictures, return_tensors="pt")
         prepared = time.perf_counter()
         with torch.no_grad():
-            output = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, streamer=clock)
+            output = self.model.generate(
+                **inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, streamer=clock
+            )
         ended = time.perf_counter()
         length = inputs["input_ids"].shape[1]
         return Answer(

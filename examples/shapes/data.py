@@ -89,7 +89,13 @@ class Conversations:
     """Endless batches of new conversations: `input_ids`, `attention_mask`, `labels`, and `features` of the pictures."""
 
     def __init__(
-        self, tokenizer: Tokenizer, pool: Pool, batch_size: int, seed: int, one_picture: bool = False, max_turns: int = 6
+        self,
+        tokenizer: Tokenizer,
+        pool: Pool,
+        batch_size: int,
+        seed: int,
+        one_picture: bool = False,
+        max_turns: int = 6,
     ):
         self.tokenizer, self.pool, self.batch_size, self.seed = tokenizer, pool, batch_size, seed
         self.one_picture, self.max_turns = one_picture, max_turns
@@ -100,7 +106,9 @@ class Conversations:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for index in itertools.count():
             # Rows of a batch should be of one length: a part of a larger pool, sorted.
-            rows = [self._row(f"train/{self.seed}/{self.one_picture}/{index}/{row}") for row in range(self.batch_size * 8)]
+            rows = [
+                self._row(f"train/{self.seed}/{self.one_picture}/{index}/{row}") for row in range(self.batch_size * 8)
+            ]
             rows.sort(key=lambda row: len(row[0]))
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
             random.Random(index).shuffle(batches)

@@ -80,7 +80,9 @@ def evaluate(chat: TorchChat, num: int, seed: int = 0) -> tuple[Counter, Counter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "checkpoint", help="folder of the checkpoint")
+    parser.add_argument(
+        "--model", type=Path, default=Path(__file__).parent / "checkpoint", help="folder of the checkpoint"
+    )
     parser.add_argument(
         "--num", type=int, default=400, help="conversations, of three questions on average (default: %(default)s)"
     )

@@ -17,7 +17,9 @@ from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
 
 def load(folder: Path) -> tuple[LlavaMptForConditionalGeneration, Tokenizer]:
     """What `save` has written, to be trained further."""
-    model = LlavaMptForConditionalGeneration.from_pretrained(folder / "checkpoint", dtype=torch.float32).requires_grad_(True)
+    model = LlavaMptForConditionalGeneration.from_pretrained(
+        folder / "checkpoint", dtype=torch.float32
+    ).requires_grad_(True)
     model.image_encoder.borders.requires_grad_(False)
     return model.train(), Tokenizer.from_file(str(folder / "checkpoint" / "tokenizer.json"))
 
@@ -60,10 +62,13 @@ def save(model: LlavaMptForConditionalGeneration, tokenizer: Tokenizer, folder: 
     tower = CLIPVisionModel(CLIPVisionConfig(**VISION_CONFIG))
     tower.vision_model.load_state_dict(model.image_encoder.features.state_dict(), strict=False)
     state_dict = {
-        f"vision_model.{name}": parameter.detach().half().clone() for name, parameter in tower.vision_model.named_parameters()
+        f"vision_model.{name}": parameter.detach().half().clone()
+        for name, parameter in tower.vision_model.named_parameters()
     }
     save_file(state_dict, clip / "model.safetensors", metadata={"format": "pt"})
-    _write_json(clip / "config.json", {"architectures": ["CLIPModel"], "model_type": "clip", "vision_config": VISION_CONFIG})
+    _write_json(
+        clip / "config.json", {"architectures": ["CLIPModel"], "model_type": "clip", "vision_config": VISION_CONFIG}
+    )
     _write_json(clip / "preprocessor_config.json", PREPROCESSOR)
 
 

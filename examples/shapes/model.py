@@ -88,7 +88,9 @@ EMBEDDING_STD = 0.1
 def build_model(tokenizer: Tokenizer) -> LlavaMptForConditionalGeneration:
     config = LlavaMptConfig.from_dict({**CONFIG, "vocab_size": tokenizer.get_vocab_size()})
     config.vision_config = CLIPVisionConfig(**VISION_CONFIG)
-    config.im_start_token_id, config.im_end_token_id = (tokenizer.token_to_id(token) for token in ("<im_start>", "<im_end>"))
+    config.im_start_token_id, config.im_end_token_id = (
+        tokenizer.token_to_id(token) for token in ("<im_start>", "<im_end>")
+    )
     config.image_token_id = config.padded_vocab_size = config.vocab_size
     config.vocab_size += 1  # <image>
     model = LlavaMptForConditionalGeneration(config)
@@ -119,12 +121,20 @@ def _initialize_attention(attention: nn.Module) -> None:
 
 
 def forward(
-    model: LlavaMptForConditionalGeneration, input_ids: torch.Tensor, attention_mask: torch.Tensor, features: torch.Tensor
+    model: LlavaMptForConditionalGeneration,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    features: torch.Tensor,
 ) -> torch.Tensor:
     """Logits, with head, embedding table and image borders tied as they are in a checkpoint that is loaded."""
     table, config = model.language_model.lm_head.weight, model.config
     embeds = F.embedding(input_ids, table)
-    borders = table[[config.im_start_token_id, config.im_end_token_id]].unsqueeze(1).expand(-1, len(features), -1).unsqueeze(2)
+    borders = (
+        table[[config.im_start_token_id, config.im_end_token_id]]
+        .unsqueeze(1)
+        .expand(-1, len(features), -1)
+        .unsqueeze(2)
+    )
     images = torch.cat([borders[0], model.image_encoder.projector(features), borders[1]], dim=1)
     embeds = merge_image_features(input_ids, embeds, images, config.image_token_id)
     return model.language_model(embeds, attention_mask).logits

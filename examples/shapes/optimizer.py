@@ -11,12 +11,16 @@ from torch import nn
 class Optimizers:
     """Muon for the matrices of the layers, AdamW for everything else, under one schedule."""
 
-    def __init__(self, parameters: list[tuple[str, nn.Parameter]], matrix_peak: float, peak: float = 1e-3, warmup: int = 50):
+    def __init__(
+        self, parameters: list[tuple[str, nn.Parameter]], matrix_peak: float, peak: float = 1e-3, warmup: int = 50
+    ):
         parameters = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in parameters]
         self.warmup = warmup
         self.optimizers = []
-        is_matrix = [(".layers." in name or "blocks." in name) and parameter.ndim == 2 for name, parameter in parameters]
+        is_matrix = [
+            (".layers." in name or "blocks." in name) and parameter.ndim == 2 for name, parameter in parameters
+        ]
         matrices = [parameter for (_, parameter), is_muon in zip(parameters, is_matrix, strict=True) if is_muon]
         others = [parameter for (_, parameter), is_muon in zip(parameters, is_matrix, strict=True) if not is_muon]
         self.optimizers.append((Muon(matrices, lr=matrix_peak), matrix_peak))
@@ -56,7 +60,9 @@ class Muon(torch.optim.Optimizer):
                 for weight, change in zip(parameter.chunk(count), update.chunk(count), strict=True):
                     parts.setdefault(weight.shape, []).append((weight, change))
             for shape, pairs in parts.items():
-                changes = _orthogonal(torch.stack([change for _, change in pairs])) * max(1, shape[0] / shape[1]) ** 0.5
+                changes = (
+                    _orthogonal(torch.stack([change for _, change in pairs])) * max(1, shape[0] / shape[1]) ** 0.5
+                )
                 for (weight, _), change in zip(pairs, changes, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
 

@@ -50,7 +50,9 @@ def train_tower(model: LlavaMptForConditionalGeneration, minutes: float, seed: i
         if step % 50 == 0:
             right = (shape_logits.argmax(-1) == shapes) & (colour_logits.argmax(-1) == colours)
             objects = right[shapes > 0].float().mean()
-            logger.info("tower %4d  %4.1f min  loss %.4f  objects %.3f", step, progress * minutes, loss.item(), objects)
+            logger.info(
+                "tower %4d  %4.1f min  loss %.4f  objects %.3f", step, progress * minutes, loss.item(), objects
+            )
 
 
 def train(
@@ -90,7 +92,9 @@ def train(
         # What is seen of a cell shall be like the words for it: the alignment of LLaVA's first stage. The same word in question and
         # picture then attracts attention, and finding the right cell is soon learned.
         cells = model.image_encoder.projector(batch["features"]) @ model.language_model.lm_head.weight.T
-        alignment = sum(F.cross_entropy(cells.flatten(0, 1), words[..., i].flatten(), ignore_index=IGNORED) for i in (0, 1))
+        alignment = sum(
+            F.cross_entropy(cells.flatten(0, 1), words[..., i].flatten(), ignore_index=IGNORED) for i in (0, 1)
+        )
         logits = logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         optimizers.step(loss + 0.3 * alignment, step, progress)
@@ -98,21 +102,35 @@ def train(
         if step % 50 == 0:
             right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
             logger.info(
-                "step %5d  %4.1f min  loss %.4f  tokens %.4f  alignment %.3f", step, progress * minutes, average, right, alignment
+                "step %5d  %4.1f min  loss %.4f  tokens %.4f  alignment %.3f",
+                step,
+                progress * minutes,
+                average,
+                right,
+                alignment,
             )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=25, help="training of the language model (default: %(default)s)")
-    parser.add_argument("--tower-minutes", type=float, default=3, help="training of the tower before (default: %(default)s)")
-    parser.add_argument("--num-pairs", type=int, default=8000, help="pairs of pictures to talk about (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=25, help="training of the language model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tower-minutes", type=float, default=3, help="training of the tower before (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-pairs", type=int, default=8000, help="pairs of pictures to talk about (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=24, help="conversations in a batch (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another one when resuming, for other conversations")
     parser.add_argument("--resume", action="store_true", help="train what is in --output further")
     parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent, help="where to write checkpoint/ and clip/ (default: here)"
+        "--output",
+        type=Path,
+        default=Path(__file__).parent,
+        help="where to write checkpoint/ and clip/ (default: here)",
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -127,7 +145,16 @@ def main() -> None:
         logger.info("%d tokens, %.2f M parameters", tokenizer.get_vocab_size(), num_parameters / 1e6)
         train_tower(model, args.tower_minutes, args.seed)
     pool = Pool(model.image_encoder.features, args.num_pairs, args.seed)
-    train(model, tokenizer, pool, args.minutes, args.batch_size, args.seed, start_lesson=float(args.resume), rate=args.rate)
+    train(
+        model,
+        tokenizer,
+        pool,
+        args.minutes,
+        args.batch_size,
+        args.seed,
+        start_lesson=float(args.resume),
+        rate=args.rate,
+    )
     save(model, tokenizer, args.output)
     logger.info("Written to %s", args.output)
 

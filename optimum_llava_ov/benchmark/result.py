@@ -87,7 +87,11 @@ class Benchmark:
 
 def report(benchmark: Benchmark) -> str:
     """For people: the table, and what belongs to it."""
-    own = "" if benchmark.peak_anonymous is None else f", {_gigabytes(benchmark.peak_anonymous)} of it without mapped files"
+    own = (
+        ""
+        if benchmark.peak_anonymous is None
+        else f", {_gigabytes(benchmark.peak_anonymous)} of it without mapped files"
+    )
     first = f"{benchmark.first_time_to_first_token:.2f} s"
     return "\n".join(
         [
@@ -122,13 +126,18 @@ def _table(benchmark: Benchmark) -> str:
 
 def _precision(settings: dict[str, str | int | None]) -> str:
     cache = settings["kv_cache_precision"]
-    return f"computes in {settings['inference_precision'] or 'unknown precision'}" + (f", cache in {cache}" if cache else "")
+    return f"computes in {settings['inference_precision'] or 'unknown precision'}" + (
+        f", cache in {cache}" if cache else ""
+    )
 
 
 def _machine(benchmark: Benchmark) -> str:
     cpu, threads = benchmark.cpu, benchmark.settings["threads"]
     cores = f"{cpu['cores']} cores" if threads is None else f"{threads} threads on {cpu['cores']} cores"
-    packages = ("openvino", *(("openvino-genai",) if benchmark.engine == "genai" else ("optimum-intel", "transformers", "torch")))
+    packages = (
+        "openvino",
+        *(("openvino-genai",) if benchmark.engine == "genai" else ("optimum-intel", "transformers", "torch")),
+    )
     versions = ", ".join(f"{name} {benchmark.versions[name]}" for name in packages)
     return f"{cpu['name']} ({', '.join(cpu['features'])}), {cores}; {versions}"
 

@@ -35,7 +35,9 @@ REQUIRED_METADATA = ("license", "library_name", "pipeline_tag", "tags")
 # The one everybody means, should its card be out of reach
 _KNOWN_LICENSES = {"liuhaotian/LLaVA-Lightning-MPT-7B-preview": "cc-by-nc-sa-4.0"}
 
-_SECTION = re.compile(r"<!-- optimum-llava-ov: (\w+)(?: ([0-9a-f]{8}))? -->\n(.*?)<!-- /optimum-llava-ov: \1 -->", re.DOTALL)
+_SECTION = re.compile(
+    r"<!-- optimum-llava-ov: (\w+)(?: ([0-9a-f]{8}))? -->\n(.*?)<!-- /optimum-llava-ov: \1 -->", re.DOTALL
+)
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)\n?---[ \t]*(?:\n|$)(.*)", re.DOTALL)
 _LICENSE = re.compile(r"""^license:[ \t]*["']?([\w.+-]{1,100})["']?[ \t]*$""", re.MULTILINE)
 _METADATA = re.compile(r"<!-- optimum-llava-ov metadata: (\{.*?\}) -->\n?")
@@ -107,7 +109,9 @@ def update_card(folder: Path) -> None:
             beside.unlink(missing_ok=True)
 
 
-def card_text(folder: Path, license: str | None = None, previous: str | None = None, model_id: str | None = None) -> str:
+def card_text(
+    folder: Path, license: str | None = None, previous: str | None = None, model_id: str | None = None
+) -> str:
     """The card of the bundle in `folder` as it is now, measured quality included if there is an `eval.json`.
 
     Args:
@@ -193,7 +197,9 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 
 def _title(facts: BundleFacts, model_id: str) -> str:
     return (
-        f"{facts.source.split('/')[-1]}, {facts.precision}, for OpenVINO" if model_id == THIS_MODEL else model_id.split("/")[-1]
+        f"{facts.source.split('/')[-1]}, {facts.precision}, for OpenVINO"
+        if model_id == THIS_MODEL
+        else model_id.split("/")[-1]
     )
 
 

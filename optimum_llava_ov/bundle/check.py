@@ -141,7 +141,9 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain `Exception`
-        raise BundleError(f"The processor or the tokenizer in {folder} does not load: {_reason(error)}. {_AGAIN}") from error
+        raise BundleError(
+            f"The processor or the tokenizer in {folder} does not load: {_reason(error)}. {_AGAIN}"
+        ) from error
 
 
 def read_graph(file: Path) -> openvino.Model:
@@ -158,7 +160,9 @@ def read_graph(file: Path) -> openvino.Model:
     inputs, outputs = _PORTS.get(file.name, (set(), set()))
     missing = inputs - _names(model.inputs) | outputs - _names(model.outputs)
     if missing:
-        raise BundleError(f"{file} has no input or output {', '.join(sorted(missing))}, so it is another graph. {_AGAIN}")
+        raise BundleError(
+            f"{file} has no input or output {', '.join(sorted(missing))}, so it is another graph. {_AGAIN}"
+        )
     return model
 
 

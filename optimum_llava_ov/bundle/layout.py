@@ -33,7 +33,9 @@ SETTINGS = (
     "README.md",
 )
 FILES = (
-    tuple(Path(file).with_suffix(suffix).name for file in (*PARTS.values(), *TOKENIZERS) for suffix in (".xml", ".bin"))
+    tuple(
+        Path(file).with_suffix(suffix).name for file in (*PARTS.values(), *TOKENIZERS) for suffix in (".xml", ".bin")
+    )
     + SETTINGS
 )
 
@@ -59,7 +61,9 @@ def check_bundle(folder: Path, tokenizers: bool = True, unneeded: Collection[str
     Raises:
         [`BundleError`]: `folder` lacks files, or has empty ones; names them.
     """
-    optional = () if tokenizers else tuple(name for name in FILES if "tokenizer." in name and name.startswith("openvino_"))
+    optional = (
+        () if tokenizers else tuple(name for name in FILES if "tokenizer." in name and name.startswith("openvino_"))
+    )
     missing = [name for name in FILES if name not in (*optional, *unneeded) and not _is_whole(folder / name)]
     if missing:
         raise BundleError(f"{folder} is not a whole bundle: it lacks {', '.join(missing)}. Export it again.")

@@ -48,7 +48,9 @@ def check_output(output: Path) -> None:
 
 def _foreign_entries(output: Path) -> list[Path]:
     is_bundle = _is_bundle_of_ours(output)
-    return [entry for entry in output.iterdir() if not (_may_be_in_a_bundle(entry) if is_bundle else _may_be_beside(entry))]
+    return [
+        entry for entry in output.iterdir() if not (_may_be_in_a_bundle(entry) if is_bundle else _may_be_beside(entry))
+    ]
 
 
 def _may_be_in_a_bundle(entry: Path) -> bool:
@@ -63,9 +65,9 @@ def _may_be_beside(entry: Path) -> bool:
 
 def _is_bundle_of_ours(folder: Path) -> bool:
     """Whether this package wrote `folder`, by what its configuration says."""
-    return "optimum_llava_ov_version" in _section(folder / "config.json", "converted_from") or "optimum-llava-ov" in _section(
-        folder / "openvino_config.json", "versions"
-    )
+    return "optimum_llava_ov_version" in _section(
+        folder / "config.json", "converted_from"
+    ) or "optimum-llava-ov" in _section(folder / "openvino_config.json", "versions")
 
 
 def _section(file: Path, name: str) -> dict[str, Any]:

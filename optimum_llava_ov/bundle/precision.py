@@ -93,6 +93,8 @@ def _is_weight(node: openvino.Node, layers: tuple[str, ...] = _LAYERS) -> bool:
     """Whether what a constant holds goes, unpacked, into a layer."""
     for target in node.output(0).get_target_inputs():
         consumer = target.get_node()
-        if consumer.get_type_name() in layers or (consumer.get_type_name() in _ON_THE_WAY and _is_weight(consumer, layers)):
+        if consumer.get_type_name() in layers or (
+            consumer.get_type_name() in _ON_THE_WAY and _is_weight(consumer, layers)
+        ):
             return True
     return False

@@ -22,7 +22,9 @@ def openvino_config(
         converted_from: of the bundle's `config.json`.
     """
     config = (
-        OVConfig(quantization_config=_without_paths(recipe)) if recipe else OVConfig(dtype=ov_config.dtype if ov_config else None)
+        OVConfig(quantization_config=_without_paths(recipe))
+        if recipe
+        else OVConfig(dtype=ov_config.dtype if ov_config else None)
     )
     names = ("model", "revision", "vision_tower", "vision_tower_revision")
     config.converted_from = {name: converted_from.get(name) for name in names}

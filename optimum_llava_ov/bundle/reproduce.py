@@ -24,7 +24,11 @@ _FLAGS = {"all_layers": "--all-layers", "scale_estimation": "--scale-estimation"
 _FLAGS |= {"lora_correction": "--lora-correction"}
 _VALUES = {"group_size": "--group-size", "ratio": "--ratio", "group_size_fallback": "--group-size-fallback"}
 _VALUES |= {"backup_precision": "--backup-precision", "sensitivity_metric": "--sensitivity-metric"}
-_VALUES |= {"dataset": "--dataset", "num_samples": "--num-samples", "statistics_path": "--quantization-statistics-path"}
+_VALUES |= {
+    "dataset": "--dataset",
+    "num_samples": "--num-samples",
+    "statistics_path": "--quantization-statistics-path",
+}
 
 
 def part_recipes(openvino_config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -57,7 +57,9 @@ def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
             "revision": None if checkpoint.repository.is_local else checkpoint.repository.revision,
             "model_type": config.model_type,
             "vision_tower": _public_name(checkpoint.vision_repository),
-            "vision_tower_revision": None if checkpoint.vision_repository.is_local else checkpoint.vision_repository.revision,
+            "vision_tower_revision": None
+            if checkpoint.vision_repository.is_local
+            else checkpoint.vision_repository.revision,
             "mm_projector_type": config.projector_type,
             "mm_vision_select_feature": config.select_feature,
             "mm_use_im_start_end": bool(config.mm_use_im_start_end),
@@ -107,7 +109,9 @@ class LlavaMptProcessor(LlavaProcessor):
         return build_processor(OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs))
 
 
-def save_settings(checkpoint: OriginalCheckpoint, processor: LlavaProcessor, generation: GenerationConfig, folder: Path) -> None:
+def save_settings(
+    checkpoint: OriginalCheckpoint, processor: LlavaProcessor, generation: GenerationConfig, folder: Path
+) -> None:
     """Write `config.json`, `generation_config.json` and all files of tokenizer and processor."""
     _save_config(build_config(checkpoint), folder)
     generation.save_pretrained(folder)

@@ -126,7 +126,9 @@ class _Workspace:
 
     def names(self) -> list[str]:
         """The bundle's files, with those that were renamed into the output already. Nothing else that a marker may say counts."""
-        return [name for name in self._whole.read_text(encoding="utf-8").splitlines() if name in (*FILES, *EXTRA_FILES)]
+        return [
+            name for name in self._whole.read_text(encoding="utf-8").splitlines() if name in (*FILES, *EXTRA_FILES)
+        ]
 
     def declare_whole(self) -> None:
         names = sorted(file.name for file in self.folder.iterdir())

@@ -21,7 +21,16 @@ from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer
 
 
 # Options of `generate` that mean the same in both, by the same name.
-OPTIONS = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "stop_strings")
+OPTIONS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "stop_strings",
+)
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
 TOP_K = 50  # what transformers samples from unless told otherwise
 
@@ -34,7 +43,11 @@ class GenAIModel:
     """
 
     def __init__(self, bundle: Path, device: str = "CPU", ov_config: dict[str, str] | None = None):
-        properties = {"ATTENTION_BACKEND": "PA", "scheduler_config": scheduler_config(prefix_caching=True), **(ov_config or {})}
+        properties = {
+            "ATTENTION_BACKEND": "PA",
+            "scheduler_config": scheduler_config(prefix_caching=True),
+            **(ov_config or {}),
+        }
         self.pipeline = openvino_genai.VLMPipeline(bundle, device, **properties)
         self._turn = threading.Lock()
 
@@ -132,7 +145,9 @@ def picture_tensor(picture: Image.Image, processor: Any) -> openvino.Tensor:
     """`(1, height, width, 3)`, of the size that the model sees: so GenAI neither resamples nor pads, both of which it does in
     another way than the processor.
     """
-    values = processor.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    values = processor.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")[
+        "pixel_values"
+    ]
     return openvino.Tensor(np.ascontiguousarray(values.transpose(0, 2, 3, 1).round().astype(np.uint8)))
 
 

@@ -31,7 +31,9 @@ def user_message(text: str, pictures: Sequence[Image.Image] = ()) -> Message:
         `ValueError`: the text spells `<image>`, for which there would be no picture.
     """
     if PLACEHOLDER in text:
-        raise ValueError(f"The text contains {PLACEHOLDER}, which stands for a picture. Give pictures beside the text instead.")
+        raise ValueError(
+            f"The text contains {PLACEHOLDER}, which stands for a picture. Give pictures beside the text instead."
+        )
     content = [{"type": "image", "image": picture} for picture in pictures]
     return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
@@ -70,13 +72,19 @@ def read_messages(source: str | Path | Sequence[Message], open_image: Callable[[
     """
     try:
         messages = json.loads(Path(source).read_text(encoding="utf-8")) if isinstance(source, (str, Path)) else source
-        messages = [{"role": message["role"], "content": _content(message["content"], open_image)} for message in messages]
+        messages = [
+            {"role": message["role"], "content": _content(message["content"], open_image)} for message in messages
+        ]
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f'Expected messages {{"role": ..., "content": ...}}, found something else: {error!r}') from error
+        raise ValueError(
+            f'Expected messages {{"role": ..., "content": ...}}, found something else: {error!r}'
+        ) from error
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"Expected messages of user and assistant in turn, after at most one of system; found {roles}.")
+        raise ValueError(
+            f"Expected messages of user and assistant in turn, after at most one of system; found {roles}."
+        )
     return messages
 
 
@@ -106,7 +114,9 @@ def _replace(file: Path, text: str) -> None:
             os.fsync(stream.fileno())
         partial.replace(file)
     except OSError as error:
-        raise OSError(error.errno, f"Not saved, and what was there before is unchanged: {error.strerror}", str(file)) from error
+        raise OSError(
+            error.errno, f"Not saved, and what was there before is unchanged: {error.strerror}", str(file)
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -124,7 +134,9 @@ def _item(item: dict[str, Any], open_image: Callable[[Any], Image.Image]) -> dic
         return {"type": "image", "image": open_image(base64.b64decode(item["base64"]))}
     if item["type"] == "image" and "image" in item:
         return {"type": "image", "image": open_image(item["image"])}
-    raise ValueError(f"Expected a text, or a picture as 'image' or 'base64'; found {sorted(item)} of type {item['type']!r}.")
+    raise ValueError(
+        f"Expected a text, or a picture as 'image' or 'base64'; found {sorted(item)} of type {item['type']!r}."
+    )
 
 
 def _as_json(item: dict[str, Any]) -> dict[str, Any]:

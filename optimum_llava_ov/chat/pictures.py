@@ -40,7 +40,9 @@ def fetch_picture(
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"The picture {url} cannot be fetched: {error}") from error
     except asyncio.TimeoutError as error:
-        raise ValueError(f"The picture {url} cannot be fetched: it did not come within {timeout:g} seconds.") from error
+        raise ValueError(
+            f"The picture {url} cannot be fetched: it did not come within {timeout:g} seconds."
+        ) from error
     return open_image(data, ImageLimits(max_bytes, max_pixels))
 
 

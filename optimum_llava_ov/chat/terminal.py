@@ -49,7 +49,9 @@ def answer_once(chat: ChatSession, text: str, pictures: list[Image.Image], outpu
 class Terminal:
     """Reads questions and commands, and shows answers while they are made."""
 
-    def __init__(self, chat: ChatSession, output: TextIO = sys.stdout, show_stats: bool = False, read: Callable = input):
+    def __init__(
+        self, chat: ChatSession, output: TextIO = sys.stdout, show_stats: bool = False, read: Callable = input
+    ):
         self.chat = chat
         self.output = output
         self.show_stats = show_stats

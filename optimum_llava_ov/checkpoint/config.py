@@ -80,7 +80,9 @@ class LlavaMptConfig(PretrainedConfig):
         """Take the known options of a `config.json` and drop the rest, among which some choose code (`_attn_implementation`)."""
         known = {name: config_dict[name] for name in _OPTIONS if config_dict.get(name) is not None}
         if isinstance(known.get("attn_config"), dict):
-            known["attn_config"] = {name: value for name, value in known["attn_config"].items() if name in _ATTENTION_OPTIONS}
+            known["attn_config"] = {
+                name: value for name, value in known["attn_config"].items() if name in _ATTENTION_OPTIONS
+            }
         return super().from_dict(known, **kwargs)
 
     @property

@@ -106,7 +106,8 @@ LLAVA_LLAMA_2 = _llama_2(
 MISTRAL_INSTRUCT = _llama_2("mistral_instruct", "", between_rounds="")
 CHATML_DIRECT = _chatml("chatml_direct", "Answer the questions.")
 MPT = _chatml(
-    "mpt", "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+    "mpt",
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
 )
 
 CONVERSATIONS = {
@@ -146,7 +147,10 @@ _NAMES = (
 
 
 def choose_conversation(
-    architecture: str | None, tokenizer: PreTrainedTokenizerFast, base_model: str | None = None, name: str | None = None
+    architecture: str | None,
+    tokenizer: PreTrainedTokenizerFast,
+    base_model: str | None = None,
+    name: str | None = None,
 ) -> Choice:
     """The style that a checkpoint was trained with, as far as the checkpoint says it. The first rule that applies counts:
 

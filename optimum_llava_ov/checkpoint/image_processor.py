@@ -28,7 +28,9 @@ _SQUARE = ("height", "width")
 def _sizes(*forms: tuple[str, ...]) -> Rule:
     """Objects with just the keys of one of `forms`, and sides as values."""
     return Rule(
-        lambda value: isinstance(value, dict) and tuple(sorted(value)) in forms and all(map(_SIDE.accepts, value.values())),
+        lambda value: isinstance(value, dict)
+        and tuple(sorted(value)) in forms
+        and all(map(_SIDE.accepts, value.values())),
         " or ".join("{" + ", ".join(form) + "}" for form in forms),
     )
 

@@ -34,7 +34,9 @@ class Rule:
 
 
 def one_of(*values: Any) -> Rule:
-    return Rule(lambda value: value in values, ", ".join("absent" if value is None else str(value) for value in values))
+    return Rule(
+        lambda value: value in values, ", ".join("absent" if value is None else str(value) for value in values)
+    )
 
 
 def integer(low: int, high: int) -> Rule:
@@ -54,7 +56,8 @@ def numbers(count: int, rule: Rule) -> Rule:
 
 def list_of(rule: Rule) -> Rule:
     return Rule(
-        lambda value: isinstance(value, list) and len(value) > 0 and all(map(rule.accepts, value)), f"a list, each {rule.text}"
+        lambda value: isinstance(value, list) and len(value) > 0 and all(map(rule.accepts, value)),
+        f"a list, each {rule.text}",
     )
 
 

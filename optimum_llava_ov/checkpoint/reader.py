@@ -23,7 +23,10 @@ from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpoin
 logger = logging.getLogger(__name__)
 
 # name of a single file, name of its index: in the order of preference
-_WEIGHT_FILES = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+_WEIGHT_FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,11 @@ class OriginalCheckpoint:
 
     def vision_tensors(self) -> dict[str, torch.Tensor]:
         """The vision tower, by the names of `CLIPVisionModel`, mapped. CLIP's text half is left out."""
-        return {name: tensor for name, tensor in _merge(self.vision_weight_files).items() if name.startswith("vision_model.")}
+        return {
+            name: tensor
+            for name, tensor in _merge(self.vision_weight_files).items()
+            if name.startswith("vision_model.")
+        }
 
 
 def is_original_checkpoint(name_or_path: str | Path, **kwargs) -> bool:
@@ -142,7 +149,9 @@ def _weight_files(repository: Repository, what: str) -> list[Path]:
             return [path]
         if (path := repository.get(index)) is not None:
             shards = index_shards(path)
-            return [repository.require(shard, f"{index} says that {what} are in {len(shards)} files") for shard in shards]
+            return [
+                repository.require(shard, f"{index} says that {what} are in {len(shards)} files") for shard in shards
+            ]
     names = ", ".join(name for names in _WEIGHT_FILES for name in names)
     raise InvalidCheckpointError(f"{repository.name!r} has none of {names}: {what} are not there.")
 

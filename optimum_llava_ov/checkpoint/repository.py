@@ -179,7 +179,11 @@ class Repository:
         except HFValidationError:
             is_id = False
         if not is_id:
-            what = f"{self.name!r} is a file, not a folder" if Path(self.name).is_file() else f"There is no folder {self.name!r}"
+            what = (
+                f"{self.name!r} is a file, not a folder"
+                if Path(self.name).is_file()
+                else f"There is no folder {self.name!r}"
+            )
             raise InvalidCheckpointError(f"{what}, and no model id on the Hub is written so: expected `owner/name`.")
 
     def _blobs(self) -> set[str]:

@@ -258,7 +258,9 @@ def _read_json(repository: Repository, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidCheckpointError(f"{file} is not valid JSON ({error}). Download it again.") from error
     if not isinstance(values, dict):
-        raise InvalidCheckpointError(f"{file} holds a {type(values).__name__}, expected a JSON object. Download it again.")
+        raise InvalidCheckpointError(
+            f"{file} holds a {type(values).__name__}, expected a JSON object. Download it again."
+        )
     return values
 
 
@@ -321,7 +323,9 @@ def load_sentencepiece_tokenizer(
         [`InvalidCheckpointError`]: a file is missing or damaged, or they do not fit each other.
         [`UnsupportedCheckpointError`]: the ids would not be the original's.
     """
-    model = SentencePieceModel.read(repository.require("tokenizer.model", "it is the vocabulary of LLaMA and Mistral models"))
+    model = SentencePieceModel.read(
+        repository.require("tokenizer.model", "it is the vocabulary of LLaMA and Mistral models")
+    )
     settings = _Settings.read(repository)
     image_tokens = [IM_PATCH_TOKEN] * use_im_patch + [IM_START_TOKEN, IM_END_TOKEN] * use_im_start_end
     splits = _split_tokens(settings, image_tokens)
@@ -368,7 +372,11 @@ def _split_tokens(settings: _Settings, image_tokens: list[str]) -> dict[str, Add
 
 
 def _add_tokens(
-    repository: Repository, tokenizer: Tokenizer, settings: _Settings, splits: dict[str, AddedToken], user_defined: list[str]
+    repository: Repository,
+    tokenizer: Tokenizer,
+    settings: _Settings,
+    splits: dict[str, AddedToken],
+    user_defined: list[str],
 ) -> None:
     """Add the tokens, those of the vocabulary first, so that the others get the ids after it, and `<image>` the last one."""
     size = tokenizer.get_vocab_size()
@@ -382,7 +390,9 @@ def _add_tokens(
                 f"tokenizer.model it is {found}. These files are not of one checkpoint; download them again."
             )
 
-    if tokenizer.token_to_id(IMAGE_TOKEN) is not None or IMAGE_TOKEN in {token.content for token in settings.added.values()}:
+    if tokenizer.token_to_id(IMAGE_TOKEN) is not None or IMAGE_TOKEN in {
+        token.content for token in settings.added.values()
+    }:
         raise UnsupportedCheckpointError(
             f"{IMAGE_TOKEN!r} is already a token of the tokenizer of {repository.name!r}, expected it to be free."
         )

@@ -54,8 +54,12 @@ def map_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # a parser that is given damaged bytes can raise anything
         raise InvalidCheckpointError(_damaged(file, error)) from error
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) and _is_plain(value) for name, value in tensors.items()):
-        raise InvalidCheckpointError(f"{file} does not hold a dictionary of tensors, so these are not weights of a model.")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and _is_plain(value) for name, value in tensors.items()
+    ):
+        raise InvalidCheckpointError(
+            f"{file} does not hold a dictionary of tensors, so these are not weights of a model."
+        )
     return tensors
 
 
@@ -94,9 +98,7 @@ def _forbidden(message: str) -> str | None:
     if match := re.search(r"Unsupported operand (\d+)", message):
         opcode = pickletools.code2op.get(chr(int(match[1])))
         return f"pickle instruction {opcode.name}" if opcode else None
-    sentences = (
-        r"(?:Can only|Trying to|Only persistent_load|persistent_load id|Cannot use)[^\n]*|[^\n]* must be imported to load[^\n]*"
-    )
+    sentences = r"(?:Can only|Trying to|Only persistent_load|persistent_load id|Cannot use)[^\n]*|[^\n]* must be imported to load[^\n]*"
     match = re.search(sentences, message)
     return match[0].strip() if match else None
 
@@ -109,9 +111,7 @@ def _is_plain(value: Any) -> bool:
 def _damaged(file: Path, error: Exception) -> str:
     with suppress(OSError), file.open("rb") as stream:
         if stream.read(32).startswith(b"version https://git-lfs"):
-            return (
-                f"{file} is a pointer of Git LFS, not the file itself. Fetch it: `git lfs pull` in its folder, or `hf download`."
-            )
+            return f"{file} is a pointer of Git LFS, not the file itself. Fetch it: `git lfs pull` in its folder, or `hf download`."
     return (
         f"{file} ({file.stat().st_size:,} bytes) is truncated or damaged ({_first_line(error)}). Delete it and download it again "
         "(`--force-download` of `hf download`)."

@@ -38,7 +38,9 @@ def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrained
     _check_special_tokens(repository, tokenizer, config)
     _check_ids(tokenizer_file, values, tokenizer)
     if config.mm_use_im_start_end:
-        config.im_start_token_id, config.im_end_token_id = tokenizer.convert_tokens_to_ids([IM_START_TOKEN, IM_END_TOKEN])
+        config.im_start_token_id, config.im_end_token_id = tokenizer.convert_tokens_to_ids(
+            [IM_START_TOKEN, IM_END_TOKEN]
+        )
 
     if len(tokenizer) > config.vocab_size:
         raise InvalidCheckpointError(
@@ -60,7 +62,9 @@ def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrained
 
 
 def _check_special_tokens(repository: Repository, tokenizer: PreTrainedTokenizerFast, config: LlavaMptConfig) -> None:
-    needed = [TURN_START_TOKEN, TURN_END_TOKEN] + ([IM_START_TOKEN, IM_END_TOKEN] if config.mm_use_im_start_end else [])
+    needed = [TURN_START_TOKEN, TURN_END_TOKEN] + (
+        [IM_START_TOKEN, IM_END_TOKEN] if config.mm_use_im_start_end else []
+    )
     for token in needed:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             raise InvalidCheckpointError(

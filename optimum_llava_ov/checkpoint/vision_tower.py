@@ -53,7 +53,9 @@ def find_vision_tower(repository: Repository, named: str | None, chosen: str | N
     """
     vision_tower = chosen or named
     if not vision_tower:
-        raise InvalidCheckpointError(f"config.json of {repository.name!r} names no vision tower (mm_vision_tower). {_OVERRIDE}")
+        raise InvalidCheckpointError(
+            f"config.json of {repository.name!r} names no vision tower (mm_vision_tower). {_OVERRIDE}"
+        )
 
     candidates = [Path(vision_tower)] if chosen or repository.is_local else []
     if repository.is_local:
@@ -68,7 +70,11 @@ def find_vision_tower(repository: Repository, named: str | None, chosen: str | N
     looks_like_id = vision_tower.count("/") == 1 and not vision_tower.startswith((".", "/", "~"))
     if not looks_like_id:
         tried = " and ".join(shown(str(folder)) for folder in candidates)
-        reason = f"{tried} is no folder" if tried else f"{repository.name!r} is on the Hub, so it must name a model id there"
+        reason = (
+            f"{tried} is no folder"
+            if tried
+            else f"{repository.name!r} is on the Hub, so it must name a model id there"
+        )
         raise InvalidCheckpointError(f"{what} was not found: {reason}. {_OVERRIDE}")
 
     tower = replace(repository, name=vision_tower, subfolder="", revision=None, on_hub=True)
@@ -96,7 +102,9 @@ def read_vision_config(file: Path) -> CLIPVisionConfig:
     if values["model_type"] == "clip":
         values = values.get("vision_config") or {}
         if not isinstance(values, dict):
-            raise InvalidCheckpointError(f"{file} has vision_config={shown(values)}, expected an object. Download it again.")
+            raise InvalidCheckpointError(
+                f"{file} has vision_config={shown(values)}, expected an object. Download it again."
+            )
     # What is absent is the class's default, for CLIP's first towers were published so
     known = {name: values[name] for name in _OPTIONS if values.get(name) is not None}
     problems = broken_rules(known, {name: _OPTIONS[name] for name in known})
@@ -110,5 +118,7 @@ def read_vision_config(file: Path) -> CLIPVisionConfig:
         if image_size < patch_size:
             problems.append(f"image_size={image_size} is less than patch_size={patch_size}")
     if problems:
-        raise UnsupportedCheckpointError(f"{file} describes a vision tower that cannot be built: {'; '.join(problems)}.")
+        raise UnsupportedCheckpointError(
+            f"{file} describes a vision tower that cannot be built: {'; '.join(problems)}."
+        )
     return CLIPVisionConfig(**known)

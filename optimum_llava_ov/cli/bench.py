@@ -36,10 +36,15 @@ class BenchCommand(Command):
         )
         parser.add_argument("--batch-size", type=int, default=1, help="Prompts at a time (default: %(default)s).")
         parser.add_argument(
-            "--image", action="append", default=[], help="Picture for the prompts: path or URL. Repeatable. Default: noise."
+            "--image",
+            action="append",
+            default=[],
+            help="Picture for the prompts: path or URL. Repeatable. Default: noise.",
         )
         parser.add_argument(
-            "--json", action="store_true", help="Print the numbers, and those of each answer, as JSON and nothing else."
+            "--json",
+            action="store_true",
+            help="Print the numbers, and those of each answer, as JSON and nothing else.",
         )
 
     def execute(self) -> None:

@@ -13,7 +13,9 @@ from optimum_llava_ov.cli.base import Command
 
 def add_engine_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="CPU", help='OpenVINO device, such as CPU, GPU or AUTO; "list" shows those of this machine.'
+        "--device",
+        default="CPU",
+        help='OpenVINO device, such as CPU, GPU or AUTO; "list" shows those of this machine.',
     )
     parser.add_argument(
         "--engine",
@@ -24,10 +26,14 @@ def add_engine_arguments(parser: ArgumentParser) -> None:
 
 
 def _add_common_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="Bundle: a folder or a model id. An original checkpoint is converted on the fly.")
+    parser.add_argument(
+        "model", help="Bundle: a folder or a model id. An original checkpoint is converted on the fly."
+    )
     add_engine_arguments(parser)
     parser.add_argument("--system", help="System prompt, instead of the model's usual one.")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest words (default: %(default)s).")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 for the likeliest words (default: %(default)s)."
+    )
     parser.add_argument("--top-p", type=float, default=0.9, help="When sampling (default: %(default)s).")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="Longest answer (default: %(default)s).")
     parser.add_argument(
@@ -89,14 +95,22 @@ class DemoCommand(Command):
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         _add_common_arguments(parser)
-        parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for everyone (%(default)s).")
+        parser.add_argument(
+            "--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for everyone (%(default)s)."
+        )
         parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
         parser.add_argument("--no-browser", action="store_true", help="Do not open the page.")
         parser.add_argument("--title", help="Heading of the page. Default: the model's name.")
-        parser.add_argument("--parallel-answers", type=int, default=2, help="Computed at the same time (default: %(default)s).")
+        parser.add_argument(
+            "--parallel-answers", type=int, default=2, help="Computed at the same time (default: %(default)s)."
+        )
         parser.add_argument("--max-queue", type=int, default=16, help="Visitors that may wait (default: %(default)s).")
-        parser.add_argument("--max-sessions", type=int, default=32, help="Conversations kept in memory (default: %(default)s).")
-        parser.add_argument("--idle-minutes", type=float, default=30, help="After which one is dropped (default: %(default)s).")
+        parser.add_argument(
+            "--max-sessions", type=int, default=32, help="Conversations kept in memory (default: %(default)s)."
+        )
+        parser.add_argument(
+            "--idle-minutes", type=float, default=30, help="After which one is dropped (default: %(default)s)."
+        )
         parser.add_argument(
             "--allow-host",
             action="append",
@@ -125,7 +139,9 @@ class DemoCommand(Command):
         try:
             import gradio  # noqa: F401
         except ImportError as error:
-            raise ImportError('The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"') from error
+            raise ImportError(
+                'The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"'
+            ) from error
         from optimum_llava_ov.demo.page import Demo, Limits, Visitors, build_page, run_demo
         from optimum_llava_ov.images import ImageLimits
         from optimum_llava_ov.loading import session_factory

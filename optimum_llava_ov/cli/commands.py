@@ -17,9 +17,13 @@ class EvalCommand(Command):
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("bundles", nargs="+", type=Path, metavar="bundle", help="Folders of the bundles to measure.")
         parser.add_argument(
-            "--reference", required=True, help="Original checkpoint (folder or model id; run in torch), or another bundle."
+            "bundles", nargs="+", type=Path, metavar="bundle", help="Folders of the bundles to measure."
+        )
+        parser.add_argument(
+            "--reference",
+            required=True,
+            help="Original checkpoint (folder or model id; run in torch), or another bundle.",
         )
         parser.add_argument(
             "--dataset",
@@ -28,8 +32,12 @@ class EvalCommand(Command):
         parser.add_argument("--num-samples", type=int, default=64, help="How many samples (default: %(default)s).")
         parser.add_argument("--max-new-tokens", type=int, default=64, help="Longest answer (default: %(default)s).")
         parser.add_argument("--device", default="CPU", help="OpenVINO device for bundles (default: %(default)s).")
-        parser.add_argument("--work-dir", type=Path, help="Where recordings are kept to resume from (default: <bundle>/.eval).")
-        parser.add_argument("--plot", type=Path, help="Picture of quality against size (default: <first bundle>/eval.png).")
+        parser.add_argument(
+            "--work-dir", type=Path, help="Where recordings are kept to resume from (default: <bundle>/.eval)."
+        )
+        parser.add_argument(
+            "--plot", type=Path, help="Picture of quality against size (default: <first bundle>/eval.png)."
+        )
 
     def execute(self) -> None:
         from optimum_llava_ov.bundle.card import update_card
@@ -39,7 +47,13 @@ class EvalCommand(Command):
 
         args = self.args
         qualities = evaluate(
-            args.bundles, args.reference, args.dataset, args.num_samples, args.max_new_tokens, args.work_dir, args.device
+            args.bundles,
+            args.reference,
+            args.dataset,
+            args.num_samples,
+            args.max_new_tokens,
+            args.work_dir,
+            args.device,
         )
         print(table(qualities))
         picture = args.plot or args.bundles[0] / "eval.png"
@@ -57,13 +71,19 @@ class PushCommand(Command):
         parser.add_argument("bundle", type=Path, help="Folder of the bundle.")
         parser.add_argument("repo_id", help="Where to: owner/name. Created if it does not exist.")
         parser.add_argument(
-            "--dry-run", action="store_true", help="Check the bundle and say what would be published; needs no network."
+            "--dry-run",
+            action="store_true",
+            help="Check the bundle and say what would be published; needs no network.",
         )
-        parser.add_argument("--private", action="store_true", default=None, help="If the repository is created, make it private.")
+        parser.add_argument(
+            "--private", action="store_true", default=None, help="If the repository is created, make it private."
+        )
         parser.add_argument("--revision", help="Branch to push to, created if it does not exist (default: main).")
         parser.add_argument("--create-pr", action="store_true", help="Propose it as a pull request.")
         parser.add_argument("--commit-message", help="Summary of the commit.")
-        parser.add_argument("--token", help="Token with write permission (default: that of `hf auth login`, or HF_TOKEN).")
+        parser.add_argument(
+            "--token", help="Token with write permission (default: that of `hf auth login`, or HF_TOKEN)."
+        )
 
     def execute(self) -> None:
         from optimum_llava_ov.hub.push import plan_push, push_bundle
@@ -72,7 +92,9 @@ class PushCommand(Command):
         if args.dry_run:
             print(f"{plan_push(args.bundle, args.repo_id)}\nNothing was published (--dry-run).")
             return
-        options = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message", "token")}
+        options = {
+            name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message", "token")
+        }
         commit = push_bundle(args.bundle, args.repo_id, **options)
         print(f"Published: {commit.pr_url or commit}")
 

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from optimum_llava_ov.errors import BundleError, HubError, ImageError, InvalidCheckpointError, UnsupportedCheckpointError
+from optimum_llava_ov.errors import (
+    BundleError,
+    HubError,
+    ImageError,
+    InvalidCheckpointError,
+    UnsupportedCheckpointError,
+)
 
 
 DEBUG = "OPTIMUM_LLAVA_OV_DEBUG"

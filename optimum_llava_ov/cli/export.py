@@ -27,8 +27,12 @@ def run_export(args: Namespace) -> None:
     Args:
         args: as Optimum's `parse_args_openvino` gives them.
     """
-    hub_options = {name: getattr(args, name) for name in ("revision", "subfolder", "token") if getattr(args, name, None)}
-    if args.weight_format not in ("fp16", "fp32") and _is_large(Repository(args.model, cache_dir=args.cache_dir, **hub_options)):
+    hub_options = {
+        name: getattr(args, name) for name in ("revision", "subfolder", "token") if getattr(args, name, None)
+    }
+    if args.weight_format not in ("fp16", "fp32") and _is_large(
+        Repository(args.model, cache_dir=args.cache_dir, **hub_options)
+    ):
         restart_with_huge_pages()
     _show_messages()
     return_what_is_freed()

@@ -77,7 +77,9 @@ class Guard:
         pages: where open pages are noted.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], names: tuple[str, ...], pages: OpenPages):
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], names: tuple[str, ...], pages: OpenPages
+    ):
         self.app = app
         self.names = {*LOCAL_NAMES, *(name.lower().strip("[]") for name in names)}
         self.pages = pages

@@ -258,7 +258,9 @@ class Visitors:
         idle = [name for name, visitor in self._visitors.items() if not visitor.busy and visitor.seen <= used]
         too_many = max(len(self._visitors) + 1 - self._limit, 0)
         if len(idle) < too_many:
-            raise RuntimeError(f"All {self._limit} conversations that this server can keep are in use. Try again in a minute.")
+            raise RuntimeError(
+                f"All {self._limit} conversations that this server can keep are in use. Try again in a minute."
+            )
         return self._take_out(idle[:too_many])
 
     def _take_out(self, names: list[str]) -> list[Visitor]:
@@ -289,7 +291,9 @@ class Demo:
         self.limits = limits
         self.pages = OpenPages()
 
-    def ask(self, question: dict, temperature: float, top_p: float, tokens: int, device: str, request: gr.Request) -> Iterator:
+    def ask(
+        self, question: dict, temperature: float, top_p: float, tokens: int, device: str, request: gr.Request
+    ) -> Iterator:
         """Stream the answer. The last picture that came is what the question is about."""
         self._check_page(request)
         text, files = (question.get("text") or "").strip(), question.get("files") or []
@@ -352,7 +356,9 @@ class Demo:
         folder.mkdir(parents=True, exist_ok=True)
         file = Path(tempfile.mkdtemp(dir=folder)) / "picture.png"
         picture.save(file)
-        return question_box({"text": question.get("text") or "", "files": [*(question.get("files") or []), str(file)]}), ""
+        return question_box(
+            {"text": question.get("text") or "", "files": [*(question.get("files") or []), str(file)]}
+        ), ""
 
     def stop(self, request: gr.Request) -> None:
         visitor = self.visitors.find(request.session_hash)
@@ -461,7 +467,10 @@ def build_page(
                 ]  # fmt: skip
                 with gr.Group(visible=bool(demo.limits.hosts)):
                     address = gr.Textbox(
-                        label="Picture from", info=", ".join(demo.limits.hosts), placeholder="https://", max_length=2000
+                        label="Picture from",
+                        info=", ".join(demo.limits.hosts),
+                        placeholder="https://",
+                        max_length=2000,
                     )
                     fetch = gr.Button("Add", elem_id="fetch", size="sm")
         shown = [chat, question]
@@ -477,7 +486,12 @@ def build_page(
             fetching = [fetch.click, address.submit]
             limit = demo.limits.answers
             gr.on(
-                fetching, demo.fetch, [address, question], [question, address], api_visibility="private", concurrency_limit=limit
+                fetching,
+                demo.fetch,
+                [address, question],
+                [question, address],
+                api_visibility="private",
+                concurrency_limit=limit,
             )
         page.unload(demo.leave)
     return page

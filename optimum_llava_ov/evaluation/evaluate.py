@@ -62,7 +62,15 @@ def evaluate(
     for bundle in bundles:
         recording = work_dir / bundle.resolve().name
         fingerprint = (bundle / "openvino_language_model.bin").stat().st_mtime_ns
-        _record(bundle, device, samples, recording, {**settings, "bundle": fingerprint}, max_new_tokens, work_dir / "reference")
+        _record(
+            bundle,
+            device,
+            samples,
+            recording,
+            {**settings, "bundle": fingerprint},
+            max_new_tokens,
+            work_dir / "reference",
+        )
         quality = measure(samples, work_dir / "reference", recording, bundle, AutoTokenizer.from_pretrained(bundle))
         qualities[bundle.resolve().name] = quality
         write_json(bundle / "eval.json", {**quality.to_dict(), "settings": _public(settings, dataset)})
@@ -94,7 +102,9 @@ def _record(
 def _public(settings: dict, dataset: str | Path | None) -> dict:
     """What of the settings strangers should see: names, no paths."""
     return {
-        "reference": Path(settings["reference"]).name if Path(settings["reference"]).exists() else settings["reference"],
+        "reference": Path(settings["reference"]).name
+        if Path(settings["reference"]).exists()
+        else settings["reference"],
         "dataset": "coloured shapes (built in)" if dataset is None else Path(dataset).name,
         "max_new_tokens": settings["max_new_tokens"],
         "versions": {name: version(name) for name in ("optimum-llava-ov", "openvino", "nncf", "transformers")},

@@ -91,7 +91,9 @@ def table(qualities: dict[str, Quality]) -> str:
     rows = [header]
     for name, quality in qualities.items():
         divergence = "-" if quality.first_divergence is None else f"token {quality.first_divergence:.1f}"
-        accuracy = "-" if quality.accuracy is None else f"{quality.accuracy:.1%} (reference {quality.reference_accuracy:.1%})"
+        accuracy = (
+            "-" if quality.accuracy is None else f"{quality.accuracy:.1%} (reference {quality.reference_accuracy:.1%})"
+        )
         rows.append(
             (
                 name,

@@ -37,12 +37,16 @@ def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
     return OVModelForLlavaMPT.from_pretrained(name, device=device), AutoProcessor.from_pretrained(name)
 
 
-def record_reference(model: Any, processor: LlavaProcessor, samples: list[Sample], folder: Path, max_new_tokens: int) -> None:
+def record_reference(
+    model: Any, processor: LlavaProcessor, samples: list[Sample], folder: Path, max_new_tokens: int
+) -> None:
     """Write, for each sample, the greedy answer and the log-probabilities of all tokens at each of its positions."""
     for index, sample in _missing(samples, folder, "Reference"):
         inputs = sample.inputs(processor)
         tokens = _greedy(model, inputs, max_new_tokens)
-        _write(folder / f"{index:05d}.npz", tokens=tokens, log_probs=_log_probs(model, inputs, tokens).astype(np.float16))
+        _write(
+            folder / f"{index:05d}.npz", tokens=tokens, log_probs=_log_probs(model, inputs, tokens).astype(np.float16)
+        )
 
 
 def record_bundle(

@@ -39,7 +39,8 @@ def calibration_dataset(
     samples = random.Random(0).sample(samples, min(len(samples), num_samples or DEFAULT_NUM_SAMPLES))
     core = openvino.Core()
     table, encoder = (
-        core.compile_model(folder / f"openvino_{part}_model.xml", "CPU") for part in ("text_embeddings", "vision_embeddings")
+        core.compile_model(folder / f"openvino_{part}_model.xml", "CPU")
+        for part in ("text_embeddings", "vision_embeddings")
     )
     return nncf.Dataset(
         [_inputs(sample, processor, table, encoder) for sample in tqdm(samples, desc="Preparing calibration data")]

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 ACTIVATION_GROUPS = (128, 64)
 
 
-def compress(model: openvino.Model, config: OVWeightQuantizationConfig, dataset: nncf.Dataset | None = None) -> openvino.Model:
+def compress(
+    model: openvino.Model, config: OVWeightQuantizationConfig, dataset: nncf.Dataset | None = None
+) -> openvino.Model:
     """Compress the weights of one part, in place.
 
     Args:

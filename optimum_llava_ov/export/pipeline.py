@@ -89,7 +89,9 @@ def main_export(
             downloaded where that is possible. The output is then as it was.
     """
     # `kwargs_shapes` of Optimum's
-    check_options("main_export", kwargs, names_of(main_export) | names_of(optimum_main_export) | DEFAULT_DUMMY_SHAPES.keys())
+    check_options(
+        "main_export", kwargs, names_of(main_export) | names_of(optimum_main_export) | DEFAULT_DUMMY_SHAPES.keys()
+    )
     _check_arguments(task, stateful, model_kwargs, kwargs)
     output = prepare_output(output)
     checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
@@ -120,7 +122,12 @@ def export_from_model(
     Raises:
         As [`main_export`].
     """
-    known = names_of(export_from_model) | names_of(optimum_export_from_model) | {*HUB_OPTIONS} | DEFAULT_DUMMY_SHAPES.keys()
+    known = (
+        names_of(export_from_model)
+        | names_of(optimum_export_from_model)
+        | {*HUB_OPTIONS}
+        | DEFAULT_DUMMY_SHAPES.keys()
+    )
     check_options("export_from_model", kwargs, known)
     _check_arguments(task or "auto", stateful, model_kwargs, kwargs)
     output = prepare_output(output)
@@ -207,7 +214,9 @@ def _check_free_space(
         part_recipe = recipe_for_part(recipe, part) if recipe else None
         limit = {"fp16": 2, "fp32": 4}.get(getattr(ov_config, "dtype", None))
         for weight in config.get_model_for_behavior(model, behavior).parameters():
-            needed += weight.numel() * (_bytes_per_weight(part_recipe) if part_recipe else limit or weight.element_size())
+            needed += weight.numel() * (
+                _bytes_per_weight(part_recipe) if part_recipe else limit or weight.element_size()
+            )
     free = shutil.disk_usage(folder).free
     logger.info("The bundle needs %.2f GB of disk; %.2f GB are free.", needed / 1e9, free / 1e9)
     if needed > free:
@@ -262,7 +271,9 @@ def _export_parts(
         own = {id(weight) for weight in part.parameters()}
         weights = {name: weight for name, weight in model.named_parameters() if id(weight) in own}
         check = checker.submit(check_finite, weights)
-        finish = partial(_finish, check=check, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress)
+        finish = partial(
+            _finish, check=check, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress
+        )
         with warnings.catch_warnings(), host.exporting(finish, spill.save):
             # Sizes that torch reports as constants are constants here, or symbolic in what Optimum patches
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -275,7 +286,9 @@ def _export_parts(
                 ov_config=ov_config,
                 stateful=getattr(part_config, "use_past", False),
                 # Linear layers and embeddings go into the graph as stored, without being computed or copied
-                patch_16bit_model=any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in part.parameters()),
+                patch_16bit_model=any(
+                    parameter.dtype in (torch.float16, torch.bfloat16) for parameter in part.parameters()
+                ),
                 library_name="transformers",
             )
         if release is not None:
@@ -310,7 +323,9 @@ def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
         [`UnsupportedCheckpointError`]: the tokenizer has a step that openvino-tokenizers does not know.
     """
     try:
-        models = openvino_tokenizers.convert_tokenizer(processor.tokenizer, with_detokenizer=True, skip_special_tokens=True)
+        models = openvino_tokenizers.convert_tokenizer(
+            processor.tokenizer, with_detokenizer=True, skip_special_tokens=True
+        )
     except Exception as error:  # its errors have no common class
         raise UnsupportedCheckpointError(
             f"openvino-tokenizers does not convert this tokenizer.json ({error}). Take it from the original checkpoint, or export with "

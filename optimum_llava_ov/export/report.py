@@ -26,7 +26,8 @@ def report(bundle: Path) -> str:
         sizes = weight_bytes(core.read_model(bundle / file))
         total = sum(sizes.values()) or 1
         mix = ", ".join(
-            f"{100 * size / total:.0f} % {precision}" for precision, size in sorted(sizes.items(), key=lambda item: -item[1])
+            f"{100 * size / total:.0f} % {precision}"
+            for precision, size in sorted(sizes.items(), key=lambda item: -item[1])
         )
         rows.append((name, mix, f"{on_disk[name] / 1e6:,.1f} MB"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

@@ -47,7 +47,9 @@ class Spill:
         name, file = constant.get_friendly_name(), self.folder / f"{len(self._files)}.weight"
         self._files[name] = file
         with file.open("wb") as reserved:
-            os.posix_fallocate(reserved.fileno(), 0, data.nbytes)  # a full disk is an error here, and would be a crash later
+            os.posix_fallocate(
+                reserved.fileno(), 0, data.nbytes
+            )  # a full disk is an error here, and would be a crash later
         self._mappings.append(np.memmap(file, np.uint8, mode="r+"))
         # While NNCF computes the next one; never more than one, which is memory
         self.wait()
@@ -80,12 +82,18 @@ class Spill:
         _check_layers(layers, constants)
         with binary.open("wb") as output, binary.open("rb") as written:
             self._write(layers, constants, output, written)
-        path.write_text(f'<?xml version="1.0"?>\n{ElementTree.tostring(graph.getroot(), encoding="unicode")}\n', encoding="utf-8")
+        path.write_text(
+            f'<?xml version="1.0"?>\n{ElementTree.tostring(graph.getroot(), encoding="unicode")}\n', encoding="utf-8"
+        )
         _read_back(path, samples)
         shutil.rmtree(self.folder)
 
     def _write(
-        self, layers: list[ElementTree.Element], constants: dict[str, openvino.op.Constant], output: BinaryIO, written: BinaryIO
+        self,
+        layers: list[ElementTree.Element],
+        constants: dict[str, openvino.op.Constant],
+        output: BinaryIO,
+        written: BinaryIO,
     ) -> None:
         """Write the constants in the order of the graph, equal ones once, and enter their offsets into the graph."""
         offsets: dict[tuple[int, bytes], list[int]] = {}
@@ -122,7 +130,9 @@ def _read_back(path: Path, samples: dict[str, bytes]) -> None:
     found = {op.get_friendly_name(): _sample(_bytes(op)) for op in model.get_ops() if op.get_type_name() == "Constant"}
     wrong = sorted(name for name in samples.keys() | found.keys() if samples.get(name) != found.get(name))
     if wrong:
-        raise BundleError(f"{path.name} does not hold the weights that were written ({', '.join(wrong[:5])}). Export again.")
+        raise BundleError(
+            f"{path.name} does not hold the weights that were written ({', '.join(wrong[:5])}). Export again."
+        )
 
 
 def _bytes(constant: openvino.op.Constant) -> np.ndarray:

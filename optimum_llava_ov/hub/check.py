@@ -21,7 +21,9 @@ def check_publishable(folder: Path) -> None:
         [`BundleError`]: files are missing or do not load, or the card lacks metadata; says which.
     """
     if not folder.is_dir():
-        raise BundleError(f"{folder} is no folder. Expected one with a bundle, as `optimum-cli export openvino` writes it.")
+        raise BundleError(
+            f"{folder} is no folder. Expected one with a bundle, as `optimum-cli export openvino` writes it."
+        )
     complete_replacement(folder)
     check_bundle(folder)
     check_loads(folder, tokenizers=True)

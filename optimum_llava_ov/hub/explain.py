@@ -24,7 +24,9 @@ def explained(api: HfApi, repo_id: str) -> Iterator[None]:
     except HubError:
         raise
     except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is not a valid name for a repository. Expected `owner/name`. ({error})") from error
+        raise HubError(
+            f"{repo_id!r} is not a valid name for a repository. Expected `owner/name`. ({error})"
+        ) from error
     except LocalTokenNotFoundError as error:
         raise HubError(_not_logged_in(repo_id)) from error
     except OfflineModeIsEnabled as error:

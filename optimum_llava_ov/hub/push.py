@@ -38,7 +38,9 @@ class PushPlan:
     def __str__(self) -> str:
         width = max(map(len, self.files))
         lines = [f"{name:<{width}}  {size / 1e6:>12,.3f} MB" for name, size in self.files.items()]
-        return "\n".join([*lines, f"{'together':<{width}}  {sum(self.files.values()) / 1e6:>12,.3f} MB", f"to {self.repo_id}"])
+        return "\n".join(
+            [*lines, f"{'together':<{width}}  {sum(self.files.values()) / 1e6:>12,.3f} MB", f"to {self.repo_id}"]
+        )
 
 
 def plan_push(bundle: str | Path, repo_id: str) -> PushPlan:

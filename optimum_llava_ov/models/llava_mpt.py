@@ -66,7 +66,9 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         """
         checkpoint = OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs)
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or getattr(config, "dtype", None)
-        model = cls.from_checkpoint(checkpoint, getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
+        model = cls.from_checkpoint(
+            checkpoint, getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        )
         device = kwargs.get("device_map")
         return model if device in (None, "auto") else model.to(device)
 
@@ -131,7 +133,9 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
             if image_features is not None:
-                inputs_embeds = merge_image_features(input_ids, inputs_embeds, image_features, self.config.image_token_id)
+                inputs_embeds = merge_image_features(
+                    input_ids, inputs_embeds, image_features, self.config.image_token_id
+                )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if attention_mask is None:
@@ -139,7 +143,9 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
             attention_mask = inputs_embeds.new_ones(
                 inputs_embeds.shape[0], past_length + inputs_embeds.shape[1], dtype=torch.long
             )
-        return self.language_model(inputs_embeds, attention_mask, past_key_values=past_key_values, logits_to_keep=logits_to_keep)
+        return self.language_model(
+            inputs_embeds, attention_mask, past_key_values=past_key_values, logits_to_keep=logits_to_keep
+        )
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, pixel_values=None, image_features=None, **kwargs

@@ -35,7 +35,9 @@ class MptAttention(nn.Module):
         if self.clip_qkv:
             qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         query, key, value = (
-            part.view(batch_size, query_length, self.num_heads, self.head_dim).transpose(1, 2)  # (batch, head, token, dim)
+            part.view(batch_size, query_length, self.num_heads, self.head_dim).transpose(
+                1, 2
+            )  # (batch, head, token, dim)
             for part in qkv.chunk(3, dim=-1)
         )
         if past_key_values is not None:
@@ -123,7 +125,9 @@ class MptLanguageModel(nn.Module):
             `logits` `(batch, query or logits_to_keep, vocab_size)`; `past_key_values`.
         """
         config = self.config
-        slopes = alibi_slopes(config.n_heads, config.attn_config.alibi_bias_max).to(inputs_embeds.device, inputs_embeds.dtype)
+        slopes = alibi_slopes(config.n_heads, config.attn_config.alibi_bias_max).to(
+            inputs_embeds.device, inputs_embeds.dtype
+        )
         bias = attention_bias(attention_mask, inputs_embeds.shape[1], slopes)
         hidden_states = self.transformer(inputs_embeds, bias, past_key_values)
         if logits_to_keep:

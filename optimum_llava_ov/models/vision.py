@@ -55,5 +55,7 @@ class ImageEncoder(nn.Module):
         image_features = self.projector(self.features(pixel_values))
         if self.borders is None:
             return image_features
-        borders = self.borders.to(image_features.dtype).unsqueeze(1).expand(-1, image_features.shape[0], -1).unsqueeze(2)
+        borders = (
+            self.borders.to(image_features.dtype).unsqueeze(1).expand(-1, image_features.shape[0], -1).unsqueeze(2)
+        )
         return torch.cat([borders[0], image_features, borders[1]], dim=1)

@@ -33,7 +33,9 @@ def load_weights(model: LlavaMptForConditionalGeneration, checkpoint: OriginalCh
     _materialize_buffers(model)
 
 
-def _language_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration) -> dict[str, torch.Tensor]:
+def _language_tensors(
+    checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration
+) -> dict[str, torch.Tensor]:
     config, head = checkpoint.config, "language_model.lm_head"
     state_dict = {}
     for name, tensor in checkpoint.tensors().items():
@@ -51,11 +53,17 @@ def _language_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditio
         if config.num_border_tokens:
             state_dict["image_encoder.borders"] = table[[config.im_start_token_id, config.im_end_token_id]]
         table = torch.cat([table, table.new_zeros(1, table.shape[1])])
-        state_dict |= {"embed_tokens.weight": table, f"{head}.weight": table, f"{head}.bias": head_bias(len(table), table.dtype)}
+        state_dict |= {
+            "embed_tokens.weight": table,
+            f"{head}.weight": table,
+            f"{head}.bias": head_bias(len(table), table.dtype),
+        }
     return state_dict
 
 
-def _vision_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration) -> dict[str, torch.Tensor]:
+def _vision_tensors(
+    checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration
+) -> dict[str, torch.Tensor]:
     wanted = dict(model.image_encoder.features.named_parameters())
     tensors = {name.removeprefix("vision_model."): tensor for name, tensor in checkpoint.vision_tensors().items()}
     # The layers behind the selected one are not part of the model.

@@ -66,7 +66,9 @@ def _register_model() -> None:
 
     from optimum_llava_ov.checkpoint.config import LlavaMptConfig
 
-    model = _Deferred("LlavaMptForConditionalGeneration", "optimum_llava_ov.models.llava_mpt", config_class=LlavaMptConfig)
+    model = _Deferred(
+        "LlavaMptForConditionalGeneration", "optimum_llava_ov.models.llava_mpt", config_class=LlavaMptConfig
+    )
     AutoModelForImageTextToText.register(LlavaMptConfig, model, exist_ok=True)
 
 
@@ -75,7 +77,9 @@ def _register_processor() -> None:
 
     from optimum_llava_ov.checkpoint.config import LlavaMptConfig
 
-    AutoProcessor.register(LlavaMptConfig, _Deferred("LlavaMptProcessor", "optimum_llava_ov.bundle.settings"), exist_ok=True)
+    AutoProcessor.register(
+        LlavaMptConfig, _Deferred("LlavaMptProcessor", "optimum_llava_ov.bundle.settings"), exist_ok=True
+    )
 
 
 def _host_hook(name: str) -> Callable[[], None]:

@@ -86,7 +86,9 @@ def hook_command() -> None:
         from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
         from optimum_llava_ov.cli.exit import exit_status
 
-        options = {name: getattr(self.args, name) for name in _EXPORT_OPTIONS if getattr(self.args, name, None) is not None}
+        options = {
+            name: getattr(self.args, name) for name in _EXPORT_OPTIONS if getattr(self.args, name, None) is not None
+        }
         with exit_status(getattr(self.args, "verbose", False), options.get("token")):
             # A model that nobody can read is not Optimum's to report either
             if (

@@ -41,7 +41,9 @@ def canonical_prompts(
     return ids, mask
 
 
-def _canonical_row(row: list[int], image_token_id: int, image_seq_length: int, border_ids: tuple[int, int] | None) -> list[int]:
+def _canonical_row(
+    row: list[int], image_token_id: int, image_seq_length: int, border_ids: tuple[int, int] | None
+) -> list[int]:
     tokens: list[int | None] = []  # None is one whole image
     for token, run in groupby(row):
         count = len(list(run))

@@ -45,7 +45,9 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         self._compile_lock = threading.RLock()
         super().__init__(*args, **kwargs)
         if self._compile_only:  # the host has compiled the graph as it is, whose results are rounded in another way
-            self._use(self._compiled_decoder(openvino.Core().read_model(Path(self.model_save_dir) / PARTS["language_model"])))
+            self._use(
+                self._compiled_decoder(openvino.Core().read_model(Path(self.model_save_dir) / PARTS["language_model"]))
+            )
             self.model = self.request.get_compiled_model()
 
     def compile(self) -> None:
@@ -56,7 +58,9 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             self._use(self._compiled_decoder(self.model))
             self._compile_text_emb()
             if isinstance(self.text_emb_model, openvino.Model):
-                self._embedding_table = EmbeddingTable.of(self.text_emb_model, lambda ids: self.text_emb_request(ids)[0])
+                self._embedding_table = EmbeddingTable.of(
+                    self.text_emb_model, lambda ids: self.text_emb_request(ids)[0]
+                )
             logger.info("Packing the weights of the language model ...")
             with read_once(weights_file(self.model_save_dir, "language_model")):
                 self.forward(torch.zeros(1, 1, self.config.text_config.d_model), logits_to_keep=1)
@@ -77,7 +81,9 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             try:
                 return PagedDecoder(self._compiled(with_logit_positions(paged_graph, axis=0)))
             except RuntimeError as error:  # a processor that it was not written for
-                logger.warning("Paged attention does not compile here, so the slower attention is used. OpenVINO said: %s", error)
+                logger.warning(
+                    "Paged attention does not compile here, so the slower attention is used. OpenVINO said: %s", error
+                )
         return StatefulDecoder(self._compiled(with_logit_positions(graph, axis=1)))
 
     def _compiled(self, graph: openvino.Model) -> openvino.CompiledModel:
@@ -140,7 +146,9 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         if attention_mask is None:
             attention_mask = torch.ones(shape, dtype=torch.long)
         if attention_mask.shape != shape:
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected (batch, past + new tokens): {shape}.")
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}, expected (batch, past + new tokens): {shape}."
+            )
 
         kept = min(logits_to_keep or length, length)
         logits = cache.extend(inputs_embeds.contiguous().numpy(), attention_mask.long().numpy(), kept)

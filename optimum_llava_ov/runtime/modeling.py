@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import openvino
@@ -27,9 +27,6 @@ from optimum_llava_ov.samples.files import question_inputs
 from optimum_llava_ov.system.mapped import read_once
 from optimum_llava_ov.system.threads import one_torch_thread
 
-
-if TYPE_CHECKING:
-    pass
 
 ATTENTION_BACKEND = "ATTENTION_BACKEND"  # GenAI's name
 
@@ -70,7 +67,14 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         ov_config = {**(kwargs.pop("ov_config", None) or {})}
         attention_backend = kwargs.pop("attention_backend", None) or ov_config.pop(ATTENTION_BACKEND, PA)
         super().__init__(
-            language_model, text_embeddings, vision_embeddings, config, device, compile=False, ov_config=ov_config, **kwargs
+            language_model,
+            text_embeddings,
+            vision_embeddings,
+            config,
+            device,
+            compile=False,
+            ov_config=ov_config,
+            **kwargs,
         )
         # In place of the host's, before anything is compiled
         self.language_model = LanguageModel(
@@ -274,14 +278,18 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
                     inputs[name] = images if len(images) else None
         return {**inputs, "input_ids": input_ids[:, -num_new_tokens:]}
 
-    def _images_of_new_tokens(self, images: torch.Tensor, input_ids: torch.LongTensor, num_new_tokens: int) -> torch.Tensor:
+    def _images_of_new_tokens(
+        self, images: torch.Tensor, input_ids: torch.LongTensor, num_new_tokens: int
+    ) -> torch.Tensor:
         """Leave out images whose tokens are in the cache, unless only the new images were given."""
         is_image = input_ids == self.config.image_token_index
         totals = is_image.sum(dim=1) // self.config.image_seq_length
         if len(images) != totals.sum():
             return images
         new = is_image[:, -num_new_tokens:].sum(dim=1) // self.config.image_seq_length
-        keep = [number >= total - count for total, count in zip(totals.tolist(), new.tolist()) for number in range(total)]
+        keep = [
+            number >= total - count for total, count in zip(totals.tolist(), new.tolist()) for number in range(total)
+        ]
         return images[keep]
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:

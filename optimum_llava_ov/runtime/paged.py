@@ -50,7 +50,9 @@ class PagedDecoder:
         is_token = attention_mask != 0
         past, cached = is_token[:, :-length].sum(axis=1), self._cache.lengths[beam_idx]
         if not np.array_equal(past, cached):
-            raise ValueError(f"attention_mask shows {past.tolist()} earlier tokens, but the cache holds {cached.tolist()}.")
+            raise ValueError(
+                f"attention_mask shows {past.tolist()} earlier tokens, but the cache holds {cached.tolist()}."
+            )
         self._cache.reorder(beam_idx)
         is_token = is_token[:, -length:]
         is_whole = is_token.all()
@@ -92,13 +94,19 @@ class PagedDecoder:
                 np.arange(begin + max(skipped[row] - start, 0), end)
                 for (row, start, _), begin, end in zip(pieces, begins, begins[1:])
             ]
-            values = self._infer(np.concatenate(inputs_embeds), [row for row, _, _ in pieces], begins, np.concatenate(wanted))
-            for (row, _, _), part in zip(pieces, np.split(values, np.cumsum([len(positions) for positions in wanted])[:-1])):
+            values = self._infer(
+                np.concatenate(inputs_embeds), [row for row, _, _ in pieces], begins, np.concatenate(wanted)
+            )
+            for (row, _, _), part in zip(
+                pieces, np.split(values, np.cumsum([len(positions) for positions in wanted])[:-1])
+            ):
                 if len(part):
                     logits[row].append(part)
         return [parts[0] if len(parts) == 1 else np.concatenate([nothing, *parts]) for parts in logits]
 
-    def _infer(self, inputs_embeds: np.ndarray, rows: Sequence[int], begins: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def _infer(
+        self, inputs_embeds: np.ndarray, rows: Sequence[int], begins: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
         """One call. `inputs_embeds` are those of rows, one behind the other; logits `(positions, vocab_size)` are of its positions."""
         past = self._cache.lengths[rows]
         for row, tokens in zip(rows, np.diff(begins)):
@@ -115,7 +123,9 @@ class PagedDecoder:
         }
         self.request.infer(inputs, share_inputs=True, share_outputs=True)
         logits = self.request.get_tensor("logits").data
-        return logits.reshape(-1, logits.shape[-1])[: len(positions)].copy()  # the request overwrites its output at the next call
+        return logits.reshape(-1, logits.shape[-1])[
+            : len(positions)
+        ].copy()  # the request overwrites its output at the next call
 
 
 def _pieces(lengths: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:

@@ -35,9 +35,13 @@ class PagedCache:
         self._ports = [port for port in request.model_inputs if "_cache." in port.get_any_name()]
         for port in self._ports:  # keys have more behind the tokens: the scales of 8 bits
             if port.get_any_name().startswith("value") and port.get_partial_shape()[2] != BLOCK:
-                raise RuntimeError(f"{port.get_any_name()} is {port.get_partial_shape()}, not in blocks of {BLOCK} tokens.")
+                raise RuntimeError(
+                    f"{port.get_any_name()} is {port.get_partial_shape()}, not in blocks of {BLOCK} tokens."
+                )
         self._shapes = [[side.get_length() for side in list(port.get_partial_shape())[1:]] for port in self._ports]
-        self._sizes = [math.prod(shape) * port.get_element_type().bitwidth // 8 for port, shape in zip(self._ports, self._shapes)]
+        self._sizes = [
+            math.prod(shape) * port.get_element_type().bitwidth // 8 for port, shape in zip(self._ports, self._shapes)
+        ]
         self.block_bytes = sum(self._sizes)
         self._arrays: list[np.ndarray | None] = [None] * len(self._ports)  # (blocks, bytes)
         self.ref_counts = np.zeros(0, dtype=np.int64)

@@ -41,7 +41,11 @@ class StatefulDecoder:
         self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, beam_idx: np.ndarray, logits_to_keep: int
     ) -> np.ndarray:
         batch_size, length = inputs_embeds.shape[:2]
-        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "beam_idx": beam_idx.astype(np.int32)}
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "beam_idx": beam_idx.astype(np.int32),
+        }
         if LOGIT_POSITIONS in self._inputs:
             inputs[LOGIT_POSITIONS] = np.arange(length - logits_to_keep, length)
         if "position_ids" in self._inputs:  # compiled elsewhere; nothing in the graph consumes it

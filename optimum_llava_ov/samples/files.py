@@ -20,7 +20,11 @@ _ANSWER_KEYS = ("answer", "response", "output")
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 # For pictures that come without a question
-DEFAULT_PROMPTS = ("Describe the picture in detail.", "What is in this picture?", "What stands out in this picture, and why?")
+DEFAULT_PROMPTS = (
+    "Describe the picture in detail.",
+    "What is in this picture?",
+    "What stands out in this picture, and why?",
+)
 
 
 @dataclass(frozen=True)

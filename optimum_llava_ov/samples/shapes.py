@@ -140,7 +140,9 @@ def render(scene: Scene, size: tuple[int, int] | None = None, oversampling: int 
         if item.shape == "circle":
             draw.ellipse((x - radius * 0.92, y - radius * 0.92, x + radius * 0.92, y + radius * 0.92), fill=item.rgb)
         else:
-            draw.polygon([(x + radius * u, y + radius * v) for u, v in _outline(item.shape, item.angle)], fill=item.rgb)
+            draw.polygon(
+                [(x + radius * u, y + radius * v) for u, v in _outline(item.shape, item.angle)], fill=item.rgb
+            )
     return canvas.reduce(oversampling)
 
 
@@ -329,9 +331,9 @@ class Conversation:
         if shape is None and colour is None:
             shape = self.rng.choice(scene.objects).shape
         name = _a(shape) if shape else _a(colour, "shape")
-        question = self.rng.choice(("Which picture has {}?", "Which picture shows {}?", "In which picture is there {}?")).format(
-            name
-        )
+        question = self.rng.choice(
+            ("Which picture has {}?", "Which picture shows {}?", "In which picture is there {}?")
+        ).format(name)
         first, second = (scene.count(shape, colour) > 0 for scene in self.scenes)
         if first and second:
             return question, f"Both pictures have {name}."
@@ -360,7 +362,9 @@ class Conversation:
         # "And the square?" now asks for this attribute
         self._last, self._target = (attribute, self._last[1]), (item.shape, None)
         if attribute == "place":
-            return self.rng.choice(("Where is it?", "And where is it?", "In which place is it?")), f"It is {item.place}."
+            return self.rng.choice(
+                ("Where is it?", "And where is it?", "In which place is it?")
+            ), f"It is {item.place}."
         if attribute == "colour":
             return self.rng.choice(("What colour is it?", "Which colour does it have?")), f"It is {item.colour}."
         self._last = (None, self._last[1])

@@ -17,4 +17,6 @@ def check_device(device: str) -> None:
     found = available_devices()
     first = device.split(":")[0].split(".")[0].upper()
     if first not in ("AUTO", "HETERO", "MULTI") and first not in {name.split(".")[0] for name in found}:
-        raise ValueError(f"There is no device {device!r} here. OpenVINO finds: {', '.join(found)}; or let it choose with AUTO.")
+        raise ValueError(
+            f"There is no device {device!r} here. OpenVINO finds: {', '.join(found)}; or let it choose with AUTO."
+        )

@@ -13,7 +13,17 @@ import torch
 
 PACKAGES = ("optimum-llava-ov", "openvino", "openvino-genai", "optimum-intel", "transformers", "torch")
 # What makes the difference for matrices in 8 bits and in bf16, by the names that Linux and the manuals have.
-FEATURES = ("avx2", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16")
+FEATURES = (
+    "avx2",
+    "avx_vnni",
+    "avx512_f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+)
 ARM_FEATURES = ("neon", "bf16", "i8mm", "dot", "sve", "sve2", "sme")
 
 

@@ -58,7 +58,9 @@ def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
     if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would be a crash later
         with file.open("wb") as reserved:
             os.posix_fallocate(reserved.fileno(), 0, parameter.numel() * parameter.element_size())
-    tensor = torch.from_file(str(file), shared=True, size=parameter.numel(), dtype=parameter.dtype).view(parameter.shape)
+    tensor = torch.from_file(str(file), shared=True, size=parameter.numel(), dtype=parameter.dtype).view(
+        parameter.shape
+    )
     parameter.data = tensor.copy_(parameter.data)
     file.unlink()
 

@@ -47,7 +47,9 @@ def pytest_configure(config):
     _skip_making_of_a_speech_model()
     import optimum_llava_ov  # noqa: F401
 
-    sys.path.insert(0, str(config.rootpath if (config.rootpath / "utils_tests.py").exists() else config.invocation_params.dir))
+    sys.path.insert(
+        0, str(config.rootpath if (config.rootpath / "utils_tests.py").exists() else config.invocation_params.dir)
+    )
     import utils_tests
 
     for name in NOT_NEEDED:
@@ -74,7 +76,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _is_wanted(item) -> bool:
-    test = max((name for name in WANTED if item.name == name or item.name.startswith(f"{name}_")), key=len, default=None)
+    test = max(
+        (name for name in WANTED if item.name == name or item.name.startswith(f"{name}_")), key=len, default=None
+    )
     if test is None or not any(
         word in item.nodeid for word in ("VisualCausalLM", "VLMPipeline", "ExportModelTest", "visual_language")
     ):

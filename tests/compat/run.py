@@ -63,7 +63,12 @@ class Peers:
         return self.folder / "bundles" / name
 
     def run(
-        self, *command: str | Path, cwd: Path | None = None, stdin: str | None = None, seconds: int = 1800, offline: str = "1"
+        self,
+        *command: str | Path,
+        cwd: Path | None = None,
+        stdin: str | None = None,
+        seconds: int = 1800,
+        offline: str = "1",
     ) -> Output:
         environment = {**os.environ, "CI": "true", "HF_HUB_OFFLINE": offline, "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -92,7 +97,9 @@ class Output:
 
     @property
     def last_words(self) -> str:
-        return ([line.strip() for line in (self.stderr or self.stdout).splitlines() if line.strip()] or ["no output"])[-1][:200]
+        return ([line.strip() for line in (self.stderr or self.stdout).splitlines() if line.strip()] or ["no output"])[
+            -1
+        ][:200]
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,9 @@ class Verdict:
 
 def wwb(peers: Peers) -> Iterator[Verdict]:
     """who_what_benchmark: the torch model and GenAI against Optimum with the bundle in fp32."""
-    output = peers.run(HERE / "similarity.py", peers.checkpoint, peers.bundle("fp32"), peers.bundle("int8"), peers.bundle("int4"))
+    output = peers.run(
+        HERE / "similarity.py", peers.checkpoint, peers.bundle("fp32"), peers.bundle("int8"), peers.bundle("int4")
+    )
     if not output.ok:
         yield Verdict("who_what_benchmark", False, output.last_words)
         return
@@ -138,7 +147,9 @@ def llm_bench(peers: Peers) -> Iterator[Verdict]:
         )
         measured = re.search(r"First token latency: ([\d.]+)", output.stdout + output.stderr)
         yield Verdict(
-            f"llm_bench: {name}", output.ok and measured is not None, "" if output.ok and measured else output.last_words
+            f"llm_bench: {name}",
+            output.ok and measured is not None,
+            "" if output.ok and measured else output.last_words,
         )
 
 
@@ -154,13 +165,17 @@ def chat_samples(peers: Peers) -> Iterator[Verdict]:
     lookup = peers.run(script, peers.bundle("fp32"), PICTURE, "CPU", "true", stdin=questions)
     yield Verdict("sample visual_language_chat", plain.ok and ANSWER in plain.stdout, _unless(plain, ANSWER))
     yield Verdict(
-        "sample visual_language_chat, prompt lookup", lookup.ok and lookup.stdout == plain.stdout, _unless(lookup, ANSWER)
+        "sample visual_language_chat, prompt lookup",
+        lookup.ok and lookup.stdout == plain.stdout,
+        _unless(lookup, ANSWER),
     )
 
 
 def benchmark_sample(peers: Peers) -> Iterator[Verdict]:
     """GenAI's benchmark_vlm."""
-    output = peers.run(peers.samples / "benchmark_vlm.py", "-m", peers.bundle("fp32"), "-p", QUESTION, "-i", PICTURE, "-n", "1")
+    output = peers.run(
+        peers.samples / "benchmark_vlm.py", "-m", peers.bundle("fp32"), "-p", QUESTION, "-i", PICTURE, "-n", "1"
+    )
     yield Verdict("sample benchmark_vlm", output.ok and "Throughput" in output.stdout, _unless(output, "Throughput"))
 
 
@@ -168,7 +183,13 @@ def encrypted_sample(peers: Peers) -> Iterator[Verdict]:
     """GenAI's encrypted_model_vlm, which gives the pipeline graphs instead of files: the answer must stop."""
     output = peers.run(peers.samples / "encrypted_model_vlm.py", peers.bundle("fp32"), PICTURE, QUESTION)
     passed = output.ok and output.stdout.strip() == ANSWER
-    why = output.last_words if not output.ok else "" if passed else f"goes on after the answer: {output.stdout.strip()[:80]!r}"
+    why = (
+        output.last_words
+        if not output.ok
+        else ""
+        if passed
+        else f"goes on after the answer: {output.stdout.strip()[:80]!r}"
+    )
     yield Verdict("sample encrypted_model_vlm", passed, why)
 
 
@@ -186,7 +207,9 @@ def lora_sample(peers: Peers) -> Iterator[Verdict]:
     restored = len(parts) > 1 and ANSWER in parts[1]
     unused = "Unused LoRA tensor" in output.stdout + output.stderr
     why = "" if output.ok else output.last_words
-    why = why or ("the adapter's tensors are not used" if unused else "" if changed else "the answer is that without the adapter")
+    why = why or (
+        "the adapter's tensors are not used" if unused else "" if changed else "the answer is that without the adapter"
+    )
     yield Verdict("sample visual_language_lora", output.ok and changed and restored and not unused, why)
 
 
@@ -262,7 +285,17 @@ def prepare(folder: Path) -> Peers:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
         (packages / "base.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-        install = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, "-r", HERE / "requirements.txt")
+        install = (
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            packages,
+            "-r",
+            HERE / "requirements.txt",
+        )
         subprocess.run([sys.executable, *install], check=True)
         (environment / "ready").touch()
     peers = Peers(folder, python)
@@ -303,7 +336,9 @@ def _row(verdict: Verdict) -> str:
 
 
 def _page(table: str) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "optimum-intel", "openvino", "openvino-genai"))
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("transformers", "optimum-intel", "openvino", "openvino-genai")
+    )
     return f"""# Compatibility
 
 Tools and tests that others wrote, run against bundles of the shapes model. `make compat PEERS=<folder>` writes this page; the folder

@@ -31,7 +31,9 @@ questions = {
 }
 
 with tempfile.TemporaryDirectory() as encoder:
-    words = sorted({word.strip(".,?") for case in single for word in f"{case['question']} {case['answer']}".lower().split()})
+    words = sorted(
+        {word.strip(".,?") for case in single for word in f"{case['question']} {case['answer']}".lower().split()}
+    )
     SentenceTransformer(modules=[BoW(vocab=words)]).save(encoder)
     AutoTokenizer.from_pretrained(reference).save_pretrained(encoder)
     evaluator = VisualTextEvaluator(
