@@ -31,6 +31,9 @@ from optimum_llava_ov.images import ImageLimits, open_image
 from optimum_llava_ov.system.devices import check_device
 
 
+pytestmark = pytest.mark.slow
+
+
 PICTURES = EXAMPLES / "shapes" / "pictures"
 
 

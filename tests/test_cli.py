@@ -21,6 +21,9 @@ from optimum_llava_ov.cli.exit import exit_status
 from optimum_llava_ov.export.compression import compress
 
 
+pytestmark = pytest.mark.slow
+
+
 CHECKPOINT = EXAMPLES / "shapes" / "checkpoint"
 SHORT = ("--rounds", "1", "--new-tokens", "2", "--prompt-tokens", "60")
 COMMANDS = {
