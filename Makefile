@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test imports compat quality style clean
+.PHONY: install quickstart test test-fast coverage imports compat quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
