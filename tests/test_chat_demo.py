@@ -184,7 +184,7 @@ def test_limits(browser, server, tmp_path):
     Image.new("1", (1500, 1500)).save(file)
     page.upload(file)
     page.send("What is this?")
-    expect(page.page.get_by_text("1500 x 1500 pixels, and at most 1 million are accepted")).to_be_visible(
+    expect(page.page.get_by_text("1500 x 1500 pixels, but at most 1 million are accepted")).to_be_visible(
         timeout=15_000
     )
     expect(page.page).to_have_title("Coloured shapes")  # a name of a file is text

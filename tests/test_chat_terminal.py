@@ -226,7 +226,7 @@ def test_pictures_from_outside(website, tmp_path):
     for address in (f"{website}/elsewhere", f"{website}/a.png".replace("127.0.0.1", "localhost")):
         with pytest.raises(ValueError, match=r"from 'localhost' are not fetched here, only from: 127\.0\.0\.1:"):
             fetch_picture(address, hosts=hosts)
-    with pytest.raises(ValueError, match=r"has 0\.0 MB, and at most 1e-05 MB"):
+    with pytest.raises(ValueError, match=r"has 0\.0 MB, but at most 1e-05 MB"):
         open_image(PICTURES / "a.png", ImageLimits(max_bytes=10))
     Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match="9000 x 9000 pixels, and at most 50 million"):

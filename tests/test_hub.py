@@ -379,13 +379,13 @@ class TestPush:
     @pytest.mark.parametrize(
         ("pattern", "status", "message"),
         [
-            ("POST /api/repos/create", 500, r"problem of its own \(HTTP 500\)"),
-            ("POST /api/repos/create", 429, "asks for patience"),
+            ("POST /api/repos/create", 500, r"internal problem \(HTTP 500\)"),
+            ("POST /api/repos/create", 429, "too many requests"),
             ("POST .*/preupload/", 403, "may not write to me/status"),
             ("POST .*/preupload/", 404, "knows no me/status"),
             ("POST .*/commit/", 409, "Somebody else is changing me/status"),
             ("POST .*/commit/", 412, "Somebody else is changing me/status"),
-            ("POST .*/commit/", 500, r"problem of its own \(HTTP 500\)"),
+            ("POST .*/commit/", 500, r"internal problem \(HTTP 500\)"),
             ("POST .*/commit/", 413, r"refused me/status \(HTTP 413\)"),
         ],
     )
@@ -509,8 +509,8 @@ class TestDownload:
     @pytest.mark.parametrize(
         ("fault", "message"),
         [
-            ({"status": 401}, "did not give openvino_language_model.bin of 'me/bundle'. Log in"),
-            ({"status": 403}, "did not give openvino_language_model.bin of 'me/bundle'. Log in"),
+            ({"status": 401}, "denied access to openvino_language_model.bin of 'me/bundle'. Log in"),
+            ({"status": 403}, "denied access to openvino_language_model.bin of 'me/bundle'. Log in"),
             ({"shorten": 100}, "did not arrive"),
             ({"damage": True}, "arrived damaged twice"),
         ],
