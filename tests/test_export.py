@@ -193,8 +193,8 @@ class TestCommand:
         ("options", "message"),
         [
             (["--task", "text-generation"], "is exported for the task 'image-text-to-text'"),
-            (["--disable-stateful"], "--disable-stateful is not available"),
-            (["--model-kwargs", '{"mm_vision_tower": "x"}'], "knows only `vision_tower`"),
+            (["--disable-stateful"], "--disable-stateful is not supported"),
+            (["--model-kwargs", '{"mm_vision_tower": "x"}'], "supports only `vision_tower`"),
             (["--variant", "fp16"], "variant is not supported"),
         ],
         ids=["task", "stateful", "model-kwargs", "variant"],
