@@ -224,7 +224,7 @@ class TestExport:
         status, _, errors = optimum_cli("export", "openvino", "--model", name, tmp_path / "out")
         assert status == 1
         assert errors.strip().splitlines()[-1] == (
-            f"error: There is no folder {name!r}, and no model id on the Hub is written so: expected `owner/name`."
+            f"error: There is no folder {name!r}, and this name is not a model id of the Hub: expected `owner/name`."
         )
 
     def test_other_peoples_model_keeps_optimums_errors(self, optimum_cli, tmp_path):

@@ -511,8 +511,8 @@ class TestDownload:
         [
             ({"status": 401}, "denied access to openvino_language_model.bin of 'me/bundle'. Log in"),
             ({"status": 403}, "denied access to openvino_language_model.bin of 'me/bundle'. Log in"),
-            ({"shorten": 100}, "did not arrive"),
-            ({"damage": True}, "arrived damaged twice"),
+            ({"shorten": 100}, "The download of openvino_language_model.bin of 'me/bundle' failed"),
+            ({"damage": True}, "does not match its SHA-256"),
         ],
         ids=["401", "403", "truncated", "damaged"],
     )

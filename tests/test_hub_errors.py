@@ -133,7 +133,7 @@ def test_names_that_cannot_be_on_the_hub(hub, tmp_path):
     ):
         assert (error, message) == (
             "InvalidCheckpointError",
-            f"There is no folder {name!r}, and no model id on the Hub is written so: expected `owner/name`.",
+            f"There is no folder {name!r}, and this name is not a model id of the Hub: expected `owner/name`.",
         )
     assert len(hub.requests) == before
 

@@ -68,8 +68,8 @@ def _named_samples(name: str) -> list[Sample]:
     known = host.named_datasets()
     if name not in known:
         raise ValueError(
-            f"{name!r} is not a data set for vision-language models. Expected {', '.join(known)}, a folder of images, or "
-            "a JSONL file of {image, prompt}."
+            f"{name!r} is not a data set for vision-language models. Expected {', '.join(known)}, a folder of images, "
+            "or a JSONL file of {image, prompt}."
         )
     try:
         from datasets import load_dataset
