@@ -249,7 +249,7 @@ class TestOutput:
 
     def test_something_else_is_left_alone(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("ten years of work")
-        with pytest.raises(BundleError, match=r"holds something else than a bundle \(thesis.tex\)"):
+        with pytest.raises(BundleError, match=r"contains files that are not part of a bundle \(thesis.tex\)"):
             main_export(SHARDED.checkpoint, tmp_path)
         assert files(tmp_path) == {"thesis.tex"}
 

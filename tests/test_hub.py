@@ -487,7 +487,7 @@ class TestDownload:
 
     def test_another_model_is_refused_by_its_config(self, hub, client, tmp_path):
         start = len(hub.requests)
-        assert "around a 'llama' language model, not a LLaVA-MPT" in client.error(self.load("me/llama", tmp_path))
+        assert "with a 'llama' language model, not a LLaVA-MPT" in client.error(self.load("me/llama", tmp_path))
         assert {path.split("/")[-1] for _, path, *_ in hub.requests[start:]} == {"config.json"}
 
     def test_names_that_lead_nowhere(self, client, tmp_path):
