@@ -1,6 +1,6 @@
 """Call private functions of Optimum and NNCF. Only this module and `registration/hooks.py` use private names.
 
-`tests/test_host.py` lists these names. If a new version of Optimum moves one, it fails and says what to do.
+`tests/test_host.py` lists these names. If a new version of Optimum moves one, the tests fail and say what to do.
 """
 
 from __future__ import annotations

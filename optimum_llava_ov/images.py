@@ -38,7 +38,7 @@ _one_at_a_time = threading.RLock()
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits for images from users.
+    """Limit the images that users may give.
 
     Attributes:
         max_bytes (`int`): maximum size of the file, in bytes.
@@ -265,7 +265,7 @@ def _scale_to_8_bits(image: Image.Image, name: str) -> float | None:
         return 255 / 65535
     if image.mode not in ("I", "F"):
         return None
-    lowest, highest = cast("tuple[float, float]", image.getextrema())  # a pair for each band only if there are several
+    lowest, highest = cast("tuple[float, float]", image.getextrema())  # not a pair per band: there is one band
     if not math.isfinite(highest - lowest):
         raise ImageError(f"{name} has values that are not finite numbers.")
     whites = (255, 65535) if image.mode == "I" else (1, 255, 65535)

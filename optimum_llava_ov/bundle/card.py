@@ -174,6 +174,7 @@ def missing_metadata(text: str) -> list[str]:
 
 
 def license_of(text: str) -> str | None:
+    """Return the license in the metadata of a card; `None` if there is none."""
     return _split(text)[0].get("license")
 
 

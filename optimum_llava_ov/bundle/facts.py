@@ -37,7 +37,7 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """Data of a bundle's card.
+    """Hold the data of a bundle's card.
 
     Attributes:
         config, openvino_config (`dict`): content of these files.
@@ -82,10 +82,12 @@ class BundleFacts:
 
     @property
     def source_url(self) -> str | None:
+        """Return the address of the checkpoint on the Hub; `None` if it is a local folder."""
         return f"https://huggingface.co/{self.source}" if self._converted_from.get("revision") else None
 
     @property
     def compressed(self) -> bool:
+        """Return whether any weights are compressed."""
         return any(not share.mode.startswith(("fp", "bf")) for shares in self.shares.values() for share in shares)
 
     @property

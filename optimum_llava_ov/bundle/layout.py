@@ -44,6 +44,7 @@ EXTRA_FILES = ("added_tokens.json", "eval.json", "eval.png")
 
 
 def weights_file(folder: str | Path, part: str) -> Path:
+    """Return the path of a part's weights."""
     return (Path(folder) / PARTS[part]).with_suffix(".bin")
 
 

@@ -19,7 +19,7 @@ _COMPRESSED = (*_NNCF_NAMES, "nf4", "f8e4m3", "f8e5m2")
 
 @dataclass(frozen=True)
 class WeightShare:
-    """Weights of one precision.
+    """Count the weights of one precision.
 
     Attributes:
         mode (`str`): precision as NNCF names it, such as `int4_asym, group size 128`; `fp16` for weights that are not

@@ -104,7 +104,7 @@ def complete_replacement(folder: str | Path) -> None:
 
 @dataclass(frozen=True)
 class _Workspace:
-    """Folder that an export made, and may delete.
+    """Manage a folder that an export made, and may delete.
 
     Args:
         name: path of the folder. Its marker is `<name>.partial`, which is made before the folder. When the bundle is
@@ -127,6 +127,7 @@ class _Workspace:
 
     @property
     def is_whole(self) -> bool:
+        """Return whether the bundle in the workspace is complete."""
         return self._whole.exists()
 
     def names(self) -> list[str]:
@@ -139,6 +140,7 @@ class _Workspace:
         ]
 
     def declare_whole(self) -> None:
+        """Record in the marker that the bundle is complete."""
         names = sorted(file.name for file in self.folder.iterdir())
         self._partial.write_text("\n".join(names), encoding="utf-8")
         self._partial.rename(self._whole)
@@ -154,16 +156,18 @@ class _Workspace:
 
 @dataclass(frozen=True)
 class _Home:
-    """Hidden folder for the lock and the workspaces, in an output or beside it. It exists only while they do."""
+    """Manage the hidden folder of the lock and the workspaces, in an output or beside it."""
 
     folder: Path
 
     @classmethod
     def of(cls, output: Path) -> _Home:
+        """Return the folder in an existing output, or beside a new one."""
         return cls(output / OURS) if output.is_dir() else cls.beside(output)
 
     @classmethod
     def beside(cls, output: Path) -> _Home:
+        """Return the folder beside an output."""
         # Shortened, because file systems limit the length of a name
         return cls(output.parent / f".{output.name[:50]}{OURS}")
 
@@ -203,6 +207,7 @@ class _Home:
         return [workspace for workspace in workspaces if not workspace.folder.is_symlink()]
 
     def new_workspace(self) -> _Workspace:
+        """Make a workspace and its marker."""
         try:
             descriptor, marker = tempfile.mkstemp(suffix=_PARTIAL, dir=self.folder)
             os.close(descriptor)

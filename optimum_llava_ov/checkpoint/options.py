@@ -23,7 +23,7 @@ _repr.maxstring = _repr.maxother = 80
 
 @dataclass(frozen=True)
 class Rule:
-    """Rule for the value of an option.
+    """Check the value of an option.
 
     Attributes:
         accepts: function that returns whether a value from JSON is valid.
@@ -35,20 +35,24 @@ class Rule:
 
 
 def one_of(*values: Any) -> Rule:
+    """Accept one of these values."""
     return Rule(
         lambda value: value in values, ", ".join("absent" if value is None else str(value) for value in values)
     )
 
 
 def integer(low: int, high: int) -> Rule:
+    """Accept integers from `low` to `high`."""
     return Rule(lambda value: _is_integer(value) and low <= value <= high, f"an integer from {low:,} to {high:,}")
 
 
 def positive(high: float) -> Rule:
+    """Accept numbers above 0, up to `high`."""
     return Rule(lambda value: _is_number(value) and 0 < value <= high, f"a number above 0, up to {high:,}")
 
 
 def numbers(count: int, rule: Rule) -> Rule:
+    """Accept lists of `count` numbers that `rule` accepts."""
     return Rule(
         lambda value: isinstance(value, list) and len(value) == count and all(rule.accepts(item) for item in value),
         f"{count} numbers, each {rule.text}",
@@ -56,6 +60,7 @@ def numbers(count: int, rule: Rule) -> Rule:
 
 
 def list_of(rule: Rule) -> Rule:
+    """Accept lists of one or more values that `rule` accepts."""
     return Rule(
         lambda value: isinstance(value, list) and len(value) > 0 and all(map(rule.accepts, value)),
         f"a list, each {rule.text}",
@@ -63,22 +68,27 @@ def list_of(rule: Rule) -> Rule:
 
 
 def number(low: float, high: float) -> Rule:
+    """Accept numbers from `low` to `high`."""
     return Rule(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:,} to {high:,}")
 
 
 def text() -> Rule:
+    """Accept strings."""
     return Rule(lambda value: isinstance(value, str), "a string")
 
 
 def flag() -> Rule:
+    """Accept `true` and `false`."""
     return Rule(lambda value: isinstance(value, bool), "true, false")
 
 
 def either(*rules: Rule) -> Rule:
+    """Accept values that one of `rules` accepts."""
     return Rule(lambda value: any(rule.accepts(value) for rule in rules), " or ".join(rule.text for rule in rules))
 
 
 def optional(rule: Rule) -> Rule:
+    """Accept absent options, and values that `rule` accepts."""
     return Rule(lambda value: value is None or rule.accepts(value), f"absent, {rule.text}")
 
 

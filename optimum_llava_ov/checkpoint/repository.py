@@ -43,7 +43,7 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only"
 
 @dataclass(frozen=True)
 class Repository:
-    """A folder on disk or a model id on the Hub.
+    """Find files in a folder on disk, or of a model id on the Hub.
 
     Args:
         name (`str`): path of a folder, or model id `owner/name`.
@@ -68,6 +68,7 @@ class Repository:
 
     @property
     def is_local(self) -> bool:
+        """Return whether the repository is a folder on disk."""
         return not self.on_hub and Path(self.name).is_dir()
 
     @property
@@ -254,6 +255,7 @@ class Repository:
 
     @property
     def offline(self) -> bool:
+        """Return whether requests to the Hub are switched off."""
         from huggingface_hub import is_offline_mode
 
         return self.local_files_only or is_offline_mode()

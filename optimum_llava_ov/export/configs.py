@@ -32,7 +32,7 @@ class DummyInputsEmbedsGenerator(DummyTextInputGenerator):
 
 
 class MptLanguageOpenVINOConfig(TextDecoderWithPositionIdsOpenVINOConfig):
-    """Decoder: `inputs_embeds`, `attention_mask`, `position_ids`, past key values -> `logits`, present key values."""
+    """Describe the decoder: `inputs_embeds`, `attention_mask`, `position_ids`, past -> `logits`, present."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedMptConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyInputsEmbedsGenerator, DummyTextInputGenerator, DummyPastKeyValuesGenerator)
@@ -50,7 +50,7 @@ class MptLanguageOpenVINOConfig(TextDecoderWithPositionIdsOpenVINOConfig):
 
 
 class TextEmbeddingsOpenVINOConfig(OpenVINOConfig):
-    """Embedding table: token ids -> `inputs_embeds`. The ids are named `input`, as in every bundle of Optimum."""
+    """Describe the embedding table: `input` (token ids; Optimum's bundles use this name) -> `inputs_embeds`."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedMptConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator,)
@@ -69,7 +69,7 @@ class TextEmbeddingsOpenVINOConfig(OpenVINOConfig):
 
 
 class ImageEncoderOpenVINOConfig(OpenVINOConfig):
-    """Vision tower, projector and image borders: `pixel_values` -> `last_hidden_state`."""
+    """Describe vision tower, projector and image borders: `pixel_values` -> `last_hidden_state`."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
@@ -85,7 +85,7 @@ class ImageEncoderOpenVINOConfig(OpenVINOConfig):
 
 @register_for_openvino("llava_mpt", "image-text-to-text", library_name="transformers")
 class LlavaMptOpenVINOConfig(BaseVLMOpenVINOConfig):
-    """The whole model, which is exported in parts. See [`with_behavior`] and [`get_model_for_behavior`]."""
+    """Describe the whole model, which is exported in parts. See [`with_behavior`] and [`get_model_for_behavior`]."""
 
     def with_behavior(self, behavior: str | VLMConfigBehavior) -> OpenVINOConfig:
         behavior = VLMConfigBehavior(behavior)

@@ -163,9 +163,8 @@ def _export(
     with staged(output, tokenizers=convert_tokenizer) as folder:
         _check_free_space(model, ov_config, recipe, folder)
         if is_ours and os.name == "posix":
-            move_to_disk(
-                model.embed_tokens.weight, folder
-            )  # a copy of the checkpoint's table, with a row for `<image>`
+            # The table is a copy of the checkpoint's table, with a row for `<image>`
+            move_to_disk(model.embed_tokens.weight, folder)
             model.language_model.lm_head.weight.data = model.embed_tokens.weight.data
         save_settings(checkpoint, processor, model.generation_config, folder)
         if convert_tokenizer:
@@ -237,7 +236,7 @@ def _check_free_space(
 
 
 def _bytes_per_weight(config: OVWeightQuantizationConfig) -> float:
-    """Return an upper estimate of the bytes of a compressed weight, with its share of the scale and the zero point."""
+    """Return an upper estimate of the bytes of a weight, with its share of a scale of 2 bytes and a zero point."""
     if config.bits == 8:
         return 1.01
     group_size = config.group_size if config.group_size and config.group_size > 0 else 128

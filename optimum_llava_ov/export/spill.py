@@ -27,7 +27,7 @@ _SAMPLE = 4096  # number of bytes at both ends of a constant that are compared
 
 
 class Spill:
-    """Files that hold the compressed weights of one part.
+    """Keep the compressed weights of one part in files.
 
     Args:
         folder: folder of the files. It is made when the first file is written, and [`save`] deletes it.
@@ -72,8 +72,7 @@ class Spill:
             openvino.save_model(model, path, compress_to_fp16)
             return
         binary = path.with_suffix(".bin")
-        # OpenVINO writes the graph, but its weights go to /dev/null. The sizes in the graph are right, the offsets are
-        # not.
+        # OpenVINO writes the graph, and its weights to /dev/null. Sizes in the graph are right, offsets are wrong.
         binary.symlink_to(os.devnull)
         openvino.save_model(model, path, compress_to_fp16)
         binary.unlink()

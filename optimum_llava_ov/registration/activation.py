@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Deferred(type):
-    """Metaclass of placeholders for classes. A placeholder imports its class when it is used.
+    """Make placeholders for classes. A placeholder imports its class when it is used.
 
     Args:
         name: name of the class.
@@ -105,7 +105,7 @@ _AFTER_IMPORT: dict[str, Callable[[], None]] = {
 
 
 class _Finder:
-    """Finder that lets the loader of a host's module run a callback after the import. It finds no modules itself."""
+    """Let the loader of a host's module run a callback after the import. This finder finds no modules itself."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in _AFTER_IMPORT:

@@ -1,7 +1,7 @@
 """Replace functions, classes and table entries of Optimum. Only this module patches the host.
 
 [`activation`](activation.py) calls each function right after the host's module is imported. `tests/test_host.py` lists
-what is replaced. If a new version of Optimum moves one of these, it fails and says what to do.
+what is replaced. If a new version of Optimum moves one of these, the tests fail and say what to do.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ DEFAULT_PROMPTS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with its images, and the expected answer if it is known."""
+    """Hold a prompt with its images, and the expected answer if it is known."""
 
     prompt: str
     images: tuple[Path | Image.Image, ...] = ()

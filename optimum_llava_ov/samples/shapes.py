@@ -48,7 +48,7 @@ SYSTEM_TURN = (
 
 @dataclass(frozen=True)
 class Object:
-    """One shape. Lengths are fractions of the image's central square, angles are in degrees."""
+    """Describe one shape. Lengths are fractions of the image's central square, angles are in degrees."""
 
     shape: str
     colour: str
@@ -66,7 +66,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of an image. `width` and `height` are the canvas, in pixels. All objects are in its central square."""
+    """Describe an image. `width` and `height` are the canvas, in pixels. All objects are in its central square."""
 
     objects: tuple[Object, ...]
     background: tuple[int, int, int]
@@ -84,7 +84,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, the images that are new with it, and the only right answer."""
+    """Hold a question, the images that are new with it, and the only right answer."""
 
     scenes: tuple[Scene, ...]
     question: str
@@ -417,7 +417,7 @@ class Conversation:
         return question, _tell(attribute, item)
 
     def _countable(self, scene: Scene) -> Target:
-        """Choose what to count: all objects, a shape, or a colour. It is often one that the scene has."""
+        """Choose what to count: all objects, a shape, or a colour. In most cases, the scene has such objects."""
         item = self.rng.choice(scene.objects)
         is_there = self.rng.random() < 0.7
         choice = self.rng.random()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 
 def available_devices() -> list[str]:
+    """Return the names of the devices that OpenVINO finds."""
     import openvino
 
     return openvino.Core().available_devices

@@ -28,6 +28,7 @@ ARM_FEATURES = ("neon", "bf16", "i8mm", "dot", "sve", "sve2", "sme")
 
 
 def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of [`PACKAGES`]; `None` for packages that are not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 

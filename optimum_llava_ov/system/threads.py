@@ -22,9 +22,8 @@ def one_torch_thread() -> Iterator[None]:
     needs. This costs 5 % at 1.3B.
 
     torch stores the number for the thread that sets it, and for threads that begin later. So each call sets the number
-    of its own thread. At its end, each call restores the number that the first of the overlapping calls found: a later
-        call
-    may have found the 1 of an earlier call.
+    of its own thread. At its end, each call restores the number that the first of the overlapping calls found. A
+    later call may have found the 1 of an earlier call.
     """
     global _num_calls, _num_threads_before
     with _lock:
