@@ -177,7 +177,7 @@ def test_too_short_for_a_picture(shapes_bundle):
         ({"rounds": 0}, "rounds is 0; expected 1 or more."),
         ({"batch_size": 0}, "batch_size is 0; expected 1 or more."),
         ({"engine": "vllm"}, "engine is 'vllm'; expected one of auto, openvino, genai."),
-        ({"device": "NPU7"}, "There is no device 'NPU7' here."),
+        ({"device": "NPU7"}, "OpenVINO does not find the device 'NPU7'."),
     ],
 )
 def test_bad_options(shapes_bundle, options, message):

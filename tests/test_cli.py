@@ -101,8 +101,8 @@ DAMAGES = [
     (written("special_tokens_map.json", b"7"), "push", "special_tokens_map.json"),
     (written("config.json", b"[" * 100_000), "chat", "config.json"),
     (written("config.json", b'"llava"'), "push", "config.json"),
-    (changed("config.json", model_type="llama"), "bench", "is a 'llama' model around a 'mpt' language model"),
-    (changed("config.json", text_config="mpt"), "eval", "around a None language model"),
+    (changed("config.json", model_type="llama"), "bench", "is a 'llama' model with a 'mpt' language model"),
+    (changed("config.json", text_config="mpt"), "eval", "with a None language model"),
     (changed("config.json", image_token_index="517"), "chat-genai", "image_token_index"),
     (changed("config.json", vision_config={"model_type": "clip_vision_model", "image_size": "x"}), "eval", "bundle"),
     (changed("generation_config.json", eos_token_id=["x"]), "bench-genai", "eos_token_id=['x']"),
@@ -198,8 +198,8 @@ class TestExport:
             (["--weight-format", "fp16", "--ratio", "0.5"], "no compressed format"),
             (["--quant-mode", "int8"], "quantizes activations"),
             (["--task", "text-generation"], "is exported for the task"),
-            (["--disable-stateful"], "not available for LLaVA-MPT"),
-            (["--model-kwargs", '{"tower": "x"}'], "knows only `vision_tower`"),
+            (["--disable-stateful"], "not supported for LLaVA-MPT"),
+            (["--model-kwargs", '{"tower": "x"}'], "supports only `vision_tower`"),
             (["--dataset", "/no/such/file"], "/no/such/file"),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -227,7 +227,7 @@ class TestExport:
         status, _, errors = optimum_cli("export", "openvino", "--model", name, tmp_path / "out")
         assert status == 1
         assert errors.strip().splitlines()[-1] == (
-            f"error: There is no folder {name!r}, and no model id on the Hub is written so: expected `owner/name`."
+            f"error: There is no folder {name!r}, and this name is not a model id of the Hub: expected `owner/name`."
         )
 
     def test_other_peoples_model_keeps_optimums_errors(self, optimum_cli, tmp_path):

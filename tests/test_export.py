@@ -196,8 +196,8 @@ class TestCommand:
         ("options", "message"),
         [
             (["--task", "text-generation"], "is exported for the task 'image-text-to-text'"),
-            (["--disable-stateful"], "--disable-stateful is not available"),
-            (["--model-kwargs", '{"mm_vision_tower": "x"}'], "knows only `vision_tower`"),
+            (["--disable-stateful"], "--disable-stateful is not supported"),
+            (["--model-kwargs", '{"mm_vision_tower": "x"}'], "supports only `vision_tower`"),
             (["--variant", "fp16"], "variant is not supported"),
         ],
         ids=["task", "stateful", "model-kwargs", "variant"],
@@ -252,7 +252,7 @@ class TestOutput:
 
     def test_something_else_is_left_alone(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("ten years of work")
-        with pytest.raises(BundleError, match=r"holds something else than a bundle \(thesis.tex\)"):
+        with pytest.raises(BundleError, match=r"contains files that are not part of a bundle \(thesis.tex\)"):
             main_export(SHARDED.checkpoint, tmp_path)
         assert files(tmp_path) == {"thesis.tex"}
 

@@ -382,13 +382,13 @@ class TestPush:
     @pytest.mark.parametrize(
         ("pattern", "status", "message"),
         [
-            ("POST /api/repos/create", 500, r"problem of its own \(HTTP 500\)"),
-            ("POST /api/repos/create", 429, "asks for patience"),
+            ("POST /api/repos/create", 500, r"internal problem \(HTTP 500\)"),
+            ("POST /api/repos/create", 429, "too many requests"),
             ("POST .*/preupload/", 403, "may not write to me/status"),
             ("POST .*/preupload/", 404, "knows no me/status"),
             ("POST .*/commit/", 409, "Somebody else is changing me/status"),
             ("POST .*/commit/", 412, "Somebody else is changing me/status"),
-            ("POST .*/commit/", 500, r"problem of its own \(HTTP 500\)"),
+            ("POST .*/commit/", 500, r"internal problem \(HTTP 500\)"),
             ("POST .*/commit/", 413, r"refused me/status \(HTTP 413\)"),
         ],
     )
@@ -490,7 +490,7 @@ class TestDownload:
 
     def test_another_model_is_refused_by_its_config(self, hub, client, tmp_path):
         start = len(hub.requests)
-        assert "around a 'llama' language model, not a LLaVA-MPT" in client.error(self.load("me/llama", tmp_path))
+        assert "with a 'llama' language model, not a LLaVA-MPT" in client.error(self.load("me/llama", tmp_path))
         assert {path.split("/")[-1] for _, path, *_ in hub.requests[start:]} == {"config.json"}
 
     def test_names_that_lead_nowhere(self, client, tmp_path):
@@ -512,10 +512,10 @@ class TestDownload:
     @pytest.mark.parametrize(
         ("fault", "message"),
         [
-            ({"status": 401}, "did not give openvino_language_model.bin of 'me/bundle'. Log in"),
-            ({"status": 403}, "did not give openvino_language_model.bin of 'me/bundle'. Log in"),
-            ({"shorten": 100}, "did not arrive"),
-            ({"damage": True}, "arrived damaged twice"),
+            ({"status": 401}, "denied access to openvino_language_model.bin of 'me/bundle'. Log in"),
+            ({"status": 403}, "denied access to openvino_language_model.bin of 'me/bundle'. Log in"),
+            ({"shorten": 100}, "The download of openvino_language_model.bin of 'me/bundle' failed"),
+            ({"damage": True}, "does not match its SHA-256"),
         ],
         ids=["401", "403", "truncated", "damaged"],
     )
