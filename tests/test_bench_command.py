@@ -187,6 +187,6 @@ def test_what_is_no_bundle(engine, shapes_bundle, tmp_path):
     partial = shutil.copytree(shapes_bundle, tmp_path / "partial", ignore=shutil.ignore_patterns("openvino_language*"))
     for folder in (CHECKPOINT, partial):
         with pytest.raises(
-            ValueError, match="has no openvino_language_model.xml, so it is no bundle, and .* Convert it first: "
+            ValueError, match=r"is not a bundle, because it has no openvino_language_model.xml\. .* Convert it first: "
         ):
             benchmark(folder, engine=engine)

@@ -185,7 +185,7 @@ def test_default(shapes_bundle, tmp_path):
 
 
 def test_no_bundle():
-    with pytest.raises(ValueError, match="has no openvino_language_model.xml, so it is no bundle"):
+    with pytest.raises(ValueError, match="is not a bundle, because it has no openvino_language_model.xml"):
         session_factory(str(EXAMPLES / "shapes" / "checkpoint"), engine=GENAI)
     with pytest.raises(ValueError, match="expected one of auto, openvino, genai"):
         session_factory("x", engine="vllm")

@@ -52,7 +52,7 @@ def benchmark(
     """
     _check_numbers(new_tokens=(new_tokens, 2), rounds=(rounds, 1), batch_size=(batch_size, 1))
     engine = resolve_engine(str(bundle), device, engine)
-    folder = bundle_folder(str(bundle), "to convert is not to be measured here")
+    folder = bundle_folder(str(bundle), "The time of a conversion is not measured.")
     check_readable(folder, tokenizers=engine == GENAI)
     gc.collect()
     with AnonymousPeak() as anonymous:
