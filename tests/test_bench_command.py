@@ -16,8 +16,8 @@ from optimum_llava_ov.benchmark.genai import GenAIEngine
 from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Run
 from optimum_llava_ov.benchmark.run import benchmark
-from optimum_llava_ov.chat.genai_engine import picture_tensor
-from optimum_llava_ov.chat.messages import pictures_of, text_of
+from optimum_llava_ov.chat.genai_engine import image_tensor
+from optimum_llava_ov.chat.messages import images_of, text_of
 from optimum_llava_ov.system.peak_memory import AnonymousPeak, anonymous_memory, peak_rss
 
 
@@ -119,9 +119,9 @@ def test_prompts_are_as_long_as_asked_for(shapes_bundle):
     options = openvino_genai.GenerationConfig(max_new_tokens=1)
     for length in (prompts.shortest(), prompts.shortest() + 1, 100, 1000):
         prompt = prompts.make(length)
-        pictures = pictures_of(prompt.messages)
+        pictures = images_of(prompt.messages)
         inputs = genai.processor(text=prompt.text, images=pictures, return_tensors="pt")
-        tensors = [picture_tensor(picture, genai.processor) for picture in pictures]
+        tensors = [image_tensor(picture, genai.processor) for picture in pictures]
         answer = genai.pipeline.generate(
             [text_of(prompt.messages[-1])], images=[tensors], generation_config=[options]
         )[0]

@@ -194,7 +194,7 @@ def test_pictures_from_hosts_that_the_operator_allows(browser, server, website):
     page = Page(browser, server)
     page.page.get_by_label("Picture from").fill(f"{website}/elsewhere")
     page.button("fetch")
-    expect(page.page.get_by_text("Pictures from 'localhost' are not fetched here")).to_be_visible(timeout=15_000)
+    expect(page.page.get_by_text("Images from 'localhost' are not allowed")).to_be_visible(timeout=15_000)
     page.page.get_by_label("Picture from").fill(f"{website}/b.png")
     page.button("fetch")
     expect(page.pictures).to_be_visible(timeout=15_000)
@@ -640,7 +640,7 @@ def test_a_retry_that_fails_keeps_the_turn(browser, echo):
     assert [text_of(message) for message in session.messages] == ["One", "One"]
     session.context_window = 1
     page.button("retry")
-    expect(page.page.get_by_text("more than the context window of 1")).to_be_visible(timeout=15_000)
+    expect(page.page.get_by_text("exceeds the context window of 1")).to_be_visible(timeout=15_000)
     expect(page.answers).to_have_count(1)
     session.context_window = 10**6
     page.ask("Two", "Two")

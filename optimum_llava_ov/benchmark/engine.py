@@ -11,7 +11,7 @@ import torch
 from transformers import AutoProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from optimum_llava_ov.chat.messages import pictures_of
+from optimum_llava_ov.chat.messages import images_of
 from optimum_llava_ov.chat.prompt import Prompt
 from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
     config: Any
 
     def arrivals(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[float]]:
-        """Seconds from the questions to each of the `new_tokens` tokens, a list for each prompt. Preparing the pictures and the
+        """Seconds from the questions to each of the `new_tokens` tokens, a list for each prompt. Preparing the images and the
         texts is part of it; the end-of-text token ends nothing.
         """
 
@@ -50,7 +50,7 @@ class OpenVINOEngine:
 
     def arrivals(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[float]]:
         clock = _Clock()
-        images = [picture for prompt in prompts for picture in pictures_of(prompt.messages)]
+        images = [image for prompt in prompts for image in images_of(prompt.messages)]
         inputs = self.processor(text=[prompt.text for prompt in prompts], images=images, return_tensors="pt")
         self.model.generate(**inputs, do_sample=False, eos_token_id=None, max_new_tokens=new_tokens, streamer=clock)
         return [clock.times] * len(prompts)

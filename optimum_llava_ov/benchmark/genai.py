@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoProcessor
 
 from optimum_llava_ov.benchmark.engine import SETTINGS, read_settings
 from optimum_llava_ov.bundle.layout import PARTS
-from optimum_llava_ov.chat.genai_engine import picture_tensor, scheduler_config
-from optimum_llava_ov.chat.messages import pictures_of, text_of
+from optimum_llava_ov.chat.genai_engine import image_tensor, scheduler_config
+from optimum_llava_ov.chat.messages import images_of, text_of
 from optimum_llava_ov.chat.prompt import Prompt
 
 
@@ -34,8 +34,8 @@ class GenAIEngine:
         started = time.perf_counter()
         handles = []
         for number, prompt in enumerate(prompts):
-            images = [picture_tensor(picture, self.processor) for picture in pictures_of(prompt.messages)]
-            # GenAI writes the template and the pictures' places around the text, just as the processor does.
+            images = [image_tensor(image, self.processor) for image in images_of(prompt.messages)]
+            # GenAI writes the template and the images' places around the text, just as the processor does.
             handles.append(self.pipeline.add_request(number, text_of(prompt.messages[-1]), images, options))
         times: list[list[float]] = [[] for _ in prompts]
         while self.pipeline.has_non_finished_requests():

@@ -1,4 +1,4 @@
-"""Prompts of an exact number of tokens, with a picture."""
+"""Prompts of an exact number of tokens, with an image."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ FILLERS = (" the", " a", ".", "?", "\n", "0")
 
 
 class PromptMaker:
-    """Makes questions about a picture, as long as asked for.
+    """Makes questions about an image, as long as asked for.
 
     Args:
-        pictures: taken in turn; drawn from noise, each another one, if there are none.
+        images: taken in turn; drawn from noise, each another one, if there are none.
     """
 
-    def __init__(self, processor: Any, config: Any, pictures: Sequence[Image.Image] = ()):
+    def __init__(self, processor: Any, config: Any, images: Sequence[Image.Image] = ()):
         self.processor = processor
         self.config = config
-        self.pictures = pictures
+        self.images = images
         self._made = 0
         self._texts: dict[int, str] = {}
 
     def shortest(self) -> int:
-        """Tokens of a picture without a question."""
+        """Tokens of an image without a question."""
         return len(self._prompt("", Image.new("RGB", (8, 8))))
 
     def lengths(self, wanted: Sequence[int] | None) -> list[int]:
-        """The lengths to measure: those wanted, or, if it is `None`, the usual ones, longer where a picture takes more.
+        """The lengths to measure: those wanted, or, if it is `None`, the usual ones, longer where an image takes more.
 
         Raises:
-            `ValueError`: a picture does not fit into one that was asked for.
+            `ValueError`: an image does not fit into one that was asked for.
         """
         shortest = self.shortest()
         if wanted is None:
@@ -47,32 +47,32 @@ class PromptMaker:
         for length in wanted:
             if length < shortest:
                 raise ValueError(
-                    f"A prompt of {length} tokens was asked for, but with this model a picture ({self.config.image_seq_length} "
+                    f"A prompt of {length} tokens was asked for, but with this model an image ({self.config.image_seq_length} "
                     f"tokens) and the words around it take {shortest} tokens. Ask for --prompt-tokens {shortest} or more."
                 )
         return list(dict.fromkeys(wanted))
 
     def make(self, length: int) -> Prompt:
-        """A prompt of `length` tokens with the next picture."""
+        """A prompt of `length` tokens with the next image."""
         if length not in self._texts:
             self._texts[length] = self._text(length)
-        picture = self.pictures[self._made % len(self.pictures)] if self.pictures else self._noise(self._made)
+        image = self.images[self._made % len(self.images)] if self.images else self._noise(self._made)
         self._made += 1
-        return self._prompt(self._texts[length], picture)
+        return self._prompt(self._texts[length], image)
 
     def _text(self, length: int) -> str:
-        picture = Image.new("RGB", (8, 8))
+        image = Image.new("RGB", (8, 8))
         missing = length - self.shortest()
         for filler in FILLERS:
             text = filler * missing
-            if len(self._prompt(text, picture)) == length:
+            if len(self._prompt(text, image)) == length:
                 return text
         raise ValueError(
             f"With this tokenizer no text was found that makes a prompt of exactly {length} tokens. Try another length."
         )
 
-    def _prompt(self, text: str, picture: Image.Image) -> Prompt:
-        return build_prompt([user_message(text, [picture])], self.processor, self.config)
+    def _prompt(self, text: str, image: Image.Image) -> Prompt:
+        return build_prompt([user_message(text, [image])], self.processor, self.config)
 
     def _noise(self, seed: int) -> Image.Image:
         """Of the size of a photograph on a page: preparing it is part of what a user waits for."""

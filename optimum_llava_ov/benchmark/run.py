@@ -39,15 +39,15 @@ def benchmark(
 
     Args:
         bundle: folder or model id.
-        prompt_tokens: lengths of the prompts, each of them with a picture. Default: 300 and 1000, or more where a picture takes more.
+        prompt_tokens: lengths of the prompts, each of them with an image. Default: 300 and 1000, or more where an image takes more.
         new_tokens: of each answer; the end-of-text token does not end it.
         rounds: answers for each length, after one that warms up and does not count.
-        batch_size: prompts at a time, each with a picture.
+        batch_size: prompts at a time, each with an image.
         images: for the prompts, in turn. Default: noise, another one each time.
         engine: "openvino", this package's own model; "genai", OpenVINO GenAI; or "auto", what the chat would take.
 
     Raises:
-        `ValueError`: this is no bundle, there is no such device or engine, or a prompt is too short for a picture.
+        `ValueError`: this is no bundle, there is no such device or engine, or a prompt is too short for an image.
         `ImportError`: the engine is not installed.
     """
     _check_numbers(new_tokens=(new_tokens, 2), rounds=(rounds, 1), batch_size=(batch_size, 1))

@@ -25,7 +25,7 @@ class BenchCommand(Command):
             type=int,
             nargs="+",
             metavar="N",
-            help="Lengths of the prompts, picture included. Default: 300 1000, or more where a picture takes more.",
+            help="Lengths of the prompts, image included. Default: 300 1000, or more where an image takes more.",
         )
         parser.add_argument("--new-tokens", type=int, default=64, help="Length of each answer (default: %(default)s).")
         parser.add_argument(
@@ -39,7 +39,7 @@ class BenchCommand(Command):
             "--image",
             action="append",
             default=[],
-            help="Picture for the prompts: path or URL. Repeatable. Default: noise.",
+            help="Image for the prompts: path or URL. Repeatable. Default: noise.",
         )
         parser.add_argument(
             "--json",
@@ -57,7 +57,7 @@ class BenchCommand(Command):
             check_device(args.device)
             from optimum_llava_ov.benchmark.result import report
             from optimum_llava_ov.benchmark.run import benchmark
-            from optimum_llava_ov.chat.terminal import load_picture
+            from optimum_llava_ov.chat.terminal import load_image
 
             result = benchmark(
                 args.bundle,
@@ -65,7 +65,7 @@ class BenchCommand(Command):
                 new_tokens=args.new_tokens,
                 rounds=args.rounds,
                 batch_size=args.batch_size,
-                images=[load_picture(source) for source in args.image],
+                images=[load_image(source) for source in args.image],
                 device=args.device,
                 engine=args.engine,
             )

@@ -43,18 +43,18 @@ def _add_common_arguments(parser: ArgumentParser) -> None:
         "--when-full",
         choices=("error", "drop_oldest"),
         default="drop_oldest",
-        help="At the end of the context window: an error, or forget the oldest turns but not their pictures (%(default)s).",
+        help="At the end of the context window: an error, or forget the oldest turns but not their images (%(default)s).",
     )
 
 
 class ChatCommand(Command):
-    COMMAND = CommandInfo(name="chat", help="Talk with a LLaVA-MPT about pictures, in the terminal or through a pipe.")
+    COMMAND = CommandInfo(name="chat", help="Talk with a LLaVA-MPT about images, in the terminal or through a pipe.")
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         _add_common_arguments(parser)
         parser.add_argument(
-            "--image", action="append", default=[], help="Picture for the first question: path or URL. Repeatable."
+            "--image", action="append", default=[], help="Image for the first question: path or URL. Repeatable."
         )
         parser.add_argument("--load", help="Go on with a conversation that /save wrote.")
         parser.add_argument("--stats", action="store_true", help="Show tokens per second and time to the first token.")
@@ -90,7 +90,7 @@ def list_devices() -> None:
 
 
 class DemoCommand(Command):
-    COMMAND = CommandInfo(name="demo", help="Serve a page on which visitors talk with a LLaVA-MPT about pictures.")
+    COMMAND = CommandInfo(name="demo", help="Serve a page on which visitors talk with a LLaVA-MPT about images.")
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
@@ -115,7 +115,7 @@ class DemoCommand(Command):
             "--allow-host",
             action="append",
             default=[],
-            help="Host from which visitors may have the server fetch pictures. Repeatable. Default: none; no address is fetched.",
+            help="Host from which visitors may have the server fetch images. Repeatable. Default: none; no address is fetched.",
         )
         parser.add_argument(
             "--allow-name",
@@ -125,8 +125,8 @@ class DemoCommand(Command):
             "addresses and --host.",
         )
         parser.add_argument("--max-characters", type=int, default=20_000, help="Of a question (default: %(default)s).")
-        parser.add_argument("--max-upload-mb", type=float, default=20, help="Of a picture (default: %(default)s).")
-        parser.add_argument("--max-megapixels", type=float, default=50, help="Of a picture (default: %(default)s).")
+        parser.add_argument("--max-upload-mb", type=float, default=20, help="Of an image (default: %(default)s).")
+        parser.add_argument("--max-megapixels", type=float, default=50, help="Of an image (default: %(default)s).")
 
     def execute(self) -> None:
         args = self.args

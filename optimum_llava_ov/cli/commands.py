@@ -27,7 +27,7 @@ class EvalCommand(Command):
         )
         parser.add_argument(
             "--dataset",
-            help="Folder of pictures, or JSONL file of {image, prompt, answer}. Default: drawn pictures of coloured shapes.",
+            help="Folder of images, or JSONL file of {image, prompt, answer}. Default: drawn images of coloured shapes.",
         )
         parser.add_argument("--num-samples", type=int, default=64, help="How many samples (default: %(default)s).")
         parser.add_argument("--max-new-tokens", type=int, default=64, help="Longest answer (default: %(default)s).")
@@ -36,7 +36,7 @@ class EvalCommand(Command):
             "--work-dir", type=Path, help="Where recordings are kept to resume from (default: <bundle>/.eval)."
         )
         parser.add_argument(
-            "--plot", type=Path, help="Picture of quality against size (default: <first bundle>/eval.png)."
+            "--plot", type=Path, help="Image of quality against size (default: <first bundle>/eval.png)."
         )
 
     def execute(self) -> None:
@@ -56,11 +56,11 @@ class EvalCommand(Command):
             args.device,
         )
         print(table(qualities))
-        picture = args.plot or args.bundles[0] / "eval.png"
-        plot(qualities, picture)
+        image = args.plot or args.bundles[0] / "eval.png"
+        plot(qualities, image)
         for bundle in args.bundles:
             update_card(bundle)
-        print(f"\nWritten: eval.json in each bundle and into its card, {picture}")
+        print(f"\nWritten: eval.json in each bundle and into its card, {image}")
 
 
 class PushCommand(Command):

@@ -16,7 +16,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from optimum_llava_ov.chat.pictures import fetch_picture
+from optimum_llava_ov.chat.images import fetch_image
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.chat.streaming import Answer
 from optimum_llava_ov.demo.guard import Guard, OpenPages
@@ -46,7 +46,7 @@ COPY = """() => {
         getSelection().removeAllRanges();
     }
 }"""
-PLACEHOLDER = "<h3>Show a picture, and ask about it</h3><p>Add one with the clip, drop it or paste it below.</p>"
+PLACEHOLDER = "<h3>Show an image, and ask about it</h3><p>Add one with the clip, drop it or paste it below.</p>"
 MAX_EVICTED = 1000  # visitors whose session went, and who are told so when they come back
 SHOW_SECONDS = 0.05  # between two updates of an answer; a quick model makes more words than a page can show
 
@@ -60,10 +60,10 @@ class Limits:
         sessions (`int`): kept; the one that was idle longest makes room for a new one.
         busy_seconds (`float`): after its last word, a session makes no room for others; if all are so, a new visitor must wait.
         idle_seconds (`float`): after which a session goes in any case.
-        max_bytes (`int`), max_pixels (`int`): of a picture.
+        max_bytes (`int`), max_pixels (`int`): of an image.
         max_characters (`int`): of a question.
         max_new_tokens (`int`): that a visitor can ask for.
-        hosts (`tuple[str, ...]`): from which the server may fetch pictures for visitors.
+        hosts (`tuple[str, ...]`): from which the server may fetch images for visitors.
         names (`tuple[str, ...]`): under which the page is served, besides IP addresses, `localhost` and the name that it listens on.
     """
 
@@ -90,9 +90,9 @@ class Turn:
     _html: tuple[str, str] = ("", "")
 
     def messages(self) -> list[dict[str, Any]]:
-        pictures = [{"role": "user", "content": {"path": file}} for file in self.files]
+        images = [{"role": "user", "content": {"path": file}} for file in self.files]
         question = [_shown("user", escape(self.text))] if self.text else []
-        return [*pictures, *question, _shown("assistant", self._answer_html())]
+        return [*images, *question, _shown("assistant", self._answer_html())]
 
     def _answer_html(self) -> str:
         """While an answer comes, the earlier ones are shown again each time."""
@@ -134,10 +134,10 @@ class Visitor:
             turns = self.turns if self._pending is None else [*self.turns[: self._pending.place], self._pending.turn]
             return [message for turn in turns for message in turn.messages()]
 
-    def send(self, turn: Turn, pictures: list[Any], options: dict[str, Any]) -> Pending:
+    def send(self, turn: Turn, images: list[Any], options: dict[str, Any]) -> Pending:
         """Ask. Raises what [`ChatSession.send`] does."""
         with self._lock:
-            answer = self.session.send(turn.text, pictures, **options)
+            answer = self.session.send(turn.text, images, **options)
             return self._begin(turn, answer, retried=False)
 
     def retry(self, options: dict[str, Any]) -> Pending:
@@ -276,7 +276,7 @@ def only_uploads(component: gr.components.Component) -> gr.components.Component:
 
     async def move(url_or_file_path):
         if url_or_file_path is not None and "://" in str(url_or_file_path):
-            raise gr.Error("Pictures must be uploaded; this server fetches no addresses.")
+            raise gr.Error("Images must be uploaded; this server fetches no addresses.")
         return await original(url_or_file_path)
 
     component.async_move_resource_to_block_cache = move
@@ -294,11 +294,11 @@ class Demo:
     def ask(
         self, question: dict, temperature: float, top_p: float, tokens: int, device: str, request: gr.Request
     ) -> Iterator:
-        """Stream the answer. The last picture that came is what the question is about."""
+        """Stream the answer. The last image that came is what the question is about."""
         self._check_page(request)
         text, files = (question.get("text") or "").strip(), question.get("files") or []
         if not text:
-            gr.Info("Write a question about the picture.")
+            gr.Info("Write a question about the image.")
             yield gr.skip(), question_box(question)
             return
         try:
@@ -345,17 +345,17 @@ class Demo:
         return [], question_box()
 
     def fetch(self, address: str, question: dict, request: gr.Request) -> tuple:
-        """Put the picture of an address beside the question, if the operator allows its host."""
+        """Put the image of an address beside the question, if the operator allows its host."""
         self._check_page(request)
         try:
-            picture = fetch_picture(address.strip(), self.limits.max_bytes, self.limits.max_pixels, self.limits.hosts)
+            image = fetch_image(address.strip(), self.limits.max_bytes, self.limits.max_pixels, self.limits.hosts)
         except ValueError as error:
             _warn(error)
             return gr.skip(), gr.skip()
-        folder = Path(get_upload_folder())  # where the page's other pictures are, which go after an hour
+        folder = Path(get_upload_folder())  # where the page's other images are, which go after an hour
         folder.mkdir(parents=True, exist_ok=True)
-        file = Path(tempfile.mkdtemp(dir=folder)) / "picture.png"
-        picture.save(file)
+        file = Path(tempfile.mkdtemp(dir=folder)) / "image.png"
+        image.save(file)
         return question_box(
             {"text": question.get("text") or "", "files": [*(question.get("files") or []), str(file)]}
         ), ""
@@ -425,7 +425,7 @@ def build_page(
     demo: Demo, title: str, devices: list[str], temperature: float = 0.0, top_p: float = 0.9, max_new_tokens: int = 512
 ) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"# {title}\nQuestions about pictures, answered on this machine.", elem_id="title")
+        gr.Markdown(f"# {title}\nQuestions about images, answered on this machine.", elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=420):
                 chat = gr.Chatbot(
@@ -442,7 +442,7 @@ def build_page(
                 question = gr.MultimodalTextbox(
                     elem_id="question",
                     show_label=False,
-                    placeholder="Ask about the picture",
+                    placeholder="Ask about the image",
                     file_types=["image"],
                     file_count="multiple",
                     sources=["upload"],
@@ -467,7 +467,7 @@ def build_page(
                 ]  # fmt: skip
                 with gr.Group(visible=bool(demo.limits.hosts)):
                     address = gr.Textbox(
-                        label="Picture from",
+                        label="Image from",
                         info=", ".join(demo.limits.hosts),
                         placeholder="https://",
                         max_length=2000,

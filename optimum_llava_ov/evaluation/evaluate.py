@@ -37,7 +37,7 @@ def evaluate(
     Args:
         bundles: folders of bundles.
         reference: an original checkpoint (folder or model id), which is run in torch, or another bundle.
-        dataset: a folder of pictures or a JSONL file (see [`~optimum_llava_ov.samples.read_samples`]); without one, pictures of
+        dataset: a folder of images or a JSONL file (see [`~optimum_llava_ov.samples.read_samples`]); without one, images of
             coloured shapes, drawn here, with their answers.
         work_dir: where recordings are kept, so that an interrupted run continues; `<first bundle>/.eval` if not given.
 

@@ -1,4 +1,4 @@
-"""Quality against size, as a picture for a model card."""
+"""Quality against size, as an image for a model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def plot(qualities: dict[str, Quality], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("The picture needs matplotlib: pip install optimum-llava-ov[eval]") from error
+        raise ImportError("The image needs matplotlib: pip install optimum-llava-ov[eval]") from error
 
     figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
     axes = figure.subplots()
