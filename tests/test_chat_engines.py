@@ -119,7 +119,9 @@ def test_options(genai):
         chat.send("Where is the star?", do_sample=True, temperature=50.0, max_new_tokens=6).result() for _ in range(3)
     ]
     assert len(set(sampled)) == 3
-    with pytest.raises(ValueError, match=r"not support penalty_alpha\. It supports max_new_tokens, .*openvino engine supports all"):
+    with pytest.raises(
+        ValueError, match=r"not support penalty_alpha\. It supports max_new_tokens, .*openvino engine supports all"
+    ):
         chat.send("Hi", penalty_alpha=0.5).result()
     chat.reset()
     assert chat.send("Where is the star?", A, do_sample=True, top_k=1).result() == STAR
