@@ -53,7 +53,7 @@ def resolve_engine(bundle: str, device: str, engine: str) -> str:
     check_device(device)
     complete_replacement(bundle)
     if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+        raise ValueError(f"engine is {engine!r}. Expected one of {', '.join(ENGINES)}.")
     if engine == AUTO:
         engine = choose_engine(bundle)
     if engine == GENAI:

@@ -42,15 +42,15 @@ def test_table(shapes_bundle):
     head, machine, _, names, *rows, _, loading, memory = result.stdout.splitlines()
     assert re.fullmatch(r"shapes-ov in genai on CPU: computes in (bf16|f16|f32), cache in \w+", head)
     assert machine.endswith(f"openvino {version('openvino')}, openvino-genai {version('openvino-genai')}")
-    assert re.split(" {2,}", names.strip()) == ["prompt", "first token", "then, per token", "tokens/s"]
+    assert re.split(" {2,}", names.strip()) == ["prompt", "first token", "per token", "tokens/s"]
     assert [re.fullmatch(rf" *(\d+) tokens +{number} s +{number} ms +{number}", row)[1] for row in rows] == [
         "60",
         "200",
     ]
     assert re.fullmatch(
-        rf"Loading takes {number} s, and the first answer after it begins after {number} s \(60 tokens\)\.", loading
+        rf"Loading took {number} s\. The first token after loading took {number} s \(prompt of 60 tokens\)\.", loading
     )
-    assert re.fullmatch(rf"Memory at most: {gigabytes}, {gigabytes} of it without mapped files\.", memory)
+    assert re.fullmatch(rf"Peak memory: {gigabytes}, {gigabytes} without mapped files\.", memory)
     assert "4/4" in result.stderr, "a progress bar"
 
 
@@ -161,8 +161,8 @@ def test_too_short_for_a_picture(shapes_bundle):
         AutoProcessor.from_pretrained(shapes_bundle), config := AutoConfig.from_pretrained(shapes_bundle)
     ).shortest()
     expected = (
-        f"error: A prompt of 30 tokens was asked for, but with this model a picture ({config.image_seq_length} tokens) and the words "
-        f"around it take {shortest} tokens. Ask for --prompt-tokens {shortest} or more."
+        f"error: A prompt of 30 tokens is too short. With this model, an image ({config.image_seq_length} tokens) and the chat template "
+        f"take {shortest} tokens. Use --prompt-tokens {shortest} or more."
     )
     assert result.stderr.splitlines()[-1] == expected
 
@@ -170,10 +170,10 @@ def test_too_short_for_a_picture(shapes_bundle):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"new_tokens": 1}, "new_tokens is 1; expected 2 or more."),
-        ({"rounds": 0}, "rounds is 0; expected 1 or more."),
-        ({"batch_size": 0}, "batch_size is 0; expected 1 or more."),
-        ({"engine": "vllm"}, "engine is 'vllm'; expected one of auto, openvino, genai."),
+        ({"new_tokens": 1}, "new_tokens is 1. Expected 2 or more."),
+        ({"rounds": 0}, "rounds is 0. Expected 1 or more."),
+        ({"batch_size": 0}, "batch_size is 0. Expected 1 or more."),
+        ({"engine": "vllm"}, "engine is 'vllm'. Expected one of auto, openvino, genai."),
         ({"device": "NPU7"}, "There is no device 'NPU7' here."),
     ],
 )

@@ -189,5 +189,5 @@ def test_default(shapes_bundle, tmp_path):
 def test_no_bundle():
     with pytest.raises(ValueError, match="is not a bundle, because it has no openvino_language_model.xml"):
         session_factory(str(EXAMPLES / "shapes" / "checkpoint"), engine=GENAI)
-    with pytest.raises(ValueError, match="expected one of auto, openvino, genai"):
+    with pytest.raises(ValueError, match="Expected one of auto, openvino, genai"):
         session_factory("x", engine="vllm")

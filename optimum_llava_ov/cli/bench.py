@@ -25,7 +25,7 @@ class BenchCommand(Command):
             type=int,
             nargs="+",
             metavar="N",
-            help="Lengths of the prompts in tokens, with the image. Default: 300 1000, or more if an image needs more.",
+            help="Lengths of the prompts in tokens, with the image. Default: 300 1000, or more if the image needs it.",
         )
         parser.add_argument("--new-tokens", type=int, default=64, help="Tokens of each answer (default: %(default)s).")
         parser.add_argument(

@@ -24,9 +24,8 @@ def explained(api: HfApi, repo_id: str) -> Iterator[None]:
     except HubError:
         raise
     except HFValidationError as error:
-        raise HubError(
-            f"{repo_id!r} is not a valid name for a repository. Expected `owner/name`. ({error})"
-        ) from error
+        message = f"{repo_id!r} is not a valid name for a repository. Expected `owner/name`. ({error})"
+        raise HubError(message) from error
     except LocalTokenNotFoundError as error:
         raise HubError(_not_logged_in(repo_id)) from error
     except OfflineModeIsEnabled as error:
@@ -50,9 +49,7 @@ def _meaning(error: HfHubHTTPError, api: HfApi, repo_id: str) -> str:
     if status == 404:
         return f"{repo_id} or this revision of it does not exist, or the token may not see it. ({message})"
     if status in (409, 412):
-        return (
-            f"Someone else is changing {repo_id} at the same time. Look at the changes, then run it again. ({message})"
-        )
+        return f"Someone else is changing {repo_id} now. Look at the changes, then run it again. ({message})"
     return f"{status_meaning(error, repo_id)} {_AGAIN}"
 
 
