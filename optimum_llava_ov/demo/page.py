@@ -111,11 +111,11 @@ def _shown(role: str, html: str) -> dict[str, Any]:
 
 
 class Pending(NamedTuple):
-    """Hold a turn that is being answered, and its index: after the other turns, or that of the last turn (retry)."""
+    """Hold a turn that is being answered. Its position is after the other turns, or that of the last turn (retry)."""
 
     turn: Turn
     answer: Answer
-    index: int
+    position: int
 
 
 @dataclass
@@ -136,7 +136,9 @@ class Visitor:
 
     def messages(self) -> list[dict[str, Any]]:
         with self._lock:
-            turns = self.turns if self._pending is None else [*self.turns[: self._pending.index], self._pending.turn]
+            turns = (
+                self.turns if self._pending is None else [*self.turns[: self._pending.position], self._pending.turn]
+            )
             return [message for turn in turns for message in turn.messages()]
 
     def send(self, turn: Turn, images: list[Any], options: dict[str, Any]) -> Pending:
@@ -161,7 +163,7 @@ class Visitor:
         self.finish(pending)
         with self._lock:
             if pending is not None and not pending.answer.kept:
-                return pending.turn if pending.index == len(self.turns) else None
+                return pending.turn if pending.position == len(self.turns) else None
             return self.turns.pop() if self.session.undo() is not None else None
 
     def finish(self, pending: Pending | None) -> None:
@@ -172,7 +174,7 @@ class Visitor:
             self._pending = None
             if pending.answer.kept:
                 pending.turn.answer = pending.answer.text
-                self.turns[pending.index :] = [pending.turn]
+                self.turns[pending.position :] = [pending.turn]
 
     def leave(self) -> None:
         """Stop the answer, and remove all turns."""
