@@ -1,14 +1,17 @@
-"""Export with int4 weights: this package's way beside Optimum's, in time, memory and disk.
+"""Compare this package's export with int4 weights with that of Optimum, in time, memory and disk.
 
     python benchmarks/compression.py WORKDIR [--size 7b]
 
-- `one pass`: `optimum-cli export openvino --weight-format int4`. Each part goes from the traced graph through NNCF to its file.
-- `two passes`: what Optimum does for other models. Everything is exported to a temporary folder, loaded again with Optimum's own
-  class, compressed and written. The first pass is Optimum's export as it is, which traces each part twice, with our reader of the
-  checkpoint, for Optimum has none. The second runs in a process that cannot import this package.
+- `one pass`: `optimum-cli export openvino --weight-format int4`. NNCF compresses each traced part before it is
+written. - `two passes`: what Optimum does for other models. Everything is exported to a temporary folder, loaded with
+Optimum's
+  own class, compressed and written. The first pass is Optimum's unchanged export, which traces each part twice, with
+  our reader of the checkpoint, because Optimum has none. The second pass runs in a process that cannot import this
+  package.
 
-Both start with the checkpoint's files evicted from the page cache, one after the other. Disk is what the output folder's parent
-holds at most while the command runs. Makes a random checkpoint if WORKDIR has none, which takes 30 GB of free disk at 7b in all.
+They run one after the other. Before each, the checkpoint's files are evicted from the page cache. Disk is the maximum
+size of the output folder's parent while the command runs. If WORKDIR has no random checkpoint, one is made. At 7b this
+takes 30 GB of free disk in all.
 """
 
 from __future__ import annotations
@@ -113,7 +116,7 @@ def report(results: dict[str, Measurement], size: int, args: argparse.Namespace)
         json.dumps({"results": values, "bundle_bytes": size, "machine": machine(), "versions": versions()}, indent=2)
         + "\n"
     )
-    print(f"Written: {file}")
+    print(f"Wrote {file}")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,33 @@
-"""Compare the ways to run a LLaVA-MPT: our class, stock optimum-intel, GenAI, torch, and the OpenVINO notebook's pipeline.
+"""Compare the ways to run a LLaVA-MPT: our class, stock optimum-intel, GenAI, torch, and the OpenVINO notebook's
+pipeline.
 
-    python benchmarks/engines.py WORKDIR --size 1.3b [--rounds 3] [--contenders ours genai-sdpa ...] [--prompts 300 2000]
+    python benchmarks/engines.py WORKDIR --size 1.3b [--rounds 3] [--contenders ours genai-sdpa ...] [--prompts 300
+    2000]
 
-On a random checkpoint of full size (`random_checkpoint.py`; made if WORKDIR has none):
+It uses a random checkpoint of full size. If WORKDIR has none, `random_checkpoint.py` makes one.
 
-1. `optimum-cli export openvino --weight-format int4` to WORKDIR/bundle, and the notebook's conversion to WORKDIR/notebook, each
-   measured: time, memory, disk. What is there is not made again; delete the folder for that. `--bundle` takes another bundle.
-2. Contenders, each in a process of its own for each length of the prompt and each number of rows, and taking turns: all of
-   them, then all of them with the next length, and so on, for several rounds. Files are read before each process, so all start
-   from a warm file cache. Every answer is greedy, about a picture of its own, and exactly as long as everybody else's. With
-   `--together` they take turns answer by answer, which is fairer where the machine's speed changes from minute to minute, and
-   needs memory for all contenders at once.
+1. `optimum-cli export openvino --weight-format int4` writes WORKDIR/bundle, and the notebook's conversion writes
+   WORKDIR/notebook. Time, memory and disk of both are measured. Existing folders are not made again; delete them for
+   that. `--bundle` uses another bundle.
+2. Each contender runs in a separate process for each length of the prompt and each batch size. All contenders run with
+   one length, then with the next length, and so on, for several rounds. Files are read before each process, so that
+   all start from a warm file cache. All answers are greedy, have the same length, and are about different images. With
+   `--together`, contenders take turns answer by answer. This is fairer if the speed of the machine changes, but needs
+   memory for all contenders at once.
 
-Time to first token counts from pictures and text, so preparing them is in it for everybody; it is the median of the answers
-after the first, which is given by itself. Time per token is the rest of the answer by its other tokens. Rows of batches are as
-long as the shortest prompt. Memory is that of the whole process, seen from outside.
+Time to first token begins with images and text, so it includes preprocessing for all contenders. It is the median of
+all answers but the first, which is reported separately. Time per token is the remaining time of the answer divided by
+its other tokens. Batches use the shortest prompt. Memory is that of the whole process, measured from outside.
 
-Medians, their ratios to ours and the targets are printed; everything measured is written to `WORKDIR/results.json` after every
-process, and drawn in `WORKDIR/results.png`. `--add` adds to the results that are there, to measure in pieces.
+Medians, their ratios to ours and the targets are printed. All measurements are written to `WORKDIR/results.json` after
+every process, and plotted in `WORKDIR/results.png`. `--add` adds to the existing results, to measure in parts.
 
-`--contenders ours llama-Q4_K_M llama-Q4_0` compares with llama.cpp, where llama-cpp-python is installed (`llama.py`).
+`--contenders ours llama-Q4_K_M llama-Q4_0` compares with llama.cpp, if llama-cpp-python is installed (`llama.py`).
 
-At 1.3b with 3 rounds, two cores take about an hour and a half; 10 GB of disk. At 7b use `--stored-weights`: the notebook's way of
-loading takes 27 GB of memory.
+At 1.3b with 3 rounds, two cores take about an hour and a half, and 10 GB of disk. At 7b use `--stored-weights`,
+because the notebook loads weights in float32, which takes 27 GB of memory.
 
-`--tiny` tries all of it out on a tiny checkpoint. Its numbers say nothing.
+`--tiny` runs everything on a tiny checkpoint, as a check. Its numbers have no meaning.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from contenders import MODULES, NEEDS_PACKAGE, ONE_ROW, Job
+from contenders import MODULES, NEEDS_PACKAGE, ONE_SEQUENCE, Job
 from contenders.turns import give_turn
 from export import export_command
 from machine import machine, versions
@@ -63,7 +66,7 @@ ENV = {"CI": "true", "HF_HUB_OFFLINE": "1"}  # no telemetry, which forks and sen
 
 
 def make_checkpoint(workdir: Path, size: str) -> Path:
-    """The random checkpoint, made if it is not there."""
+    """Return the random checkpoint. Make it if it does not exist."""
     folder = workdir / f"random-{size}"
     if not is_complete(folder):
         write_random_checkpoint(folder, size)
@@ -71,17 +74,17 @@ def make_checkpoint(workdir: Path, size: str) -> Path:
 
 
 def make(command: list[str | Path], checkpoint: Path, folder: Path) -> dict:
-    """Run what writes `folder`, measured, from a warm file cache. If it did so before: what was measured then.
+    """Run a command that writes `folder` from a warm file cache, and measure it. Reuse an earlier measurement.
 
     Raises:
-        `SystemExit`: it failed.
+        `SystemExit`: The command failed.
     """
     record, log = folder.with_name(f"{folder.name}.json"), folder.with_name(f"{folder.name}.log")
     if record.exists() and folder.exists():
         return json.loads(record.read_text())
     shutil.rmtree(folder, ignore_errors=True)
     print(f"making {folder.name} ...", flush=True)
-    _read(checkpoint.parent)  # and the vision tower beside it
+    _read(checkpoint.parent)  # with the vision tower
     measurement = run_measured(command, env=ENV, watch=folder, log=log)
     if measurement.exit_code:
         raise SystemExit(f"{command[0]} ended with {measurement.exit_code}. End of {log}:\n{log.read_text()[-2000:]}")
@@ -91,23 +94,25 @@ def make(command: list[str | Path], checkpoint: Path, folder: Path) -> dict:
 
 
 def run_together(group: list[Job], workdir: Path) -> Iterator[dict]:
-    """Processes that are all there and take turns, answer by answer: what else the machine does hits all of them alike."""
+    """Run processes together. They take turns answer by answer, so that other load affects all of them."""
     with TemporaryDirectory(dir=workdir) as folder, ThreadPoolExecutor(len(group)) as pool:
         runs = {job.contender: pool.submit(run, replace(job, turns=folder), workdir) for job in group}
         order, last = Random(group[0].prompt_tokens), 1 + group[0].repeats
         for number in range(last + 1):  # load and answer; later answers; stages
-            for job in order.sample(group, len(group)):  # whoever comes after a large one finds the caches cold
+            for job in order.sample(
+                group, len(group)
+            ):  # a random order, because a large contender evicts the caches of the next
                 if number == 0:
                     read_files(job)
                 give_turn(folder, job.contender, runs[job.contender].done)
                 if number == last:
-                    runs[job.contender].result()  # what it has is given back before the next one begins
+                    runs[job.contender].result()  # free its memory before the next one begins
         for one in runs.values():
-            yield {**one.result(), "cpu_seconds": None}  # of all processes that ended meanwhile
+            yield {**one.result(), "cpu_seconds": None}  # it would include other processes
 
 
 def run(job: Job, workdir: Path) -> dict:
-    """One process of one contender."""
+    """Run one process of one contender."""
     if job.turns is None:
         read_files(job)
     file, log = workdir / f"job-{job.contender}.json", workdir / f"job-{job.contender}.log"
@@ -120,7 +125,7 @@ def run(job: Job, workdir: Path) -> dict:
     else:
         result = {"error": f"The process ended with {measurement.exit_code}: {' '.join(lines[-2:])[-400:]}"}
     if result.pop("uses_our_package", False) and job.contender in ("stock", "genai-sdpa", "genai-pa", "notebook"):
-        raise SystemExit(f"{job.contender} imported this package, so it is not what it is called.")
+        raise SystemExit(f"{job.contender} imported this package, but it must run without it.")
     memory = {name: getattr(measurement, name) for name in ("peak_rss", "peak_anonymous")}
     settings = {name: getattr(job, name) for name in ("contender", "prompt_tokens", "batch")}
     costs = {
@@ -132,30 +137,30 @@ def run(job: Job, workdir: Path) -> dict:
 
 
 def read_files(job: Job) -> None:
-    """All that a contender may load, so that it loads from a warm file cache."""
+    """Read all files that a contender may load, so that it loads from a warm file cache."""
     for path in job.paths.values():
         _read(Path(path))
 
 
 def _read(folder: Path) -> None:
-    """Into the page cache."""
+    """Read a folder into the page cache."""
     block = bytearray(1 << 24)
     for path in folder.rglob("*"):
         if path.is_file():
-            with open(path, "rb", buffering=0) as file:
+            with path.open("rb", buffering=0) as file:
                 while file.readinto(block):
                     pass
 
 
 def needed_paths(contender: str, paths: dict[str, Path]) -> dict[str, str]:
-    """Of all there is, what a contender reads."""
+    """Return the paths that a contender reads."""
     names = {"torch_bf16": ("checkpoint", "bundle"), "notebook": ("notebook",), "llama": ("llama",)}
     names = names.get(MODULES[contender], ("bundle",))
     return {name: str(paths[name].resolve()) for name in names}
 
 
 def jobs(arguments: argparse.Namespace, paths: dict[str, Path], prompts: dict[int, str], round_number: int):
-    """One round: every configuration, and in it every contender. Who begins changes from round to round."""
+    """Yield the jobs of one round: all contenders for each configuration. Each round begins with another contender."""
     configurations = [(length, 1) for length in prompts] + [
         (min(prompts), batch) for batch in arguments.batches if batch > 1
     ]
@@ -164,7 +169,7 @@ def jobs(arguments: argparse.Namespace, paths: dict[str, Path], prompts: dict[in
     limits = {name: int(tokens) for name, tokens in (limit.split("=") for limit in arguments.limit)}
     for length, batch in configurations:
         for contender in contenders:
-            if length <= limits.get(contender, length) and (batch == 1 or contender not in ONE_ROW):
+            if length <= limits.get(contender, length) and (batch == 1 or contender not in ONE_SEQUENCE):
                 yield Job(
                     contender=contender,
                     paths=needed_paths(contender, paths),
@@ -177,7 +182,7 @@ def jobs(arguments: argparse.Namespace, paths: dict[str, Path], prompts: dict[in
 
 
 def benchmark(arguments: argparse.Namespace) -> dict:
-    """Make what is not there, measure, write `results.json` as it grows."""
+    """Make missing files, measure, and write `results.json` after each measurement."""
     workdir = arguments.workdir
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "results.json"
@@ -230,14 +235,15 @@ def one_round(round_jobs: Iterable[Job], workdir: Path, together: bool) -> Itera
 
 
 def progress(number: int, run: dict) -> str:
-    """One line for one process."""
+    """Return one line about one process."""
     head = f"round {number + 1}  {run['contender']:<11}{run['prompt_tokens']:>6} tokens x {run['batch']}"
     if "error" in run:
         return f"{head}  {run['error']}"
     entry = summarize([run])[0]
     return (
-        f"{head}  load {entry['load']:.1f} s, first token {entry.get('ttft_first', 0):.2f} s, then {entry.get('ttft', 0):.2f} s, "
-        f"{entry.get('token_ms', 0):.1f} ms per token, {entry['peak_rss'] / 1e9:.2f} GB"
+        f"{head}  load {entry['load']:.1f} s, first token {entry.get('ttft_first', 0):.2f} s, "
+        f"then {entry.get('ttft', 0):.2f} s, {entry.get('token_ms', 0):.1f} ms per token, "
+        f"{entry['peak_rss'] / 1e9:.2f} GB"
     )
 
 
@@ -250,35 +256,37 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=MODULES, default=DEFAULT)
     parser.add_argument("--prompts", nargs="+", type=int, help=f"lengths in tokens (default: {PROMPTS})")
     parser.add_argument(
-        "--batches", nargs="*", type=int, default=BATCHES, help="numbers of rows, beside 1; none to leave them out"
+        "--batches", nargs="*", type=int, default=BATCHES, help="batch sizes besides 1; without values, no batches"
     )
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=2, help="answers after the first, in each process")
+    parser.add_argument("--repeats", type=int, default=2, help="number of answers after the first in each process")
     limits = [f"{name}={tokens}" for name, tokens in LIMITS.items()]
     parser.add_argument(
         "--limit", nargs="*", default=limits, help=f"longest prompt of slow contenders (default: {' '.join(limits)})"
     )
     parser.add_argument(
-        "--together", action="store_true", help="take turns answer by answer, which takes memory for all at once"
+        "--together", action="store_true", help="take turns answer by answer; needs memory for all contenders at once"
     )
-    parser.add_argument("--checkpoint", type=Path, help="take this one instead of a random one")
+    parser.add_argument("--checkpoint", type=Path, help="use this checkpoint instead of a random one")
     parser.add_argument("--bundle", type=Path, help="measure this bundle instead of exporting one")
+    parser.add_argument("--notebook", type=Path, help="measure this conversion of the notebook instead of making one")
     parser.add_argument(
-        "--notebook", type=Path, help="measure this conversion of the notebook's instead of making one"
+        "--stored-weights",
+        action="store_true",
+        help="the notebook's conversion keeps the stored weights and does not load float32",
     )
-    parser.add_argument(
-        "--stored-weights", action="store_true", help="the notebook's conversion does not load float32"
-    )
-    parser.add_argument("--add", action="store_true", help="keep the runs that results.json has, and add to them")
-    parser.add_argument("--tiny", action="store_true", help="try it out on a tiny checkpoint")
+    parser.add_argument("--add", action="store_true", help="add to the runs in results.json")
+    parser.add_argument("--tiny", action="store_true", help="run on a tiny checkpoint, as a check")
     arguments = parser.parse_args()
     for package in {NEEDS_PACKAGE.get(MODULES[name]) for name in arguments.contenders} - {None}:
         if not find_spec(package):
-            parser.error(f"a contender needs the package {package}; its module in benchmarks/ says how to install it")
+            parser.error(
+                f"a contender needs the package {package}; see its module in benchmarks/ for how to install it"
+            )
 
     result = benchmark(arguments)
     print(text(result))
-    from plot import plot  # matplotlib: after everything is written
+    from plot import plot  # imported late, so that a missing matplotlib does not lose results
 
     plot(result, arguments.workdir / "results.png")
 

@@ -2,23 +2,24 @@
 
     python benchmarks/export.py WORKDIR [--size 7b] [--weight-format fp16] [--keep]
 
-What is measured, on a random checkpoint (see `random_checkpoint.py`; it is made if WORKDIR has none):
+It uses a random checkpoint. If WORKDIR has none, `random_checkpoint.py` makes one. Two commands are measured:
 
-1. `cp -r` of the checkpoint and its vision tower to another folder of WORKDIR, which is the least an export has to do: read
-   all weights and write them. Copy-on-write, copy offload and holes are off, so that bytes are really read and written.
+1. `cp -r` of the checkpoint and its vision tower to another folder of WORKDIR. This is the minimum that an export must
+   do: read all weights and write them. Copy-on-write, copy offload and holes are disabled, so that all bytes are read
+   and written.
 2. `optimum-cli export openvino --model CHECKPOINT OUT --weight-format ...`, offline.
 
-Both run under the same conditions. Before each, everything is written to disk and the source files are dropped from the page
-cache (`posix_fadvise`, no root needed), so both read from a cold disk. Time is given to the end of the command, as one
-perceives it, and until all its files are written to disk (fsync of each), which is what is compared: data left in the page
-cache would otherwise count as written. The copy is deleted before the export starts.
+Both run under the same conditions. Before each, everything is written to disk and the source files are dropped from
+the page cache (`posix_fadvise`, which does not need root), so both read from a cold disk. Two times are reported:
+until the command ends, and until all its files are written to disk (fsync of each). The second is compared, because
+data in the page cache is not written yet. The copy is deleted before the export starts.
 
-Targets: no more than 2 x cp + 40 s, and no more than 1.5 GB of anonymous memory at 7b in fp16.
+Targets: up to 2 x cp + 40 s, and up to 1.5 GB of anonymous memory at 7b in fp16.
 
-The result is printed and written to `WORKDIR/export-SIZE-FORMAT.json`, with versions, machine and memory over time. Copy and
-bundle are deleted at the end, and the checkpoint if this run made it, unless `--keep` is given. The two logs stay.
-At 7b in fp16 this takes 30 GB of disk. OpenVINO sends telemetry, which costs time; `CI=true` in the environment turns it
-off.
+The result is printed and written to `WORKDIR/export-SIZE-FORMAT.json`, with versions, machine and memory over time.
+The copy, the bundle, and a checkpoint that this run made are deleted at the end, unless `--keep` is given. The two
+logs stay. At 7b in fp16 this takes 30 GB of disk. OpenVINO sends telemetry, which takes time; `CI=true` in the
+environment disables it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ ANONYMOUS_LIMIT = 1.5e9
 
 
 def benchmark(workdir: Path, size: str, weight_format: str, keep: bool) -> dict:
-    """Make the checkpoint if needed, copy it, export it; returns what is written as JSON."""
+    """Make the checkpoint if needed, copy it and export it. Return the values that are written as JSON."""
     source, copied, exported = workdir / f"random-{size}", workdir / "copied", workdir / "exported"
     scratch = [copied, exported]
     for folder in scratch:
@@ -54,7 +55,7 @@ def benchmark(workdir: Path, size: str, weight_format: str, keep: bool) -> dict:
     try:
         copy = _run_cold(copy_command(source, copied), source, copied, workdir / f"cp-{size}.log")
         shutil.rmtree(copied)
-        exported.mkdir()  # and the bundle inside: it is staged beside its place
+        exported.mkdir()  # the export writes temporary files next to the bundle
         command = export_command(source / "checkpoint", exported / "bundle", weight_format)
         export = _run_cold(command, source, exported, workdir / f"export-{size}-{weight_format}.log")
         result = {
@@ -75,18 +76,18 @@ def benchmark(workdir: Path, size: str, weight_format: str, keep: bool) -> dict:
 
 
 def copy_command(source: Path, target: Path) -> list[str | Path]:
-    """`cp` without the short cuts of the file system."""
+    """Return a `cp` command without shortcuts of the file system."""
     return ["cp", "-r", "--reflink=never", "--sparse=never", source, target]
 
 
 def export_command(checkpoint: Path, bundle: Path, weight_format: str) -> list[str | Path]:
-    """`optimum-cli` of this Python."""
+    """Return the export command of this Python's `optimum-cli`."""
     cli = Path(sys.executable).with_name("optimum-cli")
     return [cli, "export", "openvino", "--model", checkpoint, bundle, "--weight-format", weight_format]
 
 
 def criteria(result: dict) -> dict:
-    """The two targets, what was measured, and whether it is met."""
+    """Return the two targets, and whether they are met."""
     copy, export = result["copy"], result["export"]
     limit = COPY_FACTOR * copy["seconds_synced"] + EXTRA_SECONDS
     return {
@@ -99,7 +100,7 @@ def criteria(result: dict) -> dict:
 
 
 def _run_cold(command: list[str | Path], source: Path, target: Path, log: Path) -> dict:
-    """Run a command that reads `source`, none of which is in memory, and writes `target`; see the module's description."""
+    """Run a command that reads `source` from a cold disk and writes `target`. See the module's description."""
     evict(source)
     measurement = run_measured(command, env={"HF_HUB_OFFLINE": "1"}, watch=target, log=log)
     if measurement.exit_code:
@@ -127,7 +128,7 @@ def _for_each_file(folder: Path, function) -> None:
 
 
 def table(result: dict) -> str:
-    """The result for people: `cp` and the export side by side, then the targets."""
+    """Return the result as text: `cp` and the export side by side, then the targets."""
     copy, export, targets = result["copy"], result["export"], result["criteria"]
     rows = [
         ("", "cp", "export"),

@@ -1,13 +1,14 @@
-"""Speed against quality: what recipes and groups of activations cost and bring, in the language model alone.
+"""Compare speed and quality of recipes and activation group sizes, for the language model alone.
 
     python benchmarks/frontier.py WORKDIR [--size 1.3b] [--rounds 2]
 
-Exports a random checkpoint once for each recipe, and once in fp16. Then every pair of recipe and DYNAMIC_QUANTIZATION_GROUP_SIZE runs
-in a process of its own, all of them taking turns: a prompt of 300 tokens, then single tokens. Quality is the divergence (KL, nats per
-token) from the fp16 model computed in float32. Prints a table in Markdown, fastest first.
+Exports a random checkpoint once for each recipe, and once in fp16. Then each pair of recipe and
+DYNAMIC_QUANTIZATION_GROUP_SIZE runs in a separate process, in turn: a prompt of 300 tokens, then single tokens.
+Quality is the divergence (KL, nats per token) from the fp16 model computed in float32. Prints a table in Markdown,
+fastest first.
 
-The weights are random: there is no structure in them to lose, and no outlier that a group could suffer from. So KL tells how much
-noise a choice adds, not whether answers change; for that there is `recipes.py`, and `optimum-cli llava-ov eval` on your own model.
+The weights are random, so they have no structure and no outliers. KL therefore tells how much noise a choice adds, not
+whether answers change. For that, use `recipes.py`, or `optimum-cli llava-ov eval` on your own model.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def export(source: Path, folder: Path, options: list[str]) -> Path:
-    """A bundle of the random checkpoint; the one that is there, if there is one."""
+    """Export the random checkpoint, unless the bundle exists."""
     if not (folder / "config.json").exists():
         command = export_command(source / "checkpoint", folder, "")[:5]
         subprocess.run([*command, folder, *options], check=True, env={**os.environ, "CI": "true"})
@@ -87,7 +88,7 @@ def run_alone(bundle: Path, settings: dict[str, str], logits: Path) -> dict[str,
 
 
 def run(bundle: Path, settings: dict[str, str], logits: Path) -> dict[str, float]:
-    """Seconds of a prompt and of a token, the first prompt left out; writes the prompt's log probabilities."""
+    """Measure the seconds of a prompt and of a token after warm-up, and write the prompt's log-probabilities."""
     core = openvino.Core()
     compiled = core.compile_model(bundle / "openvino_language_model.xml", "CPU", settings)
     embed = core.compile_model(bundle / "openvino_text_embeddings_model.xml", "CPU")
@@ -129,8 +130,14 @@ def table(results: dict[tuple[str, int | None], list[dict[str, float]]]) -> str:
     rows = []
     for (name, group), runs in results.items():
         prompt, token = (statistics.median(run[key] for run in runs) for key in ("prompt", "token"))
-        rows.append((token, f"| {name} | {group if group is not None else 'as exported'} | {1 / token:.1f} | {PROMPT / prompt:.0f} "
-                            f"| {runs[0]['kl']:.1e} |"))  # fmt: skip
+        cells = [
+            name,
+            "as exported" if group is None else str(group),
+            f"{1 / token:.1f}",
+            f"{PROMPT / prompt:.0f}",
+            f"{runs[0]['kl']:.1e}",
+        ]
+        rows.append((token, f"| {' | '.join(cells)} |"))
     lines = [
         "| recipe | activations in groups of | decode, tokens/s | prompt, tokens/s | KL |",
         "| --- | --- | --- | --- | --- |",

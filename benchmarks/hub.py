@@ -1,8 +1,9 @@
-"""Memory that publishing and loading a large bundle takes, beyond that of a small one: nothing may hold a file in memory.
+"""Measure how much more memory it takes to publish and load a large bundle than a small one. No file may be in memory.
 
-    python benchmarks/hub.py [--gigabytes 4] [--folder <where there is room for three times as much>]
+    python benchmarks/hub.py [--gigabytes 4] [--folder <with space for three times as much>]
 
-The Hub is `tests/hub_server.py`, in a process of its own. The large bundle is the shapes model with a file made longer behind its weights.
+The Hub is `tests/hub_server.py`, in a separate process. The large bundle is the shapes model, with random bytes
+appended to its weights file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
         export = ["optimum-cli", "export", "openvino", "--model", ROOT / "examples" / "shapes" / "checkpoint", bundle]
         subprocess.run(export, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         small = measure(bundle, Path(folder) / "small")
-        with open(bundle / "openvino_language_model.bin", "ab") as file:
+        with (bundle / "openvino_language_model.bin").open("ab") as file:
             block = os.urandom(1 << 24)
             file.writelines(block for _ in range(int(args.gigabytes * 1e9) >> 24))
         large = measure(bundle, Path(folder) / "large")

@@ -1,10 +1,11 @@
-"""Stop the replacement of a bundle at every system call that changes something, and count what is lost.
+"""Interrupt the replacement of a bundle at every system call that writes, and count lost files.
 
-A process replaces a bundle by another, real one. strace kills it at the first call of a kind, at the second, and so on, or lets that call
-fail, alone or with all later ones of its kind. After each, and after the next export, the user's files and the bundle are compared with
-what they were. A bundle whose replacement was interrupted in the middle is also loaded.
+A process replaces a bundle by another one. strace kills it at the first call of a kind, at the second, and so on. Or
+it lets that call fail, alone or with all later calls of this kind. After each interruption, and after the next export,
+the user's files and the bundle are compared with the earlier ones. A bundle that was interrupted in the middle is also
+loaded.
 
-Linux, strace; root for the mount point and the full disk.
+Needs Linux and strace, and root for the mount point and the full disk.
 
     python benchmarks/interruptions.py BUNDLE ANOTHER_BUNDLE
 """
@@ -39,7 +40,7 @@ with staged(sys.argv[2]) as folder:
 
 
 def digests(folder: Path) -> dict[str, bytes]:
-    """Of the files of the bundle in `folder`."""
+    """Return hashes of the bundle's files in `folder`."""
     return {
         name: hashlib.sha256((folder / name).read_bytes()).digest()
         for name in (*FILES, *EXTRA_FILES)
@@ -47,8 +48,8 @@ def digests(folder: Path) -> dict[str, bytes]:
     }
 
 
-def of_the_user(folder: Path) -> dict[str, bytes]:
-    """All files but those of the bundle and of an export."""
+def user_files(folder: Path) -> dict[str, bytes]:
+    """Return all files except those of the bundle and of an export."""
     return {
         str(file.relative_to(folder)): file.read_bytes() if file.is_file() else b""
         for file in folder.rglob("*")
@@ -62,7 +63,7 @@ def replace(bundle: Path, output: Path) -> None:
 
 
 def replace_until(action: str, call: str, number: int, bundle: Path, output: Path) -> bool:
-    """Replace in a process that is stopped when it makes a call for time `number`; whether it came so far."""
+    """Replace a bundle in a process, and interrupt it at call `number` of a kind. Return whether it got so far."""
     inject = f"inject={call}:{ACTIONS[action].format(number)}"
     command = ["strace", "-f", "-qq", "-e", f"trace={call}", "-e", inject]
     result = subprocess.run(
@@ -76,7 +77,7 @@ ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
 
 @contextmanager
 def place(name: str, folder: Path) -> Iterator[Path]:
-    """An output of one kind, with hidden files of the user's."""
+    """Make an output folder of one kind, with hidden files of the user."""
     output, is_mounted = folder / "out", name in ("mount point", "full disk")
     output.mkdir()
     if is_mounted:
@@ -95,12 +96,12 @@ def place(name: str, folder: Path) -> Iterator[Path]:
 
 
 def count(place_name: str, action: str, old: Path, new: Path) -> tuple[int, int, int, int]:
-    """Interruptions tried, in the middle of the replacement, that cost files of the user's, that left a bundle nobody can use."""
+    """Count interruptions: all, in the middle of the replacement, with lost user files, with unusable bundles."""
     tried = middle = lost = unusable = 0
     expected = digests(old), digests(new)
     with tempfile.TemporaryDirectory(prefix="interruptions-") as folder, place(place_name, Path(folder)) as output:
         replace(old, output)
-        before = of_the_user(output)
+        before = user_files(output)
         for call in CALLS:
             for number in itertools.count(1):
                 if not replace_until(action, call, number, new, output):
@@ -108,13 +109,13 @@ def count(place_name: str, action: str, old: Path, new: Path) -> tuple[int, int,
                 tried += 1
                 if (found := digests(output)) not in expected:
                     middle += 1
-                    assert PARTS["language_model"] not in found, "other engines take this mixture for a bundle"
+                    assert PARTS["language_model"] not in found, "other engines would load this mixture"
                     OVModelForLlavaMPT.from_pretrained(output, compile=False)
                 unusable += digests(output) not in expected
-                lost += of_the_user(output) != before
+                lost += user_files(output) != before
                 replace(old, output)
                 unusable += digests(output) != expected[0]
-                lost += of_the_user(output) != before
+                lost += user_files(output) != before
     return tried, middle, lost, unusable
 
 
@@ -126,7 +127,8 @@ def main() -> None:
     parser.add_argument("--actions", nargs="+", default=list(ACTIONS), choices=list(ACTIONS))
     args = parser.parse_args()
     print(
-        "| output | stopped by | tried | in the middle | user's files lost | bundles unusable |\n| --- | --- | --- | --- | --- | --- |"
+        "| output | stopped by | tried | in the middle | user's files lost | bundles unusable |\n"
+        "| --- | --- | --- | --- | --- | --- |"
     )
     for name, action in itertools.product(args.places, args.actions):
         if name in ("mount point", "full disk") and os.geteuid() != 0:

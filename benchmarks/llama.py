@@ -1,10 +1,11 @@
-"""The language model of a LLaVA-MPT in llama.cpp, which knows MPT but no pictures in front of it.
+"""Run the language model of a LLaVA-MPT in llama.cpp, which supports MPT without images.
 
-    CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python gguf     # builds llama.cpp for this processor
+    CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python gguf  # builds llama.cpp for this processor
 
     python benchmarks/random_checkpoint.py random --size 7b
-    python benchmarks/llama.py convert random/checkpoint gguf       # Q4_K_M.gguf, Q4_0.gguf
-    python benchmarks/llama.py logits gguf/F16.gguf 1,2,3 out.npy   # to compare with another engine, after `convert --keep-f16`
+    python benchmarks/llama.py convert random/checkpoint gguf  # Q4_K_M.gguf, Q4_0.gguf
+    # To compare with another engine, after `convert --keep-f16`
+    python benchmarks/llama.py logits gguf/F16.gguf 1,2,3 out.npy
 
 `engines.py --contenders ours llama-Q4_K_M llama-Q4_0` measures it.
 """
@@ -22,7 +23,7 @@ import numpy as np
 
 
 TYPES = ("Q4_K_M", "Q4_0")
-BATCH, MICRO_BATCH = 2048, 512  # as llama-bench
+BATCH, MICRO_BATCH = 2048, 512  # as in llama-bench
 
 
 def convert(checkpoint: Path, folder: Path, types: list[str], threads: int, keep_f16: bool) -> None:
@@ -38,7 +39,7 @@ def convert(checkpoint: Path, folder: Path, types: list[str], threads: int, keep
 
 
 def write_gguf(checkpoint: Path, file: Path) -> None:
-    """Matrices as they are, in fp16; norms in fp32, as llama.cpp's own converter has them. Without a tokenizer: ids go in."""
+    """Write unchanged fp16 matrices, and norms in fp32, as llama.cpp's own converter does. Write no tokenizer."""
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text())
@@ -68,7 +69,7 @@ def write_gguf(checkpoint: Path, file: Path) -> None:
 
 
 def tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Of all shards, mapped."""
+    """Yield the tensors of all shards, memory-mapped."""
     import torch
 
     for shard in sorted(checkpoint.glob("pytorch_model*.bin")):
@@ -77,22 +78,22 @@ def tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def quantize(source: Path, target: Path, name: str, threads: int) -> None:
-    """Write `target`, the model of `source` in llama.cpp's type `name`."""
+    """Quantize `source` to llama.cpp's type `name`, and write `target`."""
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
     options.nthread = threads
     if llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(options)):
-        raise RuntimeError(f"llama.cpp could not quantize {source} to {name}; its messages say why.")
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {name}. See its messages.")
 
 
 class Model:
-    """A model and one context, by llama.cpp's own interface and with its defaults."""
+    """Run a model in one context with llama.cpp's own interface and defaults."""
 
     def __init__(self, file: Path, context: int, threads: int):
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(bytes(file), llama_cpp.llama_model_default_params())
         if not self.model:
-            raise RuntimeError(f"llama.cpp could not load {file}; its messages say why.")
+            raise RuntimeError(f"llama.cpp could not load {file}. See its messages.")
         options = llama_cpp.llama_context_default_params()
         options.n_ctx = context
         options.n_batch, options.n_ubatch = BATCH, MICRO_BATCH
@@ -104,17 +105,17 @@ class Model:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
 
     def decode(self, tokens: list[int]) -> None:
-        """Process tokens after those that were processed; logits are those of the last."""
+        """Process tokens after the earlier tokens. Logits are those of the last token."""
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]
-            array = (llama_cpp.llama_token * len(part))(*part)  # a batch only points to it
+            array = (llama_cpp.llama_token * len(part))(*part)  # must stay alive, because the batch points to it
             batch = llama_cpp.llama_batch_get_one(array, len(part))
             if llama_cpp.llama_decode(self.context, batch):
-                raise RuntimeError(f"llama.cpp could not process {len(part)} tokens; its messages say why.")
+                raise RuntimeError(f"llama.cpp could not process {len(part)} tokens. See its messages.")
         llama_cpp.llama_synchronize(self.context)
 
     def logits(self) -> np.ndarray:
-        """`(vocab_size,)` float32, of the last token."""
+        """Return logits `(vocab_size,)` float32 of the last token."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, -1), (self.vocab_size,)).copy()
 
 
@@ -128,7 +129,7 @@ def main() -> None:
     command.add_argument("checkpoint", type=Path)
     command.add_argument("folder", type=Path)
     command.add_argument("--types", nargs="*", default=list(TYPES))
-    command.add_argument("--keep-f16", action="store_true", help="13 GB at 7B")
+    command.add_argument("--keep-f16", action="store_true", help="keep F16.gguf (13 GB at 7B)")
 
     command = commands.add_parser("logits")
     command.add_argument("file", type=Path)

@@ -1,4 +1,4 @@
-"""What measurements depend on: machine and versions. Standard library only."""
+"""Describe the machine and the versions of packages. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-# Of a CPU's flags, those that kernels for inference are chosen by.
+# Flags of a CPU that decide which kernels run
 FEATURES = ("avx", "amx", "bf16", "fma", "f16c", "sse4_2", "asimd", "sve", "i8mm")
 
 
 def machine() -> dict:
-    """What the times depend on. `load` is the average of the last minutes: other programs that were running."""
+    """Describe the machine. `load` is the average load of the last minutes, including other programs."""
     lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     values = {name.strip(): value.strip() for name, _, value in reversed(lines)}
     flags = values.get("flags", values.get("Features", "")).split()
@@ -39,7 +39,7 @@ def machine() -> dict:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that are measured; `None` for one that is not installed."""
+    """Return the versions of Python and of the packages; `None` for a package that is not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 

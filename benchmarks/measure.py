@@ -1,10 +1,10 @@
-"""Time, memory and disk of a command. Linux only, standard library only.
+"""Measure time, memory and disk of a command. Linux only; uses the standard library only.
 
     measurement = run_measured(["optimum-cli", "export", ...], watch="folder")
 
-Memory is read from `/proc` while the command runs. The anonymous part (`RssAnon`) is what a process needs for itself. The
-rest of its resident memory is mostly mapped files: the kernel keeps as much of these as there is room for, and drops it when
-it needs the memory, so RSS says little about a program that maps its weights.
+Memory is read from `/proc` while the command runs. The anonymous part (`RssAnon`) is the memory that a process
+allocates. The rest of its resident memory is mostly mapped files: the kernel keeps as much of them as fits, and drops
+them when it needs the memory. So RSS says little about a program that maps its weights.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from pathlib import Path
 
 
 INTERVAL = 0.05  # seconds between two samples of memory
-DISK_INTERVAL = 0.5  # and of disk; also the resolution of `Measurement.timeline`
+DISK_INTERVAL = 0.5  # seconds between two samples of disk, and between two entries of `Measurement.timeline`
 
 
 @dataclass
 class Measurement:
-    """
+    """Hold the measurements of a command.
+
     Attributes:
-        exit_code (`int`): of the command; negative if a signal ended it.
-        seconds (`float`): from start to exit.
-        cpu_seconds (`float`): user and system time of the command and its descendants, which other load changes less.
-        peak_anonymous (`int`): bytes of anonymous memory, all processes of the command together.
-        peak_rss (`int`): bytes of resident memory, mapped files included.
-        peak_disk (`int`): bytes on disk of the watched folder; 0 without one.
-        timeline (`list[tuple[float, int, int, int]]`):
-            seconds, anonymous memory, file-backed memory and disk at most, in each half second.
+        exit_code (`int`): Exit code of the command; negative if a signal ended it.
+        seconds (`float`): Time from start to exit.
+        cpu_seconds (`float`): User and system time of the command and its descendants. Other load changes it less.
+        peak_anonymous (`int`): Maximum anonymous memory of all processes of the command together, in bytes.
+        peak_rss (`int`): Maximum resident memory in bytes, mapped files included.
+        peak_disk (`int`): Maximum size on disk of the watched folder in bytes; 0 without one.
+        timeline (`list[tuple[float, int, int, int]]`): Seconds, and the maximum of anonymous memory, file-backed
+            memory and disk in each half second.
     """
 
     exit_code: int = 0
@@ -53,15 +54,15 @@ def run_measured(
     watch: str | os.PathLike | None = None,
     log: str | os.PathLike | None = None,
 ) -> Measurement:
-    """Run a command to its end and measure it. A failure is not raised: see `exit_code`.
+    """Run a command to its end and measure it. A failure does not raise an error: see `exit_code`.
 
     Args:
-        command: program and arguments.
-        env: variables to set, in addition to this process's.
-        watch: folder whose size is sampled; it need not exist yet.
-        log: file for what the command writes; it goes where this process's output goes if not given.
+        command: Program and arguments.
+        env: Variables to set in addition to those of this process.
+        watch: Folder whose size is sampled. It need not exist yet.
+        log: File for the output of the command. Default: the output of this process.
     """
-    with open(log, "wb") if log else nullcontext() as output:
+    with Path(log).open("wb") if log else nullcontext() as output:
         cpu_before = _children_cpu_seconds()
         started = time.monotonic()
         process = subprocess.Popen(
@@ -82,12 +83,12 @@ def run_measured(
 
 
 def disk_usage(folder: str | os.PathLike) -> int:
-    """Bytes that the files in a folder take on disk. A file with several names counts once."""
+    """Return the bytes that the files in a folder take on disk. A file with several names counts once."""
     sizes = {}
     for parent, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                status = os.lstat(os.path.join(parent, name))
+                status = Path(parent, name).lstat()
                 sizes[status.st_dev, status.st_ino] = 512 * status.st_blocks
     return sum(sizes.values())
 
@@ -132,18 +133,19 @@ def _process_tree(pid: int) -> Iterator[int]:
 
 
 def _memory(pids: list[int]) -> _Memory:
-    """Bytes that processes take together. The ancestor is the first of them; read last it could be counted twice.
+    """Return the memory of several processes together. The ancestor must be the first, or it could be counted twice.
 
-    A fork shares its memory with its parent until one of them writes, so several processes are not the sum of their resident
-    memory (OpenVINO's telemetry, for one, forks for every message). Their shares (`Pss`) add up, but are slow to read.
+    A fork shares its memory with its parent until one of them writes, so the resident memory of several processes does
+    not add up (for example, OpenVINO's telemetry forks for every message). Their shares (`Pss`) add up, but are slow
+    to read.
     """
     statuses = [_kilobytes(pid, "status") for pid in pids]
     alive = {pid: status for pid, status in zip(pids, statuses, strict=True) if status.get("VmRSS")}
-    # VmHWM is the kernel's own maximum, without gaps between samples, but for each process by itself.
+    # VmHWM is the kernel's own maximum, without gaps between samples, but of each process alone.
     largest = (max((status[name] for status in alive.values()), default=0) for name in ("RssAnon", "RssFile", "VmHWM"))
     memory = _Memory(*largest)
     if len(alive) > 1:
-        # Of a process that ends meanwhile the share is lost, so the sum may be less than the largest of them.
+        # The share of a process that ends meanwhile is missing, so the sum may be less than the largest process.
         shares = [_kilobytes(pid, "smaps_rollup") for pid in alive]
         memory.anonymous = max(memory.anonymous, sum(share.get("Pss_Anon", 0) for share in shares))
         memory.files = max(memory.files, sum(share.get("Pss_File", 0) for share in shares))
@@ -152,7 +154,7 @@ def _memory(pids: list[int]) -> _Memory:
 
 
 def _kilobytes(pid: int, file: str) -> dict[str, int]:
-    """Lines like `RssAnon:   1024 kB` of a file in `/proc/<pid>`, in bytes. Empty for a process that is gone."""
+    """Read lines like `RssAnon:   1024 kB` of a file in `/proc/<pid>`, in bytes. Empty if the process has ended."""
     try:
         lines = [line.split() for line in Path(f"/proc/{pid}/{file}").read_text().splitlines()]
     except (FileNotFoundError, ProcessLookupError):

@@ -1,20 +1,22 @@
-"""Convert a checkpoint as the OpenVINO notebook "llava-multimodal-chatbot" does for LLaVA-MPT, in our own words.
+"""Convert a checkpoint as the OpenVINO notebook "llava-multimodal-chatbot" does for LLaVA-MPT, with our own code.
 
     python benchmarks/notebook_conversion.py CHECKPOINT OUT [--compression int4|none] [--stored-weights]
 
-writes four models and what the runner ([`notebook_pipeline`]) needs to prepare prompts:
+writes four models and the files that [`notebook_pipeline`] needs for prompts:
 
 - `image_encoder`: tower and projector, 8 bits, any number of images;
 - `token_embed`: the embedding table, as stored;
-- `llava_input_embed`: the language model from `inputs_embeds` and `attention_mask`, for the prompt;
-- `llava_with_past`: the language model once more, from `input_ids`, `attention_mask` and the cache of earlier tokens. Its shapes
-  are those of one row.
+- `llava_input_embed`: the language model with inputs `inputs_embeds` and `attention_mask`, for the prompt;
+- `llava_with_past`: the language model again, with inputs `input_ids`, `attention_mask` and the cache of earlier
+tokens.
+  Its batch size is 1.
 
-The language model is that of the original code (`llava/model/language_model/mpt`, LLaVA v1.1.3): ALiBi as a constant of
-`max_seq_len` positions, attention as matmul, softmax and matmul, keys stored transposed, the cache among inputs and outputs. As
-in the notebook, weights are loaded in float32, each model is traced in one piece, compressed in memory and saved.
+The language model is that of the original code (`llava/model/language_model/mpt`, LLaVA v1.1.3): ALiBi is a constant
+of `max_seq_len` positions, attention is matmul, softmax and matmul, keys are stored transposed, and the cache is among
+inputs and outputs. As in the notebook, weights are loaded in float32, and each model is traced in one piece,
+compressed in memory and saved.
 
-`--stored-weights` keeps the weights as they are stored, which is kinder than the notebook: 7B in float32 takes 27 GB.
+`--stored-weights` keeps the stored type of the weights, which favours the notebook: 7B in float32 takes 27 GB.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class NotebookAttention(nn.Module):
         weights = query.matmul(key) * self.softmax_scale
         bias = bias[:, :, :, max(0, bias.shape[3] - key_length) :]
         weights = weights + bias
-        if past is None:  # a single new token sees all
+        if past is None:  # a single new token attends to all tokens
             future = (
                 ~torch.ones(key_length, key_length, dtype=torch.float16).tril().bool()[-query_length:, -key_length:]
             )
@@ -95,7 +97,7 @@ class NotebookBlock(nn.Module):
 
 
 class NotebookLanguageModel(nn.Module):
-    """The original's MPT around our model's weights, which it takes over."""
+    """Run the MPT of the original code with the weights of our model, which must not be used any more."""
 
     def __init__(self, model: MptLanguageModel):
         super().__init__()
@@ -115,15 +117,17 @@ class NotebookLanguageModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Past]:
-        """
+        """Compute logits.
+
         Args:
-            input_ids: `(batch, 1)`, with a cache; or else
+            input_ids: `(batch, 1)`, with a cache. Without a cache, give `inputs_embeds`.
             inputs_embeds: `(batch, query, d_model)` float.
             attention_mask: `(batch, past + query)`, 0 for padding.
-            past_key_values: of each layer keys `(batch, heads, head_dim, past)` and values `(batch, heads, past, head_dim)`.
+            past_key_values: For each layer, keys `(batch, heads, head_dim, past)` and values
+                `(batch, heads, past, head_dim)`.
 
         Returns:
-            logits `(batch, query, vocab_size)` and the cache with the new tokens.
+            Logits `(batch, query, vocab_size)`, and the cache with the new tokens.
         """
         hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         key_length = attention_mask.shape[-1]
@@ -140,7 +144,7 @@ class NotebookLanguageModel(nn.Module):
 
 
 class _EncodeImages(nn.Module):
-    """The original's `encode_images`: the borders are tokens of the prompt there."""
+    """Run `encode_images` of the original code. Its prompts contain `<im_start>` and `<im_end>` as tokens."""
 
     def __init__(self, encoder: ImageEncoder):
         super().__init__()
@@ -151,7 +155,7 @@ class _EncodeImages(nn.Module):
 
 
 class _SecondStage(nn.Module):
-    """Arguments in the order of the model's inputs."""
+    """Take arguments in the order of the model's inputs."""
 
     def __init__(self, model: NotebookLanguageModel):
         super().__init__()
@@ -165,8 +169,8 @@ def convert(checkpoint_name: str | Path, folder: Path, compression: bool = True,
     """Convert an original checkpoint to the notebook's four models.
 
     Args:
-        compression: as the notebook's INT4; `False` saves all as they are.
-        stored_weights: do not convert the weights to float32 first.
+        compression: Compress as the notebook's INT4. `False` saves uncompressed models.
+        stored_weights: Do not convert the weights to float32 first.
     """
     checkpoint = OriginalCheckpoint.open(checkpoint_name)
     if (
@@ -174,10 +178,10 @@ def convert(checkpoint_name: str | Path, folder: Path, compression: bool = True,
         or checkpoint.config.image_aspect_ratio == "pad"
     ):
         raise ValueError(
-            "The notebook knows neither padded vocabularies nor padded images; it converts wrong models of such."
+            "The notebook does not support padded vocabularies or padded images. Its models would be wrong."
         )
     model = LlavaMptForConditionalGeneration.from_checkpoint(checkpoint)
-    del model.embed_tokens  # a copy with a row more, which the notebook has no use for
+    del model.embed_tokens  # a copy with one more token, which the notebook does not use
     model.image_encoder.features.encoder.config._attn_implementation = "eager"
     images, language = _EncodeImages(model.image_encoder), NotebookLanguageModel(model.language_model)
     for part in (images, language):
@@ -226,7 +230,7 @@ def _convert_language(language: NotebookLanguageModel, d_model: int, folder: Pat
 
 
 def _example_past(language: NotebookLanguageModel) -> Past:
-    """A cache of the example prompt's shapes. The notebook runs the model for it, which changes nothing but time."""
+    """Return a cache with the shapes of the example prompt. The notebook runs the model for it."""
     heads = language.blocks[0].attn.num_heads
     width = language.wte.weight.shape[1] // heads
     keys, values = torch.zeros(1, heads, width, PROMPT_LENGTH), torch.zeros(1, heads, PROMPT_LENGTH, width)
@@ -242,7 +246,7 @@ def _trace_and_save(
     inputs: dict[str, list[int]] | None = None,
     **options,
 ) -> None:
-    """Trace, name and shape inputs and outputs, compress, save."""
+    """Trace a model, set names and shapes of inputs and outputs, compress and save it."""
     ov_model = ov.convert_model(model, example_input=example, **options)
     for port, (name, shape) in zip(ov_model.inputs, (inputs or {}).items()):
         if port.get_node().element_type.is_dynamic():

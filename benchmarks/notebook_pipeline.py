@@ -1,8 +1,9 @@
-"""Run what [`notebook_conversion`] wrote, as the OpenVINO notebook's `OVLlavaMPTForCausalLM` does, in our own words.
+"""Run the models of [`notebook_conversion`] as the OpenVINO notebook's `OVLlavaMPTForCausalLM` does, with our own
+code.
 
-The prompt goes through image encoder, token embedding and the first copy of the language model; every further token through the
-second copy, whose outputs of one step are the inputs of the next. The loop around it is greedy and bare, which is kinder than
-the notebook's `GenerationMixin`.
+The prompt is processed by the image encoder, the token embedding and the first copy of the language model. Every
+further token is processed by the second copy, whose outputs of one step are the inputs of the next. The loop is greedy
+and minimal, which favours the notebook over its own `GenerationMixin`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ BORDERS = ("<im_start>", "<im_end>")
 
 
 class NotebookPipeline:
-    """
+    """Generate with the notebook's models.
+
     Args:
-        folder (`Path`): of the four models.
-        ov_config (`dict`): properties to compile them with; the notebook gives none.
+        folder (`Path`): Folder of the four models.
+        ov_config (`dict`): Properties to compile them with. The notebook uses none.
     """
 
     def __init__(self, folder: Path, device: str = "CPU", ov_config: dict[str, str] | None = None):
@@ -42,7 +44,14 @@ class NotebookPipeline:
         self.image_processor = CLIPImageProcessorPil.from_pretrained(folder)
 
     def prepare(self, prompt: str, images: list[Image.Image] | None) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """Prompt, in which a picture is `<im_start><image><im_end>`, and pictures -> ids `(1, tokens)`, -200 for a picture; pixels."""
+        """Tokenize a prompt and preprocess its images.
+
+        Args:
+            prompt: Contains `<im_start><image><im_end>` for each image.
+
+        Returns:
+            Ids `(1, tokens)` with -200 for each image, and `pixel_values`.
+        """
         ids: list[int] = []
         for number, text in enumerate(prompt.split("<image>")):
             ids += [IMAGE_TOKEN_INDEX] * (number > 0) + self.tokenizer(text).input_ids
@@ -56,14 +65,15 @@ class NotebookPipeline:
         max_new_tokens: int,
         on_tokens: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.LongTensor:
-        """
+        """Generate greedily.
+
         Args:
-            input_ids: `(batch, tokens)`, -200 for each picture.
-            images: `(images, 3, height, width)`, those of all rows in order.
-            on_tokens: gets the new token of each row, `(batch,)`, as soon as it is known.
+            input_ids: `(batch, tokens)`, -200 for each image.
+            images: `(images, 3, height, width)`, the images of all sequences in order.
+            on_tokens: Called with the new token of each sequence, `(batch,)`.
 
         Returns:
-            What was generated, `(batch, max_new_tokens)`; the end token ends nothing.
+            Generated tokens `(batch, max_new_tokens)`. Generation does not stop at end tokens.
         """
         logits, past = self._first(input_ids, images)
         generated = []
@@ -94,17 +104,17 @@ class NotebookPipeline:
         return logits, [self.request.get_tensor(name).data for name in self.present_names]
 
     def _embed(self, input_ids: torch.LongTensor, images: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings of the text between the pictures, and the pictures' features, row by row."""
+        """Join embeddings of the text and features of the images, sequence by sequence."""
         features = iter(torch.from_numpy(self.image_encoder(images)[0]) if images is not None else [])
-        rows = []
+        sequences = []
         for ids in input_ids:
-            places = torch.where(ids == IMAGE_TOKEN_INDEX)[0].tolist()
+            positions = torch.where(ids == IMAGE_TOKEN_INDEX)[0].tolist()
             parts, start = [], 0
-            for place in [*places, len(ids)]:
-                if place > start:
-                    parts.append(torch.from_numpy(self.token_embed(ids[None, start:place])[0][0]))
-                if place < len(ids):
+            for position in [*positions, len(ids)]:
+                if position > start:
+                    parts.append(torch.from_numpy(self.token_embed(ids[None, start:position])[0][0]))
+                if position < len(ids):
                     parts.append(next(features))
-                start = place + 1
-            rows.append(torch.cat(parts))
-        return torch.stack(rows)
+                start = position + 1
+            sequences.append(torch.cat(parts))
+        return torch.stack(sequences)

@@ -1,4 +1,4 @@
-"""Time per token and time to first token against the length of the prompt, as a picture."""
+"""Plot time per token and time to first token against the length of the prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 
-# Okabe and Ito's colours, which everybody can tell apart
+# Okabe and Ito's colours, which colour-blind people can distinguish
 STYLES = {
     "ours": ("#0072b2", "o"),
     "genai-sdpa": ("#009e73", "s"),
@@ -23,7 +23,7 @@ PANELS = {"token_ms": "ms per token", "ttft": "seconds to first token"}
 
 
 def plot(result: dict, file: Path) -> None:
-    """Draw the medians for one row, each contender a line with its name at the end."""
+    """Plot the medians at batch size 1, with one line for each contender."""
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
     for axes, (measure, title) in zip(figure.subplots(1, 2), PANELS.items()):
         _panel(axes, result["summary"], measure)
@@ -32,7 +32,8 @@ def plot(result: dict, file: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=10)
     machine = result["machine"]
     figure.suptitle(
-        f"LLaVA-MPT {result['size']}, one row with a picture; {machine['cpu']}, {machine['cores']} cores. Lower is better.",
+        f"LLaVA-MPT {result['size']}, batch size 1 with an image; {machine['cpu']}, {machine['cores']} cores. "
+        "Lower is better.",
         fontsize=10,
         color="#444444",
     )
@@ -63,6 +64,6 @@ def _panel(axes: Axes, summaries: list[dict], measure: str) -> None:
     axes.yaxis.set_major_formatter(plain)
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
     axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.set_xlabel("tokens in the prompt, picture included")
+    axes.set_xlabel("tokens in the prompt, image included")
     axes.grid(True, which="both", axis="y", color="#eeeeee", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,9 +3,9 @@
     python benchmarks/random_checkpoint.py OUT --size 7b [--seed 0]
 
 makes `OUT/checkpoint` (language model, projector, tokenizer) and `OUT/clip` (its vision tower, CLIP ViT-L/14 in fp32).
-Names, shapes, types and files are those of LLaVA-Lightning-MPT-7B-preview; its weights are not needed to measure an export.
-7b takes 15 GB of disk. The language model is written through mapped files, the tower is in memory before it is written,
-which makes 1.6 GB. The checksums inside the `.bin` files are not filled in; torch does not look at them. Needs torch >= 2.6.
+Names, shapes, types and files are those of LLaVA-Lightning-MPT-7B-preview. The real weights are not needed to measure
+an export. 7b takes 15 GB of disk. The language model is written through mapped files. The tower is built in memory,
+which takes 1.6 GB. The checksums inside the `.bin` files are missing; torch does not check them. Needs torch >= 2.6.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class RandomValues:
-    """Normal values with a standard deviation of 0.02, faster than they can be drawn.
+    """Fill tensors with normal values (standard deviation 0.02) faster than drawing them all.
 
-    One block is drawn. A tensor gets it, or its negative, repeated from a random position on. The length of the block is a
-    prime, so rows of a matrix do not repeat, and no two tensors are equal, which OpenVINO would store once.
+    One block is drawn. A tensor gets the block or its negative, repeated from a random position. The length of the
+    block is a prime number, so that rows of a matrix do not repeat and no two tensors are equal. OpenVINO would store
+    equal tensors once.
     """
 
     LENGTH = 16_777_213
@@ -79,7 +80,7 @@ class RandomValues:
 
 
 def write_random_checkpoint(folder: Path, size: str, seed: int = 0) -> None:
-    """Write `folder/checkpoint` and `folder/clip`. `config.json` of the checkpoint is written last; see [`is_complete`]."""
+    """Write `folder/checkpoint` and `folder/clip`, and config.json of the checkpoint last. See [`is_complete`]."""
     config = language_config(size)
     checkpoint, clip = folder / "checkpoint", folder / "clip"
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -96,18 +97,18 @@ def write_random_checkpoint(folder: Path, size: str, seed: int = 0) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether [`write_random_checkpoint`] has finished in `folder`."""
+    """Return whether [`write_random_checkpoint`] has finished in `folder`."""
     return (folder / "checkpoint" / "config.json").is_file()
 
 
 def language_config(size: str) -> dict:
-    """`config.json` of the original, at another size."""
+    """Return the original `config.json` for another size."""
     config = json.loads((GOLDEN / "real_config.json").read_text())
     return {**config, **SIZES[size], "_name_or_path": f"random-llava-mpt-{size}", "mm_vision_tower": "../clip"}
 
 
 def language_shapes(config: dict) -> Shapes:
-    """Tensors of the language model and the projector, in the order of the original."""
+    """Return shapes of the tensors of language model and projector, in the original order."""
     width = config["d_model"]
     inner = config["expansion_ratio"] * width
     shapes: Shapes = {"transformer.wte.weight": (config["vocab_size"], width)}
@@ -128,7 +129,7 @@ def language_shapes(config: dict) -> Shapes:
 
 
 def vision_shapes(config: dict) -> Shapes:
-    """Tensors of a CLIP vision tower."""
+    """Return shapes of the tensors of a CLIP vision tower."""
     width, inner, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
     positions = (config["image_size"] // patch) ** 2 + 1
     shapes: Shapes = {
@@ -163,7 +164,7 @@ def _write_language(folder: Path, shapes: Shapes, seed: int, progress: tqdm) -> 
 
 
 def _write_shard(file: Path, shapes: Shapes, values: RandomValues, progress: tqdm) -> None:
-    """`torch.save` a file with room for the tensors, then fill them in the mapped file."""
+    """Save a file with empty tensors, then fill them in the mapped file."""
     with torch.serialization.skip_data():
         torch.save({name: torch.empty(shape, dtype=torch.float16) for name, shape in shapes.items()}, file)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
@@ -195,7 +196,7 @@ def _fill(name: str, tensor: torch.Tensor, values: RandomValues) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Tokenizer of the small checkpoint, filled up to the real one's ids: 50254 spaces, 50277 ChatML, 50279 images."""
+    """Write the tokenizer of the small checkpoint with the real ids: 50254 spaces, 50277 ChatML, 50279 images."""
     tokenizer = json.loads((TINY / "checkpoint" / "tokenizer.json").read_text())
     vocab, added = tokenizer["model"]["vocab"], tokenizer["added_tokens"]
     known = len(vocab)
@@ -215,7 +216,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _split(shapes: Shapes, parts: int) -> list[Shapes]:
-    """Consecutive groups of about the same number of values."""
+    """Split tensors into consecutive groups of about the same size."""
     groups: list[Shapes] = [{} for _ in range(parts)]
     total, seen = _numel(shapes), 0
     for name, shape in shapes.items():

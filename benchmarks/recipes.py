@@ -2,9 +2,9 @@
 
     python benchmarks/recipes.py WORKDIR [--num-samples 400]
 
-Exports the checkpoint that ships with this repository once for each recipe, measures all of them against it in torch with
-`optimum-cli llava-ov eval`, and prints a table in Markdown. Data-aware recipes are calibrated on pictures of their own. Tokens per
-second are of one greedy answer after another, in interleaved rounds.
+Exports the checkpoint of this repository once for each recipe, compares all bundles with the checkpoint in torch as
+`optimum-cli llava-ov eval` does, and prints a table in Markdown. Data-aware recipes are calibrated on other images
+than those of the evaluation. Tokens per second are measured for single greedy answers, in interleaved rounds.
 """
 
 from __future__ import annotations
@@ -103,13 +103,14 @@ def main() -> None:
     )
     speeds = tokens_per_second(bundles)
     print(
-        "| recipe | exact answers | KL mean | KL p95 | same answers | size | tokens/s |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "| recipe | exact answers | KL mean | KL p95 | same answers | size | tokens/s |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
     )
     for name, bundle in bundles.items():
         quality = qualities[bundle.name]
         print(
-            f"| {name} | {quality.accuracy:.1%} | {quality.kl_mean:.5f} | {quality.kl_p95:.5f} | {quality.identical:.1%} | "
-            f"{quality.size['total'] / 1e6:.2f} MB | {speeds[name]:.0f} |"
+            f"| {name} | {quality.accuracy:.1%} | {quality.kl_mean:.5f} | {quality.kl_p95:.5f} "
+            f"| {quality.identical:.1%} | {quality.size['total'] / 1e6:.2f} MB | {speeds[name]:.0f} |"
         )
     plot({name: qualities[bundle.name] for name, bundle in bundles.items()}, args.workdir / "recipes.png")
 

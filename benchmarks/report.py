@@ -1,4 +1,4 @@
-"""What `engines.py` has measured, for people: medians, ratios, targets. Standard library only."""
+"""Report the measurements of `engines.py`: medians, ratios, targets. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 
 OURS, SDPA, NOTEBOOK, LLAMA = "ours", "genai-sdpa", "notebook", "llama-Q4_K_M"
-# Name, unit, factor from what is stored, digits
+# Name, unit, factor for the stored value, digits
 MEASURES = {
     "ttft": ("time to first token", "s", 1, 3),
     "ttft_first": ("time to first token, first answer after loading", "s", 1, 3),
     "token_ms": ("time per token", "ms", 1, 1),
-    "tokens_per_second": ("tokens per second, decoding, all rows", "1/s", 1, 1),
-    "tokens_per_second_total": ("tokens per second, prompt included, all rows", "1/s", 1, 1),
+    "tokens_per_second": ("tokens per second, decoding, whole batch", "1/s", 1, 1),
+    "tokens_per_second_total": ("tokens per second, prompt included, whole batch", "1/s", 1, 1),
     "load": ("loading", "s", 1, 2),
     "peak_rss": ("peak RSS", "GB", 1e-9, 2),
     "peak_anonymous": ("peak anonymous memory", "GB", 1e-9, 2),
-    "preprocess_ms": ("picture and text to inputs", "ms", 1, 1),
-    "stage_preprocess": ("picture to pixel values", "ms", 1, 1),
+    "preprocess_ms": ("image and text to inputs", "ms", 1, 1),
+    "stage_preprocess": ("image to pixel values", "ms", 1, 1),
     "stage_vision": ("vision encoder", "ms", 1, 1),
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """`value` of the results is to be at most (or, if `at_least`, at least) `limit`."""
+    """Compare a value of the results with its target: at most `limit`, or at least `limit` if `at_least`."""
 
     name: str
     limit: float
@@ -41,7 +41,10 @@ class Target:
 
 
 def summarize(runs: list[dict]) -> list[dict]:
-    """Medians of all rounds, one entry for each contender, prompt length and batch; `error` where there are only errors."""
+    """Return medians of all rounds for each contender, prompt length and batch size.
+
+    If all runs failed, the entry has only `error`.
+    """
     groups = defaultdict(list)
     for run in runs:
         groups[run["prompt_tokens"], run["batch"], run["contender"]].append(run)
@@ -89,7 +92,7 @@ def _speeds(answer: dict, batch: int) -> dict[str, float]:
 
 
 def find(summaries: list[dict], contender: str, length: int, measure: str, batch: int = 1) -> float | None:
-    """One median, or `None` if it was not measured."""
+    """Return one median, or `None` if it was not measured."""
     for entry in summaries:
         if (entry["contender"], entry["prompt_tokens"], entry["batch"]) == (contender, length, batch):
             return entry.get(measure)
@@ -97,7 +100,7 @@ def find(summaries: list[dict], contender: str, length: int, measure: str, batch
 
 
 def targets(result: dict) -> list[Target]:
-    """What is asked of our class, each with what was measured."""
+    """Return the targets of our class with the measured values."""
     summaries = result["summary"]
 
     def ratio(measure: str, length: int, opponent: str) -> float | None:
@@ -134,37 +137,37 @@ def targets(result: dict) -> list[Target]:
             1.5,
             _divide(find(summaries, OURS, short, "ttft_first"), find(summaries, OURS, short, "ttft")),
         ),
-        Target("tokens per second, 8 rows / 1 row", 3, _divide(*batches), at_least=True),
+        Target("tokens per second, batch of 8 / batch of 1", 3, _divide(*batches), at_least=True),
     ]
 
 
 def text(result: dict) -> str:
-    """All of it as text, with the ratio to ours in brackets."""
+    """Return the results as text, with ratios to ours in brackets."""
     summaries, machine = result["summary"], result["machine"]
     contenders = list(dict.fromkeys(run["contender"] for run in result["runs"]))
     lines = [
         f"{result['size']}: {machine['cpu']}, {machine['cores']} cores, load {machine['load'][0]:.1f}",
-        "Medians; in brackets how many times ours.",
+        "Medians; in brackets the ratio to ours.",
     ]
-    for name in ("export", "conversion"):
-        if cost := result.get(name):
-            lines.append(
-                f"{name}: {cost['seconds']:.1f} s, {cost['peak_anonymous'] / 1e9:.2f} GB anonymous memory, "
-                f"{cost['peak_rss'] / 1e9:.2f} GB RSS, {cost['bytes'] / 1e9:.2f} GB on disk"
-            )
+    lines += [
+        f"{name}: {cost['seconds']:.1f} s, {cost['peak_anonymous'] / 1e9:.2f} GB anonymous memory, "
+        f"{cost['peak_rss'] / 1e9:.2f} GB RSS, {cost['bytes'] / 1e9:.2f} GB on disk"
+        for name in ("export", "conversion")
+        if (cost := result.get(name))
+    ]
     configurations = list(dict.fromkeys((entry["prompt_tokens"], entry["batch"]) for entry in summaries))
     for measure, (title, unit, factor, digits) in MEASURES.items():
         rows = []
         for length, batch in configurations:
             cells = [_cell(summaries, name, length, batch, measure, factor, digits) for name in contenders]
             if any(cell not in ("", "fails") for cell in cells):
-                rows.append((f"{length} tokens" + (f", {batch} rows" if batch > 1 else ""), *cells))
+                rows.append((f"{length} tokens" + (f", batch of {batch}" if batch > 1 else ""), *cells))
         if rows:
             lines += ["", f"{title}, {unit}", *_table([("", *contenders), *rows])]
     if failures := [entry for entry in summaries if "error" in entry]:
         lines += ["", "failures"]
         lines += [
-            f"  {e['contender']}, {e['prompt_tokens']} tokens, {e['batch']} row(s): {e['error']}" for e in failures
+            f"  {e['contender']}, {e['prompt_tokens']} tokens, batch of {e['batch']}: {e['error']}" for e in failures
         ]
     lines += ["", "targets"]
     for target in targets(result):

@@ -1,8 +1,8 @@
-"""What having this package installed costs at start: `import` and `optimum-cli --help`, with and without it.
+"""Measure how much longer `import` and `optimum-cli --help` take if this package is installed.
 
     python benchmarks/startup.py [--rounds 9]
 
-Runs are interleaved; medians are compared. "Without" is a process in which the package cannot be imported.
+Runs are interleaved, and medians are compared. "Without" is a process in which the package cannot be imported.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> None:
     for name, median in medians.items():
         print(f"{name:36}{median:8.3f} s")
     print(
-        f"import: {medians['import optimum, optimum_llava_ov'] - medians['import optimum']:+.3f} s (target: below 0.3 s)"
+        f"import: {medians['import optimum, optimum_llava_ov'] - medians['import optimum']:+.3f} s "
+        "(target: below 0.3 s)"
     )
     ratio = medians["optimum-cli --help with"] / medians["optimum-cli --help without"]
     print(f"optimum-cli --help: {ratio:.2f} x (target: at most 1.1 x)")

@@ -1,4 +1,4 @@
-"""Ask a bundle of the shapes model about a picture: `python examples/quickstart.py BUNDLE`."""
+"""Ask a bundle of the shapes model about an image: `python examples/quickstart.py BUNDLE`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transformers import AutoProcessor
 from optimum_llava_ov import OVModelForLlavaMPT
 
 
-PICTURES = Path(__file__).parent / "shapes" / "pictures"
+IMAGES = Path(__file__).parent / "shapes" / "pictures"
 
 
 def main(bundle: str) -> int:
-    """Print an answer to each of the sample questions. Returns the number of wrong ones."""
+    """Print an answer to each of the sample questions. Return the number of wrong answers."""
     model = OVModelForLlavaMPT.from_pretrained(bundle)
     processor = AutoProcessor.from_pretrained(bundle)
     wrong = 0
-    for sample in json.loads((PICTURES / "questions.json").read_text()):
-        images = [Image.open(PICTURES / name) for name in sample["images"]]
+    for sample in json.loads((IMAGES / "questions.json").read_text()):
+        images = [Image.open(IMAGES / name) for name in sample["images"]]
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": sample["question"]}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(images=images, text=prompt, return_tensors="pt")

@@ -1,6 +1,7 @@
-"""Original-format LLaVA-MPT checkpoints on OpenVINO, through Optimum.
+"""Run original-format LLaVA-MPT checkpoints on OpenVINO, through Optimum.
 
-Importing this package registers it with transformers and Optimum. It is light: nothing heavy is imported until it is used.
+Importing this package registers it with transformers and Optimum. The import is fast: heavy modules are imported only
+when they are used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sessions for the programs, with messages that say what there is."""
+"""Load a bundle or a checkpoint by its name, and make chat sessions with it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ AUTO, OPENVINO, GENAI = ENGINES = ("auto", "openvino", "genai")
 def session_factory(
     bundle: str, device: str = "CPU", ov_config: dict[str, str] | None = None, engine: str = AUTO
 ) -> Callable[..., ChatSession]:
-    """Load a bundle once. What comes back makes a session each time it is called, with the arguments of [`ChatSession`].
+    """Load a bundle once, and return a function that makes sessions.
+
+    The function takes the arguments of [`ChatSession`]. Its sessions share the loaded model.
 
     Args:
-        engine: "openvino", this package's own model; "genai", OpenVINO GenAI; or "auto", see [`choose_engine`].
+        engine: "openvino" (this package's own model), "genai" (OpenVINO GenAI) or "auto" (see [`choose_engine`]).
 
     Raises:
-        `ValueError`: there is no such device or engine, or the folder is no bundle.
-        `ImportError`: the engine is not installed.
+        `ValueError`: The device or the engine does not exist, or the folder is not a bundle.
+        `ImportError`: The engine is not installed.
     """
     if resolve_engine(bundle, device, engine) == GENAI:
         return _genai_factory(bundle, device, ov_config)
@@ -42,16 +44,16 @@ def session_factory(
 
 
 def resolve_engine(bundle: str, device: str, engine: str) -> str:
-    """The engine that an option means, once there is such a device and such an engine.
+    """Check the device and the engine, and return the engine's name. "auto" is resolved by [`choose_engine`].
 
     Raises:
-        `ValueError`: there is no such device or engine.
-        `ImportError`: the engine is not installed.
+        `ValueError`: The device or the engine does not exist.
+        `ImportError`: The engine is not installed.
     """
     check_device(device)
     complete_replacement(bundle)
     if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+        raise ValueError(f"engine is {engine!r}. Expected one of {', '.join(ENGINES)}.")
     if engine == AUTO:
         engine = choose_engine(bundle)
     if engine == GENAI:
@@ -59,13 +61,17 @@ def resolve_engine(bundle: str, device: str, engine: str) -> str:
             import openvino_genai  # noqa: F401
         except ImportError as error:
             raise ImportError(
-                f'The genai engine needs OpenVINO GenAI ({error}). Install it with: pip install "optimum-llava-ov[genai]"'
+                f"The genai engine needs OpenVINO GenAI ({error}). "
+                'Install it with: pip install "optimum-llava-ov[genai]"'
             ) from error
     return engine
 
 
 def choose_engine(bundle: str) -> str:
-    """GenAI, which is faster, where it is installed and can read the model; else this package's own, which converts, too."""
+    """Return "genai" if OpenVINO GenAI is installed and can read the model, because it is faster; else "openvino".
+
+    This package's own engine also reads original checkpoints, which it converts.
+    """
     if find_spec("openvino_genai") is None:
         return OPENVINO
     if Path(bundle).is_dir():
@@ -74,13 +80,16 @@ def choose_engine(bundle: str) -> str:
 
 
 def bundle_folder(bundle: str, reason: str) -> Path:
-    """Folder of a bundle, downloaded if it is on the Hub.
+    """Return the folder of a bundle. Download the bundle if it is on the Hub.
+
+    Args:
+        reason: A sentence that says why a bundle is needed; part of the error message.
 
     Raises:
-        `ValueError`: it is no bundle. Gives `reason` for why it must be one.
+        `ValueError`: It is not a bundle.
     """
     message = (
-        f"{bundle} has no {PARTS['language_model']}, so it is no bundle, and {reason}. "
+        f"{bundle} is not a bundle, because it has no {PARTS['language_model']}. {reason} "
         f"Convert it first: optimum-cli export openvino --model {bundle} llava-mpt-ov"
     )
     folder = Path(bundle) if Path(bundle).is_dir() else Repository(bundle).download((*FILES, *EXTRA_FILES))
@@ -94,7 +103,7 @@ def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -
 
     from optimum_llava_ov.chat.genai_engine import GenAIEngine, GenAIModel
 
-    folder = bundle_folder(bundle, "the genai engine converts nothing on the fly")
+    folder = bundle_folder(bundle, "The genai engine does not convert checkpoints.")
     check_readable(folder, tokenizers=True)
     with naming_damage(folder, tokenizers=True):
         config, processor = AutoConfig.from_pretrained(folder), load_processor(folder)
@@ -103,7 +112,7 @@ def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -
 
 
 def sampling_options(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
-    """As `generate` takes them; a temperature of 0 is the likeliest word each time."""
+    """Return options of `generate`. A temperature of 0 means greedy decoding."""
     if not temperature:
         return {"do_sample": False, "max_new_tokens": max_new_tokens}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}

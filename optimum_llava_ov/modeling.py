@@ -1,4 +1,4 @@
-"""`OVModelForLlava`: a bundle in transformers code. Load it, compress it, save it, publish it and talk with it."""
+"""`OVModelForLlava`: load, compress, save and publish a bundle in transformers code, and chat with it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from optimum_llava_ov.runtime.modeling import ATTENTION_BACKEND, OVLlavaModel
 
 
 class OVModelForLlava(OVLlavaModel):
-    """A LLaVA on OpenVINO, with the interface of transformers.
+    """Run a LLaVA on OpenVINO with the interface of transformers.
 
-    [`generate`] takes what transformers' `generate` takes. Calls from several threads are served one after the other.
+    [`generate`] takes the arguments of transformers' `generate`. Calls from several threads run one after the other.
 
     Example:
         model = OVModelForLlava.from_pretrained("llava-mpt-ov")
@@ -47,7 +47,7 @@ class OVModelForLlava(OVLlavaModel):
         output = model.generate(**inputs, max_new_tokens=200)
     """
 
-    _support_new_processing = True  # the host's word for prompts that say `<image>` once for each of its features
+    _support_new_processing = True  # Optimum's name for prompts that repeat `<image>` once for each of its features
 
     @classmethod
     def from_pretrained(
@@ -55,28 +55,31 @@ class OVModelForLlava(OVLlavaModel):
     ) -> OVModelForLlava:
         """Load a bundle, or convert an original checkpoint on the fly.
 
-        A conversion lives in a temporary folder beside the Hub's cache; keep it with [`save_pretrained`].
+        The converted bundle is written to a temporary folder next to the Hub's cache. Keep it with
+        [`save_pretrained`].
 
         Args:
-            model_id: folder or model id of a bundle, or of an original LLaVA-MPT checkpoint.
-            vision_tower: of an original checkpoint, where its vision tower is, if not where it says.
-            kwargs: those of [`OVModelForVisualCausalLM.from_pretrained`]: `device`, `ov_config`, `compile`, `cache_dir`, `token`,
-                `revision`, `subfolder`, `local_files_only`, ... `ov_config` may also have GenAI's `ATTENTION_BACKEND`: `"PA"`, paged
-                attention, which is used on CPU unless it is `"SDPA"`.
+            model_id: Folder or model id of a bundle, or of an original LLaVA-MPT checkpoint.
+            vision_tower: Folder or model id of an original checkpoint's vision tower. Default: the one that its
+                config.json names.
+            kwargs: Arguments of [`OVModelForVisualCausalLM.from_pretrained`]: `device`, `ov_config`, `compile`,
+                `cache_dir`, `token`, `revision`, `subfolder`, `local_files_only`, ... `ov_config` may also have
+                GenAI's
+                `ATTENTION_BACKEND`: `"PA"` (paged attention, the default on CPU) or `"SDPA"`.
 
         Raises:
-            [`BundleError`]: `model_id` is a model, but not a LLaVA-MPT, or a file of it is missing or damaged.
-            [`HubError`]: the Hub does not know `model_id`, refuses it, or cannot be reached.
+            [`BundleError`]: `model_id` is not a LLaVA-MPT, or one of its files is missing or damaged.
+            [`HubError`]: The Hub does not know `model_id`, refuses access to it, or cannot be reached.
         """
         complete_replacement(model_id)
         if holds_original_checkpoint(model_id, **kwargs):
             return cls._export(model_id, vision_tower=vision_tower, **kwargs)
         folder = _download(model_id, kwargs)
-        if kwargs.get("compile_only") and kwargs.get("ov_config"):  # the host gives all of it to OpenVINO
+        if kwargs.get("compile_only") and kwargs.get("ov_config"):  # Optimum passes all of it to OpenVINO
             kwargs["ov_config"] = {**kwargs["ov_config"]}
             kwargs["attention_backend"] = kwargs["ov_config"].pop(ATTENTION_BACKEND, PA)
         with naming_damage(folder):
-            # Past the host's method of this name, which looks for a folder in the Hub's cache where there is no network
+            # Skip Optimum's method of this name: without a network it looks for the folder in the Hub's cache
             return super(OVBaseModel, cls).from_pretrained(folder, *args, **kwargs)
 
     @classmethod
@@ -86,25 +89,30 @@ class OVModelForLlava(OVLlavaModel):
         config: PretrainedConfig,
         quantization_config: Any = None,
         load_in_8bit: bool | None = None,
-        compile: bool = True,
+        compile: bool = True,  # noqa: A002  Optimum's name
         compile_only: bool = False,
         **kwargs,
     ) -> OVModelForLlava:
-        """What the host does for each class, for this one: it would look the class up by the model's type, which is not ours alone."""
+        """Load the parts of a bundle into this class.
+
+        Optimum's method would choose the class by the model type, which other models share.
+        """
         check_is_llava_mpt(model_id, config.to_dict())
         folder = Path(model_id)
         device, ov_config = kwargs.get("device", "CPU"), kwargs.get("ov_config")
-        parts = [
+        language_model, text_embeddings, vision_embeddings = (
             cls._compile_model(folder / file, device, ov_config, folder)
             if compile_only
             else cls.load_model(folder / file)
             for file in PARTS.values()
-        ]
+        )
         if (folder / "generation_config.json").exists():
             kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
         quantization_config = quantization_config or ({"bits": 8} if load_in_8bit else None)
         model = cls(
-            *parts,
+            language_model,
+            text_embeddings,
+            vision_embeddings,
             config,
             model_save_dir=folder,
             compile=compile and not quantization_config,
@@ -116,14 +124,20 @@ class OVModelForLlava(OVLlavaModel):
         return model
 
     @classmethod
-    def _export(cls, model_id: str | Path, config=None, vision_tower: str | None = None, **kwargs) -> OVModelForLlava:
+    def _export(
+        cls,
+        model_id: str | Path,
+        config=None,  # noqa: ARG003  Optimum passes it
+        vision_tower: str | None = None,
+        **kwargs,
+    ) -> OVModelForLlava:
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         kwargs.pop("export", None)
         quantization_config, load_in_8bit = kwargs.pop("quantization_config", None), kwargs.pop("load_in_8bit", None)
         if load_in_8bit and not quantization_config:
             quantization_config = {"bits": 8}
-        # As in Optimum: `load_in_8bit=False` also keeps large models as they are
-        # (and `{"bits": 4}` stands for the recipe only until OVConfig makes it something else)
+        # As in Optimum, `load_in_8bit=False` also leaves large models uncompressed.
+        # `{"bits": 4}` must become our recipe before OVConfig turns it into another one.
         recipe = recipe_of(quantization_config) if quantization_config else None
         ov_config = OVConfig(quantization_config=recipe) if recipe or load_in_8bit is False else None
         folder = _temporary_folder("export-")
@@ -134,14 +148,15 @@ class OVModelForLlava(OVLlavaModel):
         return model
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As [`~transformers.PreTrainedModel.num_parameters`], of matrix multiplications, convolutions and embedding tables.
+        """Count the parameters of matrix multiplications, convolutions and embedding tables.
 
-        Norms, biases and position embeddings, less than a thousandth at 7B, are not counted. Compressed weights count as what they
-        stand for.
+        The interface is that of [`~transformers.PreTrainedModel.num_parameters`]. Norms, biases and position
+        embeddings are not counted; they are less than a thousandth at 7B. A compressed weight counts as the original
+        weights that it stores.
 
         Args:
-            only_trainable: count what can be trained, which is nothing.
-            exclude_embeddings: leave the embedding table out.
+            only_trainable: Count trainable parameters only. There are none.
+            exclude_embeddings: Leave out the embedding table.
         """
         files = [PARTS["language_model"], PARTS["vision_embeddings_model"]]
         files += [] if exclude_embeddings else [PARTS["text_embeddings_model"]]
@@ -149,26 +164,33 @@ class OVModelForLlava(OVLlavaModel):
         return 0 if only_trainable else sum(share.parameters for graph in graphs for share in weight_shares(graph))
 
     def chat(self, processor: Any, **kwargs) -> ChatSession:
-        """Begin a conversation that keeps the cache of its earlier turns. Any number of them share this model's weights.
+        """Begin a conversation that keeps the cache of its earlier turns.
+
+        Any number of conversations share this model's weights.
 
         Args:
-            processor: the bundle's.
-            kwargs: those of [`~optimum_llava_ov.chat.session.ChatSession`]: `system`, `messages`, `context_window`, `when_full`,
-                and options of `generate`.
+            processor: Processor of the bundle.
+            kwargs: Arguments of [`~optimum_llava_ov.chat.session.ChatSession`]: `system`, `messages`,
+                `context_window`, `when_full`, and options of `generate`.
         """
         return ChatSession(OpenVINOEngine(self, processor), processor, self.config, **kwargs)
 
     @staticmethod
-    def _resolve_default_quantization_config(model_name_or_path: str, quantization_config):
-        """The host looks recipes up by the model's name; ours are the same for every LLaVA-MPT."""
+    def _resolve_default_quantization_config(
+        model_name_or_path: str,  # noqa: ARG004  Optimum passes it
+        quantization_config,
+    ):
+        """Return the recipe. Optimum chooses it by the model's name; ours is the same for every LLaVA-MPT."""
         return recipe_of(quantization_config)
 
     def _apply_quantization(
         self, quantization_config, compile_only: bool, compile_model: bool, model_name_or_path: str, *args, **kwargs
     ) -> None:
-        """Compress the loaded parts in memory, just as the export compresses them."""
+        """Compress the loaded parts in memory, as the export does."""
         if compile_only:
-            raise ValueError("A model loaded with compile_only=True cannot be compressed. Load it without.")
+            raise ValueError(
+                "A model loaded with compile_only=True cannot be compressed. Load it without compile_only."
+            )
         recipe = recipe_of(self._quantization_config or quantization_config)
         for part, ov_model in self.ov_models.items():
             config, dataset = recipe_for_part(recipe, part), None
@@ -186,17 +208,18 @@ class OVModelForLlava(OVLlavaModel):
             self.compile()
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> CommitInfo | None:
-        """Write the whole bundle, processor, tokenizers and card included. An existing bundle stays until the new one is whole.
+        """Write the complete bundle, with processor, tokenizers and card.
 
-        Parts that were not changed are copied, so loading and saving again gives the same bytes.
+        An existing bundle is replaced only when the new one is complete. Unchanged parts are copied, so that a bundle
+        that is loaded and saved again has the same bytes.
 
         Args:
-            push_to_hub: also publish it, as `repo_id`, or by the folder's name.
-            kwargs: those of [`push_to_hub`].
+            push_to_hub: Also publish the bundle, as `repo_id`. Default of `repo_id`: the folder's name.
+            kwargs: Arguments of [`push_to_hub`].
 
         Raises:
-            [`BundleError`]: `save_directory` holds something else.
-            `TypeError`: there is no such option; suggests the nearest.
+            [`BundleError`]: `save_directory` holds files that are not part of a bundle.
+            `TypeError`: An option does not exist. The message suggests the most similar one.
         """
         check_options(
             "save_pretrained",
@@ -208,7 +231,8 @@ class OVModelForLlava(OVLlavaModel):
             if self._differs_from_files:
                 self._save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
-            for name in FILES if self._differs_from_files else (*FILES, *EXTRA_FILES):  # quality is that of the files
+            # Measured quality (in the extra files) is true of unchanged files only
+            for name in FILES if self._differs_from_files else (*FILES, *EXTRA_FILES):
                 if (source / name).exists() and not (folder / name).exists():
                     shutil.copyfile(source / name, folder / name)
             if self._differs_from_files:
@@ -233,33 +257,43 @@ class OVModelForLlava(OVLlavaModel):
         save_directory: str | Path | None = None,
         **kwargs,
     ) -> CommitInfo:
-        """Publish the bundle in one commit. Arguments are those of transformers.
+        """Publish the bundle in one commit. The arguments are those of transformers.
 
-        Optimum's older `push_to_hub(save_directory, repository_id)` publishes the bundle in that folder, and writes it if it is not there.
+        Optimum's older form `push_to_hub(save_directory, repository_id)` publishes the bundle in that folder. It
+        writes the bundle first if the folder does not have one.
 
         Args:
-            repo_id: `owner/name`; just `name` is yours. Created if it does not exist.
-            private: whether a repository that is created is private.
-            token: with write permission; that of `hf auth login` or HF_TOKEN if not given.
-            revision: branch, created if it does not exist.
-            create_pr: propose it as a pull request.
-            tags: more tags for the card.
+            repo_id: `owner/name`, or `name` for a repository of your own. Created if it does not exist.
+            private: Whether a newly created repository is private.
+            token: Token with write permission. Default: the one of `hf auth login` or HF_TOKEN.
+            revision: Branch to push to. Created if it does not exist.
+            create_pr: Propose the bundle as a pull request.
+            tags: Additional tags for the card.
 
         Raises:
-            [`HubError`]: the Hub refused, or could not be reached; nothing is published then.
-            `TypeError`: there is no such option; suggests the nearest.
+            [`HubError`]: The Hub refused, or could not be reached. Nothing was published.
+            `TypeError`: An option does not exist. The message suggests the most similar one.
         """
         check_options("push_to_hub", kwargs, names_of(self.push_to_hub) | _options_of_transformers())
-        options = {"private": private, "token": token, "commit_message": commit_message, "revision": revision}
-        options |= {"commit_description": commit_description, "create_pr": create_pr, "tags": tags}
+        options: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "commit_message": commit_message,
+            "commit_description": commit_description,
+            "revision": revision,
+            "create_pr": create_pr,
+            "tags": tags,
+        }
         if repository_id is not None:
-            folder = Path(save_directory or repo_id)
-            if not (folder / "config.json").exists():
-                self.save_pretrained(folder)
-            return self._push(folder, repo_id=repository_id, **options)
-        with _temporary_folder("push-") as folder:
-            self.save_pretrained(Path(folder) / "bundle")
-            return self._push(Path(folder) / "bundle", repo_id=str(repo_id), **options)
+            directory = save_directory or repo_id
+            if directory is None:
+                raise TypeError("push_to_hub(repository_id=...) also needs save_directory. Or give repo_id alone.")
+            if not (Path(directory) / "config.json").exists():
+                self.save_pretrained(directory)
+            return self._push(directory, repo_id=repository_id, **options)
+        with _temporary_folder("push-") as temporary:
+            self.save_pretrained(Path(temporary) / "bundle")
+            return self._push(Path(temporary) / "bundle", repo_id=str(repo_id), **options)
 
     @staticmethod
     def _push(folder: str | Path, repo_id: str, **options) -> CommitInfo:
@@ -267,7 +301,7 @@ class OVModelForLlava(OVLlavaModel):
         return push_bundle(folder, repo_id, **{name: value for name, value in options.items() if name in known})
 
     def _whole_source(self) -> Path:
-        """Folder of the files this model was loaded from, with those that running it did not need."""
+        """Return the folder that this model was loaded from. Download files that are missing there if possible."""
         source = Path(self.model_save_dir)
         if all((source / name).exists() for name in FILES):
             return source
@@ -280,13 +314,13 @@ class OVModelForLlava(OVLlavaModel):
 
 
 class OVModelForLlavaMPT(OVModelForLlava):
-    """[`OVModelForLlava`] around an MPT, and nothing else."""
+    """Run a LLaVA whose language model is an MPT. See [`OVModelForLlava`]."""
 
 
 def _download(model_id: str | Path, kwargs: dict[str, Any]) -> Path:
-    """Folder of a bundle's files: all of them, so that it can be saved and published, and no others.
+    """Download all files of a bundle and no others, so that it can be saved and published. Return their folder.
 
-    What was said about the Hub is taken out of `kwargs`, for it has been heeded.
+    Options of the Hub are removed from `kwargs`, because they are used here.
     """
     options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     repository = Repository(str(model_id), **{name: value for name, value in options.items() if value is not None})
@@ -300,12 +334,18 @@ def _download(model_id: str | Path, kwargs: dict[str, Any]) -> Path:
 
 
 def _options_of_transformers() -> set[str]:
-    """Options that code for transformers passes on when it saves or publishes: about shards, which a bundle does not have."""
+    """Return options that code written for transformers passes when it saves or publishes.
+
+    They are accepted and ignored. Most are about shards, which a bundle does not have.
+    """
     return names_of(PreTrainedModel.save_pretrained) | names_of(PreTrainedModel.push_to_hub) | {"safe_serialization"}
 
 
 def _temporary_folder(prefix: str) -> tempfile.TemporaryDirectory:
-    """Beside the Hub's cache: /tmp is memory on many systems, and a 7B model does not fit there twice."""
+    """Make a temporary folder next to the Hub's cache.
+
+    /tmp is in memory on many systems, and a 7B model does not fit there twice.
+    """
     parent = Path(constants.HF_ASSETS_CACHE) / "optimum-llava-ov"
     parent.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(prefix=prefix, dir=parent)

@@ -16,8 +16,8 @@ from optimum_llava_ov.benchmark.genai import GenAIEngine
 from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Run
 from optimum_llava_ov.benchmark.run import benchmark
-from optimum_llava_ov.chat.genai_engine import picture_tensor
-from optimum_llava_ov.chat.messages import pictures_of, text_of
+from optimum_llava_ov.chat.genai_engine import image_tensor
+from optimum_llava_ov.chat.messages import images_of, text_of
 from optimum_llava_ov.system.peak_memory import AnonymousPeak, anonymous_memory, peak_rss
 
 
@@ -45,15 +45,15 @@ def test_table(shapes_bundle):
     head, machine, _, names, *rows, _, loading, memory = result.stdout.splitlines()
     assert re.fullmatch(r"shapes-ov in genai on CPU: computes in (bf16|f16|f32), cache in \w+", head)
     assert machine.endswith(f"openvino {version('openvino')}, openvino-genai {version('openvino-genai')}")
-    assert re.split(" {2,}", names.strip()) == ["prompt", "first token", "then, per token", "tokens/s"]
+    assert re.split(" {2,}", names.strip()) == ["prompt", "first token", "per token", "tokens/s"]
     assert [re.fullmatch(rf" *(\d+) tokens +{number} s +{number} ms +{number}", row)[1] for row in rows] == [
         "60",
         "200",
     ]
     assert re.fullmatch(
-        rf"Loading takes {number} s, and the first answer after it begins after {number} s \(60 tokens\)\.", loading
+        rf"Loading took {number} s\. The first token after loading took {number} s \(prompt of 60 tokens\)\.", loading
     )
-    assert re.fullmatch(rf"Memory at most: {gigabytes}, {gigabytes} of it without mapped files\.", memory)
+    assert re.fullmatch(rf"Peak memory: {gigabytes}, {gigabytes} without mapped files\.", memory)
     assert "4/4" in result.stderr, "a progress bar"
 
 
@@ -122,9 +122,9 @@ def test_prompts_are_as_long_as_asked_for(shapes_bundle):
     options = openvino_genai.GenerationConfig(max_new_tokens=1)
     for length in (prompts.shortest(), prompts.shortest() + 1, 100, 1000):
         prompt = prompts.make(length)
-        pictures = pictures_of(prompt.messages)
+        pictures = images_of(prompt.messages)
         inputs = genai.processor(text=prompt.text, images=pictures, return_tensors="pt")
-        tensors = [picture_tensor(picture, genai.processor) for picture in pictures]
+        tensors = [image_tensor(picture, genai.processor) for picture in pictures]
         answer = genai.pipeline.generate(
             [text_of(prompt.messages[-1])], images=[tensors], generation_config=[options]
         )[0]
@@ -164,8 +164,8 @@ def test_too_short_for_a_picture(shapes_bundle):
         AutoProcessor.from_pretrained(shapes_bundle), config := AutoConfig.from_pretrained(shapes_bundle)
     ).shortest()
     expected = (
-        f"error: A prompt of 30 tokens was asked for, but with this model a picture ({config.image_seq_length} tokens) and the words "
-        f"around it take {shortest} tokens. Ask for --prompt-tokens {shortest} or more."
+        f"error: A prompt of 30 tokens is too short. With this model, an image ({config.image_seq_length} tokens) and the chat template "
+        f"take {shortest} tokens. Use --prompt-tokens {shortest} or more."
     )
     assert result.stderr.splitlines()[-1] == expected
 
@@ -173,10 +173,10 @@ def test_too_short_for_a_picture(shapes_bundle):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"new_tokens": 1}, "new_tokens is 1; expected 2 or more."),
-        ({"rounds": 0}, "rounds is 0; expected 1 or more."),
-        ({"batch_size": 0}, "batch_size is 0; expected 1 or more."),
-        ({"engine": "vllm"}, "engine is 'vllm'; expected one of auto, openvino, genai."),
+        ({"new_tokens": 1}, "new_tokens is 1. Expected 2 or more."),
+        ({"rounds": 0}, "rounds is 0. Expected 1 or more."),
+        ({"batch_size": 0}, "batch_size is 0. Expected 1 or more."),
+        ({"engine": "vllm"}, "engine is 'vllm'. Expected one of auto, openvino, genai."),
         ({"device": "NPU7"}, "OpenVINO does not find the device 'NPU7'."),
     ],
 )
@@ -190,6 +190,6 @@ def test_what_is_no_bundle(engine, shapes_bundle, tmp_path):
     partial = shutil.copytree(shapes_bundle, tmp_path / "partial", ignore=shutil.ignore_patterns("openvino_language*"))
     for folder in (CHECKPOINT, partial):
         with pytest.raises(
-            ValueError, match="has no openvino_language_model.xml, so it is no bundle, and .* Convert it first: "
+            ValueError, match=r"is not a bundle, because it has no openvino_language_model.xml\. .* Convert it first: "
         ):
             benchmark(folder, engine=engine)

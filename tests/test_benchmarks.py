@@ -129,4 +129,4 @@ def test_medians_and_targets():
     assert found["ms per token at 300 / notebook"] == (None, None)
     assert found["disk / notebook"] == (0.5, True)
     assert found["conversion time / notebook"] == (0.8, False)
-    assert found["tokens per second, 8 rows / 1 row"] == (pytest.approx(4.0), True)
+    assert found["tokens per second, batch of 8 / batch of 1"] == (pytest.approx(4.0), True)

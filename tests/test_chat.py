@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.errors import ContextWindowError
-from optimum_llava_ov.chat.messages import pictures_of, text_of
+from optimum_llava_ov.chat.messages import images_of, text_of
 from optimum_llava_ov.chat.streaming import StopStringFilter
 from optimum_llava_ov.runtime.language_model import LanguageModel
 from optimum_llava_ov.samples.shapes import held_out
@@ -59,7 +59,7 @@ def chat(shapes):
 def prefill(model, processor, messages, **options):
     """The answer to the last message by way of the whole conversation."""
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=prompt, images=pictures_of(messages) or None, return_tensors="pt")
+    inputs = processor(text=prompt, images=images_of(messages) or None, return_tensors="pt")
     output = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": 48, **options})
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -353,7 +353,7 @@ def test_undo(chat, shapes):
     chat.send("What colour is the circle?", A).result()
     chat.send("How many shapes are there?", C).result()
     question = chat.undo()
-    assert (text_of(question), len(pictures_of([question]))) == ("How many shapes are there?", 1)
+    assert (text_of(question), len(images_of([question]))) == ("How many shapes are there?", 1)
     answer = chat.send("Where is the star?")
     assert answer.result() == "The star is at the top right."
     assert answer.stats.reused_tokens > 50
@@ -390,7 +390,7 @@ def test_saving_on_a_full_disk_keeps_the_file(chat, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match="Not saved, and what was there before is unchanged: .*chat.json"):
+        with pytest.raises(OSError, match=r"Not saved\. The earlier content of the file is unchanged: .*chat.json"):
             chat.save(link)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

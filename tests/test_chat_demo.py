@@ -195,10 +195,10 @@ def test_limits(browser, server, tmp_path):
 
 def test_pictures_from_hosts_that_the_operator_allows(browser, server, website):
     page = Page(browser, server)
-    page.page.get_by_label("Picture from").fill(f"{website}/elsewhere")
+    page.page.get_by_label("Image from").fill(f"{website}/elsewhere")
     page.button("fetch")
-    expect(page.page.get_by_text("Pictures from 'localhost' are not fetched here")).to_be_visible(timeout=15_000)
-    page.page.get_by_label("Picture from").fill(f"{website}/b.png")
+    expect(page.page.get_by_text("Images from 'localhost' are not allowed")).to_be_visible(timeout=15_000)
+    page.page.get_by_label("Image from").fill(f"{website}/b.png")
     page.button("fetch")
     expect(page.pictures).to_be_visible(timeout=15_000)
     page.ask("How many shapes are there?", "There are two shapes.")
@@ -230,7 +230,7 @@ def test_sessions_in_use_make_no_room(shapes_bundle):
     model, processor = OVModelForLlavaMPT.from_pretrained(shapes_bundle), AutoProcessor.from_pretrained(shapes_bundle)
     visitors = Visitors(lambda device: lambda: model.chat(processor), limit=2, idle_seconds=3600)
     first, second = visitors.get("first", "CPU"), visitors.get("second", "CPU")
-    with pytest.raises(RuntimeError, match="All 2 conversations that this server can keep are in use"):
+    with pytest.raises(RuntimeError, match="All 2 conversations of this server are in use"):
         visitors.get("third", "CPU")
     assert visitors.get("first", "CPU") is first
     assert visitors.find("second") is second
@@ -277,7 +277,7 @@ def test_addresses_are_not_fetched(server):
     join_queue(server, [{"path": f"{server.url}/theme.css", "meta": {"_type": "gradio.FileData"}}])
     completed = next(event for event in events(server) if event["msg"] == "process_completed")
     assert not completed["success"]
-    assert "this server fetches no addresses" in server.log.read_text() + json.dumps(completed)
+    assert "This server does not fetch addresses" in server.log.read_text() + json.dumps(completed)
 
 
 def test_sessions_are_made_by_open_pages_only(browser, server):
@@ -310,11 +310,9 @@ def test_a_long_text_holds_nobody_up(browser, server):
     started = time.monotonic()
     other.ask("Where is the star?", "The star is at the top right.")
     assert time.monotonic() - started < 10
-    assert "The question has 4,999,999 characters, and at most 20,000 are accepted" in json.dumps(
-        events(server, one.session)
-    )
+    assert "The question has 4,999,999 characters. The limit is 20,000." in json.dumps(events(server, one.session))
     status, _, text = answer_to(server, "POST", "/gradio_api/queue/join", Host="localhost", Content_Length="20000000")
-    assert (status, text) == (413, "The request has more than 16,000,000 bytes, which is the most that is accepted.\n")
+    assert (status, text) == (413, "The request is larger than the limit of 16,000,000 bytes.\n")
 
 
 def answer_to(server, method="GET", path="/config", **headers):
@@ -349,7 +347,7 @@ def test_names_of_the_server(browser, server):
     ):
         status, _, text = answer_to(server, Host=host)
         assert status == 421, host
-        assert text.startswith("This server is not known as")
+        assert text.startswith("This server does not accept the name")
         assert "--allow-name" in text
         assert "Coloured" not in text
     assert answer_to(server)[0] == 400
@@ -357,11 +355,11 @@ def test_names_of_the_server(browser, server):
         assert answer_to(server, Host=own, Origin=origin)[0] == 200, origin
     for origin in ("http://elsewhere.example", "null", "http://192.0.2.7"):
         status, _, text = answer_to(server, Host=own, Origin=origin)
-        assert (status, text) == (403, f"A page of {origin} may not use this server, only its own pages may.\n")
+        assert (status, text) == (403, f"Pages of {origin} may not use this server. Only its own pages may.\n")
 
     page = browser.new_page()
     assert page.goto(f"http://elsewhere.example:{server.port}/").status == 421
-    assert "This server is not known as 'elsewhere.example'" in page.content()
+    assert "This server does not accept the name 'elsewhere.example'" in page.content()
     page.close()
 
 
@@ -643,7 +641,7 @@ def test_a_retry_that_fails_keeps_the_turn(browser, echo):
     assert [text_of(message) for message in session.messages] == ["One", "One"]
     session.context_window = 1
     page.button("retry")
-    expect(page.page.get_by_text("more than the context window of 1")).to_be_visible(timeout=15_000)
+    expect(page.page.get_by_text("exceeds the context window of 1")).to_be_visible(timeout=15_000)
     expect(page.answers).to_have_count(1)
     session.context_window = 10**6
     page.ask("Two", "Two")

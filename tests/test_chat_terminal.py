@@ -25,8 +25,8 @@ from test_chat import SlowProcessor
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
-from optimum_llava_ov.chat.pictures import fetch_picture
-from optimum_llava_ov.chat.terminal import Terminal, load_picture
+from optimum_llava_ov.chat.images import fetch_image
+from optimum_llava_ov.chat.terminal import Terminal, load_image
 from optimum_llava_ov.images import ImageLimits, open_image
 from optimum_llava_ov.system.devices import check_device
 
@@ -117,17 +117,17 @@ def test_conversation_at_a_terminal(start, shapes_bundle, website, tmp_path):
     console.expect("> ")
     console.ask("What colour is the circle?", "The circle is red.")
     stats = console.ask("Where is the star?", "The star is at the top right.") + console.ask("", "> ")
-    assert re.search(r"\d+ tokens asked, 6 answered, first after \d+\.\d\d s, then \d+\.\d tokens/s", stats)
+    assert re.search(r"prompt \d+ tokens, answer 6 tokens, first token \d+\.\d\d s, then \d+\.\d tokens/s", stats)
     console.ask('"""', ". ")
     console.ask("What is\nat the bottom?\n" + '"""', "green triangle")
-    console.ask("/undo", "Taken back: What is")
+    console.ask("/undo", "Removed: What is")
     console.ask("What is \\\nat the bottom?", "A green triangle is ")
     console.ask("/save chat.json", "Saved: chat.json")
     assert len(json.loads((tmp_path / "chat.json").read_text())) == 6
-    console.ask("/reset", "A new conversation.")
-    console.ask(f"/image {website}/b.png", "comes with the next question")
+    console.ask("/reset", "Started a new conversation.")
+    console.ask(f"/image {website}/b.png", "to the next question")
     console.ask("How many shapes are there?", "There are two shapes.")
-    console.ask("/nonsense", "There is no command /nonsense")
+    console.ask("/nonsense", "The command /nonsense does not exist")
     console.expect("> ")
     console.type("half a line")
     console.expect("half a line")
@@ -143,7 +143,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(start, bundles):
     console.ask("Write a short poem about the sea.", "with")
     console.press_ctrl_c("[stopped]")
     assert time.monotonic() - started < 30
-    console.ask("/undo", "Taken back: Write a short poem")
+    console.ask("/undo", "Removed: Write a short poem")
     console.leave()
 
 
@@ -169,17 +169,17 @@ def type_in(shapes, *lines):
 
 
 def test_commands(shapes, tmp_path):
-    assert "nothing to take back" in type_in(shapes, "/undo")
+    assert "no question to undo" in type_in(shapes, "/undo")
     assert "no question yet" in type_in(shapes, "/retry")
-    assert "Which one?" in type_in(shapes, "/image")
+    assert "A path or URL is missing" in type_in(shapes, "/image")
     assert "cannot be read" in type_in(shapes, f"/image {tmp_path}/missing.png")
-    assert "Where to?" in type_in(shapes, "/save")
+    assert "A file is missing" in type_in(shapes, "/save")
     assert "/image PATH or URL" in type_in(shapes, "/help")
-    assert "stands for a picture" in type_in(shapes, "What is <image>?")
+    assert "stands for an image" in type_in(shapes, "What is <image>?")
     picture = f"/image '{PICTURES}/a.png'"
     assert type_in(shapes, picture, "Where is the star?", "/retry").count("top right") == 2
     undone = type_in(shapes, picture, "Where is the star?", "/undo", "What colour is the circle?")
-    assert "Its picture comes with the next question" in undone
+    assert "Its image is kept for the next question" in undone
     assert undone.endswith("The circle is red.\n\n")
 
 
@@ -196,11 +196,11 @@ def test_a_picture_waits_for_a_question_that_is_kept(shapes):
     chat.processor.handler = signal.getsignal(signal.SIGINT)
     chat.processor.pressed = True
     terminal.ask("Where is the star?")
-    assert output.getvalue().endswith("[stopped before the first word; the conversation is as it was]\n")
+    assert output.getvalue().endswith("[stopped before the first word; the conversation is unchanged]\n")
     chat.processor.pressed = False
     terminal.ask("Where is the star?")
     assert output.getvalue().endswith("The star is at the top right.\n")
-    assert terminal.pictures == []
+    assert terminal.images == []
 
 
 class CtrlC(SlowProcessor):
@@ -220,17 +220,17 @@ class CtrlC(SlowProcessor):
 
 
 def test_pictures_from_outside(website, tmp_path):
-    assert load_picture(f"{website}/a.png").size == load_picture(str(PICTURES / "a.png")).size
+    assert load_image(f"{website}/a.png").size == load_image(str(PICTURES / "a.png")).size
     with pytest.raises(ValueError, match="cannot be fetched: .*404"):
-        load_picture(f"{website}/missing.png")
+        load_image(f"{website}/missing.png")
     with pytest.raises(ValueError, match="cannot be read"):
-        load_picture(f"{website}/questions.json")
-    assert load_picture(f"{website}/elsewhere").size == load_picture(f"{website}/a.png").size
+        load_image(f"{website}/questions.json")
+    assert load_image(f"{website}/elsewhere").size == load_image(f"{website}/a.png").size
     hosts = [website.removeprefix("http://")]
-    assert fetch_picture(f"{website}/a.png", hosts=hosts)
+    assert fetch_image(f"{website}/a.png", hosts=hosts)
     for address in (f"{website}/elsewhere", f"{website}/a.png".replace("127.0.0.1", "localhost")):
-        with pytest.raises(ValueError, match=r"from 'localhost' are not fetched here, only from: 127\.0\.0\.1:"):
-            fetch_picture(address, hosts=hosts)
+        with pytest.raises(ValueError, match=r"from 'localhost' are not allowed\. Allowed hosts: 127\.0\.0\.1:"):
+            fetch_image(address, hosts=hosts)
     with pytest.raises(ValueError, match=r"has 0\.0 MB, but at most 1e-05 MB"):
         open_image(PICTURES / "a.png", ImageLimits(max_bytes=10))
     Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
@@ -279,16 +279,16 @@ def test_addresses_that_would_take_time_or_memory():
     site = HostileSite()
     started = time.monotonic()
     for path, error in {
-        "/slow-head": "did not come within 0.5 seconds",
-        "/slow-body": "did not come within 0.5 seconds",
-        "/bomb": r"is sent compressed \(gzip, gzip\)",
-        "/large": "has more than 0.002 MB",
+        "/slow-head": "did not arrive within 0.5 seconds",
+        "/slow-body": "did not arrive within 0.5 seconds",
+        "/bomb": r"is sent with content-encoding gzip, gzip",
+        "/large": "is larger than 0.002 MB",
         "/to-itself": "is redirected more than 5 times",
     }.items():
         with pytest.raises(ValueError, match=error):
-            fetch_picture(site.url + path, max_bytes=2000, timeout=0.5)
+            fetch_image(site.url + path, max_bytes=2000, timeout=0.5)
     for path in ("/slow-redirect", "/bomb-redirect"):
-        assert fetch_picture(site.url + path, timeout=5).size == (224, 224)
+        assert fetch_image(site.url + path, timeout=5).size == (224, 224)
     assert time.monotonic() - started < 10
 
 

@@ -195,7 +195,7 @@ class TestExport:
         ("options", "sentence"),
         [
             (["--ratio", "1.5"], "ratio"),
-            (["--weight-format", "fp16", "--ratio", "0.5"], "no compressed format"),
+            (["--weight-format", "fp16", "--ratio", "0.5"], "need a compressed format"),
             (["--quant-mode", "int8"], "quantizes activations"),
             (["--task", "text-generation"], "is exported for the task"),
             (["--disable-stateful"], "not supported for LLaVA-MPT"),
@@ -247,7 +247,7 @@ class TestExitStatus:
         status, errors = self.end(KeyError("image_seq_length"), capsys)
         assert status == 1
         assert errors.startswith("Traceback")
-        assert errors.splitlines()[-1].startswith("This is a bug of optimum-llava-ov")
+        assert errors.splitlines()[-1].startswith("This is a bug in optimum-llava-ov")
 
     def test_error_of_a_library_is_a_bug(self, capsys):
         assert self.end(ValueError("not raised in this package"), capsys)[1].startswith("Traceback")

@@ -279,7 +279,7 @@ def test_options_of_the_command(options, expected):
     ("options", "message"),
     [
         (["--quant-mode", "int8", "--dataset", "textvqa"], "quantizes activations, which is not supported"),
-        (["--group-size", "64"], "no compressed format"),
+        (["--group-size", "64"], "need a compressed format"),
         (["--weight-format", "int4", "--dataset", "./no/such/folder", "--awq"], "no/such/folder"),
         (["--weight-format", "int8", "--awq"], "AWQ algorithm is not supported for 8-bit"),
     ],

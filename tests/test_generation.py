@@ -195,7 +195,8 @@ class TestPastKeyValues:
         past, inputs = first
         model.generate(torch.tensor([[5, 6]]), **GREEDY)
         with pytest.raises(
-            ValueError, match=r"are of an earlier prompt, and the model has begun another one since.*model\.chat\(\)"
+            ValueError,
+            match=r"belong to an earlier prompt, and the model has begun another prompt since.*model\.chat\(\)",
         ):
             model.generate(**inputs, **GREEDY, past_key_values=past)
 
@@ -206,7 +207,7 @@ class TestPastKeyValues:
 
     def test_without_new_tokens(self, model, first):
         past, _ = first
-        with pytest.raises(ValueError, match=r"have \d+ tokens, and no new ones follow: attention_mask has 3"):
+        with pytest.raises(ValueError, match=r"has \d+ tokens, and no new tokens follow: attention_mask has 3"):
             model.generate(torch.tensor([[5, 6, 7]]), **GREEDY, past_key_values=past)
 
 

@@ -344,7 +344,7 @@ class TestPush:
                 "lacks license, library_name, pipeline_tag, tags",
             ),
             (lambda bundle: (bundle / "README.md").write_text("---\n: [\n---\n"), "The metadata of .* is not YAML"),
-            (shutil.rmtree, "is no folder"),
+            (shutil.rmtree, "is not a folder"),
         ],
         ids=["missing", "truncated", "settings", "metadata", "yaml", "nothing"],
     )
@@ -360,8 +360,8 @@ class TestPush:
         assert "is not a valid name for a repository" in client.error(self.push(bundle, name))
 
     def test_not_logged_in(self, client, bundle):
-        assert "does not know who you are" in client.error(self.push(bundle, "me/x", token="hf_nobody"))
-        assert "does not know who you are" in client.error(self.push(bundle, "me/x", token=False))
+        assert "You are not logged in to the Hub" in client.error(self.push(bundle, "me/x", token="hf_nobody"))
+        assert "You are not logged in to the Hub" in client.error(self.push(bundle, "me/x", token=False))
 
     def test_token_that_may_only_read(self, hub, client, bundle):
         assert "may only read" in client.error(self.push(bundle, "me/unwritten", token="hf_me_read"))
@@ -385,9 +385,9 @@ class TestPush:
             ("POST /api/repos/create", 500, r"internal problem \(HTTP 500\)"),
             ("POST /api/repos/create", 429, "too many requests"),
             ("POST .*/preupload/", 403, "may not write to me/status"),
-            ("POST .*/preupload/", 404, "knows no me/status"),
-            ("POST .*/commit/", 409, "Somebody else is changing me/status"),
-            ("POST .*/commit/", 412, "Somebody else is changing me/status"),
+            ("POST .*/preupload/", 404, "me/status or this revision of it does not exist"),
+            ("POST .*/commit/", 409, "Someone else is changing me/status"),
+            ("POST .*/commit/", 412, "Someone else is changing me/status"),
             ("POST .*/commit/", 500, r"internal problem \(HTTP 500\)"),
             ("POST .*/commit/", 413, r"refused me/status \(HTTP 413\)"),
         ],

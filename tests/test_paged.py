@@ -381,7 +381,7 @@ class TestWhereItIsNot:
         assert model.attention_backend == "SDPA"
 
     def test_a_backend_that_there_is_not(self, bundles):
-        with pytest.raises(ValueError, match="ATTENTION_BACKEND is 'flash'. It may be 'PA' or 'SDPA'"):
+        with pytest.raises(ValueError, match="ATTENTION_BACKEND is 'flash'. Expected 'PA' or 'SDPA'"):
             OVModelForLlavaMPT.from_pretrained(bundles[GOLDEN.name], ov_config={"ATTENTION_BACKEND": "flash"})
 
     @pytest.mark.parametrize("backend", ["PA", "SDPA"])

@@ -1,7 +1,8 @@
-"""Those who are compared by `benchmarks/engines.py`. One process runs one contender in one configuration: see `__main__`.
+"""The contenders that `benchmarks/engines.py` compares. One process runs one contender in one configuration.
 
-A contender is a module with `load(job) -> Contender`, and a line in `MODULES`. It may run anything, as long as `answer` returns
-when the answer is there. What files it needs goes into `Job.paths`, which `engines.py` fills.
+A contender is a module with `load(job) -> Contender`, and a line in `MODULES`. It may run anything, as long as
+`answer` returns when the answer is complete. `Job.paths`, which `engines.py` fills, has the files that it needs. See
+`__main__`.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ MODULES = {
     "llama-Q4_K_M": "llama",
     "llama-Q4_0": "llama",
 }
-NEEDS_PACKAGE = {"llama": "llama_cpp"}  # modules of contenders that run only where another package was installed
-ONE_ROW = ("genai-sdpa", "llama-Q4_K_M", "llama-Q4_0")  # those that are not asked for batches
+NEEDS_PACKAGE = {"llama": "llama_cpp"}  # additional packages that modules need
+ONE_SEQUENCE = ("genai-sdpa", "llama-Q4_K_M", "llama-Q4_0")  # contenders without batches
 
 
 @dataclasses.dataclass
 class Job:
-    """
+    """Describe one process.
+
     Attributes:
-        contender (`str`): a key of `MODULES`.
-        paths (`dict[str, str]`): `bundle`, `checkpoint`, `notebook`, `llama`: what there is to run.
-        prompt (`str`): a whole prompt of the bundle's chat template, with one `<image>`.
-        prompt_tokens (`int`): its length, with the picture's rows.
-        batch (`int`): how many rows at once, each with a picture of its own.
-        new_tokens (`int`): how many tokens every row generates.
-        repeats (`int`): how many answers after the first.
-        turns (`str`): folder of [`contenders.turns`], if other contenders run meanwhile and take turns with this one.
+        contender (`str`): A key of `MODULES`.
+        paths (`dict[str, str]`): Folders by name: `bundle`, `checkpoint`, `notebook`, `llama`.
+        prompt (`str`): A complete prompt in the bundle's chat template, with one `<image>`.
+        prompt_tokens (`int`): Length of the prompt in tokens, image tokens included.
+        batch (`int`): Number of sequences in a batch, each with a different image.
+        new_tokens (`int`): Number of tokens to generate for each sequence.
+        repeats (`int`): Number of answers after the first.
+        turns (`str`): Folder of [`contenders.turns`], if this contender takes turns with others.
     """
 
     contender: str
@@ -52,14 +54,15 @@ class Job:
 
 @dataclasses.dataclass
 class Answer:
-    """
+    """Hold the result of one answer.
+
     Attributes:
-        seconds (`float`): from pictures and text to the last token.
-        first_token_seconds (`float`): to the first token, of all rows.
-        preprocess_seconds (`float`): of these, for preparing pictures and tokenizing; `None` if that happens inside the engine.
-        tokens (`list[list[int]]`): what each row generated.
-        prompt_tokens (`int`): length of the prompt as the engine saw it; `None` if it does not say.
-        metrics (`dict[str, float]`): what the engine says of itself.
+        seconds (`float`): Seconds from images and text to the last token.
+        first_token_seconds (`float`): Seconds until all sequences have their first token.
+        preprocess_seconds (`float`): Part of these for preprocessing and tokenization. `None` if the engine does it.
+        tokens (`list[list[int]]`): Generated tokens of each sequence.
+        prompt_tokens (`int`): Length of the prompt according to the engine. `None` if it does not tell.
+        metrics (`dict[str, float]`): Metrics that the engine reports.
     """
 
     seconds: float
@@ -73,8 +76,8 @@ class Answer:
 class Contender(Protocol):
     """A loaded model."""
 
-    def answer(self, prompt: str, pictures: list[Image.Image], new_tokens: int) -> Answer:
-        """Greedily, one row for each picture, and past end tokens."""
+    def answer(self, prompt: str, images: list[Image.Image], new_tokens: int) -> Answer:
+        """Generate greedily, one sequence for each image. Do not stop at end tokens."""
 
-    def stages(self, picture: Image.Image) -> dict[str, float]:
-        """Milliseconds that parts take by themselves: `preprocess`, `vision`. Empty if they cannot be called."""
+    def stages(self, image: Image.Image) -> dict[str, float]:
+        """Return the milliseconds of single parts: `preprocess`, `vision`. Empty if they cannot be called."""

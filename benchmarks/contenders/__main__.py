@@ -1,9 +1,9 @@
-"""Run one contender in one configuration, and print what was measured as the last line, in JSON.
+"""Run one contender in one configuration, and print the measurements as JSON in the last line.
 
     cd benchmarks && python -m contenders JOB.json
 
-`JOB.json` holds a [`Job`]. Every answer is about another picture, so no cache of prompts helps anyone. An error is a result too:
-`error` says what it was.
+`JOB.json` holds a [`Job`]. Every answer is about another image, so that prompt caches do not help. An error is a
+result too: `error` has its message.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from contenders import MODULES, Answer, Contender, Job
 from contenders.turns import turn
 
 
-PICTURE_SIZE = (640, 480)
+SIZE = (640, 480)
 
 
-def picture(seed: int) -> Image.Image:
-    """Patches of colour that run into each other."""
+def random_image(seed: int) -> Image.Image:
+    """Make an image of patches of colour that blend into each other."""
     patches = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    return Image.fromarray(patches).resize(PICTURE_SIZE, Image.Resampling.BICUBIC)
+    return Image.fromarray(patches).resize(SIZE, Image.Resampling.BICUBIC)
 
 
 def run(job: Job) -> dict:
-    """Load, answer `1 + repeats` times."""
+    """Load the contender, and let it answer `1 + repeats` times."""
     with turn(job.turns, job.contender):
         module = importlib.import_module(f"contenders.{MODULES[job.contender]}")
         started = time.perf_counter()
@@ -45,15 +45,16 @@ def run(job: Job) -> dict:
             answers.append(_answer(contender, job, index))
     result["first"], *result["later"] = [dataclasses.asdict(answer) for answer in answers]
     with turn(job.turns, job.contender):
-        result["stages"] = contender.stages(picture(0)) if job.batch == 1 else {}
+        result["stages"] = contender.stages(random_image(0)) if job.batch == 1 else {}
     return result
 
 
 def _answer(contender: Contender, job: Job, index: int) -> Answer:
-    pictures = [picture(job.batch * index + row) for row in range(job.batch)]
-    answer = contender.answer(job.prompt, pictures, job.new_tokens)
-    if {len(row) for row in answer.tokens} != {job.new_tokens}:
-        raise RuntimeError(f"Rows of {[len(row) for row in answer.tokens]} tokens, expected {job.new_tokens} each.")
+    images = [random_image(job.batch * index + number) for number in range(job.batch)]
+    answer = contender.answer(job.prompt, images, job.new_tokens)
+    lengths = [len(sequence) for sequence in answer.tokens]
+    if set(lengths) != {job.new_tokens}:
+        raise RuntimeError(f"The sequences have {lengths} tokens. Expected {job.new_tokens} each.")
     return answer
 
 
@@ -64,13 +65,13 @@ def main() -> None:
     try:
         result = run(job)
     except Exception as error:
-        result = {"error": f"{type(error).__name__}: {_gist(str(error))}"}
+        result = {"error": f"{type(error).__name__}: {_last_lines(str(error))}"}
     result["uses_our_package"] = "optimum_llava_ov" in sys.modules
     print("\n" + json.dumps(result), flush=True)
 
 
-def _gist(message: str) -> str:
-    """The last two lines that say something: OpenVINO puts where it happened first."""
+def _last_lines(message: str) -> str:
+    """Return the last two lines that are not empty. OpenVINO writes the place of an error first."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[-2:])[-400:]
 

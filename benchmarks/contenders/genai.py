@@ -1,7 +1,8 @@
-"""OpenVINO GenAI on the same bundle, with either attention backend.
+"""Run OpenVINO GenAI on the same bundle, with either attention backend.
 
-Time is taken outside, as for everybody, and what GenAI says of itself is kept beside it. A picture is prepared and encoded inside.
-`VLMPipeline` takes one prompt at a time; batches are those of continuous batching, which has paged attention only.
+Times are measured outside of the engine, as for all contenders, and GenAI's own metrics are kept too. GenAI
+preprocesses and encodes images itself. `VLMPipeline` takes one prompt at a time. Batches use continuous batching,
+which has paged attention only.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ class GenAIContender:
     def __init__(self, pipeline: openvino_genai.VLMPipeline):
         self.pipeline = pipeline
 
-    def answer(self, prompt: str, pictures: list[Image.Image], new_tokens: int) -> Answer:
+    def answer(self, prompt: str, images: list[Image.Image], new_tokens: int) -> Answer:
         config, clock = _config(new_tokens), _Clock()
         started = time.perf_counter()
-        images = [_tensor(picture) for picture in pictures]
-        result = self.pipeline.generate(_prompt(prompt), images=images, generation_config=config, streamer=clock)
+        tensors = [_tensor(image) for image in images]
+        result = self.pipeline.generate(_prompt(prompt), images=tensors, generation_config=config, streamer=clock)
         ended = time.perf_counter()
         metrics = result.perf_metrics
         return Answer(
@@ -42,30 +43,30 @@ class GenAIContender:
             },
         )
 
-    def stages(self, picture: Image.Image) -> dict[str, float]:
+    def stages(self, image: Image.Image) -> dict[str, float]:
         return {}
 
 
 class ContinuousBatchingContender:
-    """All rows are requests of one batch."""
+    """Answer a batch of requests."""
 
     def __init__(self, pipeline: openvino_genai.ContinuousBatchingPipeline):
         self.pipeline = pipeline
 
-    def answer(self, prompt: str, pictures: list[Image.Image], new_tokens: int) -> Answer:
+    def answer(self, prompt: str, images: list[Image.Image], new_tokens: int) -> Answer:
         config = _config(new_tokens)
         started = time.perf_counter()
         handles = [
-            self.pipeline.add_request(number, _prompt(prompt), images=[_tensor(picture)], generation_config=config)
-            for number, picture in enumerate(pictures)
+            self.pipeline.add_request(number, _prompt(prompt), images=[_tensor(image)], generation_config=config)
+            for number, image in enumerate(images)
         ]
-        tokens: list[list[int]] = [[] for _ in pictures]
+        tokens: list[list[int]] = [[] for _ in images]
         first_token = None
         while self.pipeline.has_non_finished_requests():
             self.pipeline.step()
-            for row, handle in zip(tokens, handles):
+            for sequence, handle in zip(tokens, handles):
                 while handle.can_read():
-                    row += [token for output in handle.read().values() for token in output.generated_ids]
+                    sequence += [token for output in handle.read().values() for token in output.generated_ids]
             if first_token is None and all(tokens):
                 first_token = time.perf_counter()
         ended = time.perf_counter()
@@ -77,7 +78,7 @@ class ContinuousBatchingContender:
             prompt_tokens=None,
         )
 
-    def stages(self, picture: Image.Image) -> dict[str, float]:
+    def stages(self, image: Image.Image) -> dict[str, float]:
         return {}
 
 
@@ -102,7 +103,7 @@ def load(job: Job) -> GenAIContender | ContinuousBatchingContender:
     if job.batch == 1:
         return GenAIContender(openvino_genai.VLMPipeline(job.paths["bundle"], "CPU", ATTENTION_BACKEND=backend))
     scheduler = openvino_genai.SchedulerConfig()
-    scheduler.max_num_batched_tokens = 1 << 30  # as VLMPipeline itself sets it: a prompt in one piece
+    scheduler.max_num_batched_tokens = 1 << 30  # as in VLMPipeline: the whole prompt in one call
     return ContinuousBatchingContender(
         openvino_genai.ContinuousBatchingPipeline(job.paths["bundle"], scheduler, "CPU")
     )
@@ -115,9 +116,9 @@ def _config(new_tokens: int) -> openvino_genai.GenerationConfig:
 
 
 def _prompt(prompt: str) -> str:
-    """The newline behind a picture is GenAI's to write."""
+    """Remove the newline after an image, because GenAI writes it."""
     return prompt.replace("<image>\n", "<image>")
 
 
-def _tensor(picture: Image.Image) -> openvino.Tensor:
-    return openvino.Tensor(np.array(picture)[None])
+def _tensor(image: Image.Image) -> openvino.Tensor:
+    return openvino.Tensor(np.array(image)[None])

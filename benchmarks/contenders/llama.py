@@ -1,4 +1,4 @@
-"""llama.cpp on the same weights: the language model alone, since it has no pictures in front of an MPT. Its prompts are random tokens."""
+"""Run llama.cpp on the same weights. It supports MPT without images, so it gets random tokens as prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LlamaContender:
         self.prompt_tokens = job.prompt_tokens
         self.choose = random.Random(0)
 
-    def answer(self, prompt: str, pictures: list[Image.Image], new_tokens: int) -> Answer:
+    def answer(self, prompt: str, images: list[Image.Image], new_tokens: int) -> Answer:
         prompt_ids = [self.choose.randrange(self.model.vocab_size) for _ in range(self.prompt_tokens)]
         self.model.forget()
         started = time.perf_counter()
@@ -38,7 +38,7 @@ class LlamaContender:
             prompt_tokens=self.prompt_tokens,
         )
 
-    def stages(self, picture: Image.Image) -> dict[str, float]:
+    def stages(self, image: Image.Image) -> dict[str, float]:
         return {}
 
 

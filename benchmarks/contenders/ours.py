@@ -1,4 +1,4 @@
-"""`OVModelForLlavaMPT` on the bundle."""
+"""Run `OVModelForLlavaMPT` on the bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""optimum-intel's own class on the same bundle, in a process that does not have this package."""
+"""Run optimum-intel's own class on the same bundle, in a process without this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contenders.transformers_style import TransformersContender
 def load(job: Job) -> TransformersContender:
     model = OVModelForVisualCausalLM.from_pretrained(job.paths["bundle"])
     if type(model).__name__ != "_OVLlavaForCausalLM":
-        raise RuntimeError(f"Found {type(model).__name__}, expected optimum-intel's _OVLlavaForCausalLM.")
+        raise RuntimeError(f"Found {type(model).__name__}. Expected optimum-intel's _OVLlavaForCausalLM.")
     return TransformersContender(
         model, AutoProcessor.from_pretrained(job.paths["bundle"]), model.get_vision_embeddings
     )

@@ -1,4 +1,4 @@
-"""The torch model in bf16, from the original checkpoint."""
+"""Run the torch model in bf16, from the original checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What contenders with a processor and `generate` have in common."""
+"""Run contenders that have a processor and `generate`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from contenders import Answer
 
 
 class Clock:
-    """A streamer that notes when the first token of each row is there. The first thing a streamer gets is the prompt.
+    """Measure when the first token of each sequence arrives. The first call of a streamer brings the prompt.
 
-    transformers refuses streamers for beams, not for batches; only its own ones print a single row.
+    transformers accepts streamers for batches, but not for beams. Only its own streamers are limited to one sequence.
     """
 
     def __init__(self):
@@ -31,20 +31,21 @@ class Clock:
 
 
 class TransformersContender:
-    """
+    """Answer with `generate` of transformers.
+
     Args:
-        model: with transformers' `generate`.
-        processor: the bundle's.
-        encode: `(images, 3, height, width)` to image features.
+        model: A model with transformers' `generate`.
+        processor: Processor of the bundle.
+        encode: Function from `(images, 3, height, width)` to image features.
     """
 
     def __init__(self, model, processor, encode: Callable[[torch.Tensor], object]):
         self.model, self.processor, self.encode = model, processor, encode
 
-    def answer(self, prompt: str, pictures: list[Image.Image], new_tokens: int) -> Answer:
+    def answer(self, prompt: str, images: list[Image.Image], new_tokens: int) -> Answer:
         clock = Clock()
         started = time.perf_counter()
-        inputs = self.processor(text=[prompt] * len(pictures), images=pictures, return_tensors="pt")
+        inputs = self.processor(text=[prompt] * len(images), images=images, return_tensors="pt")
         prepared = time.perf_counter()
         with torch.no_grad():
             output = self.model.generate(
@@ -60,18 +61,18 @@ class TransformersContender:
             prompt_tokens=length,
         )
 
-    def stages(self, picture: Image.Image) -> dict[str, float]:
+    def stages(self, image: Image.Image) -> dict[str, float]:
         process = self.processor.image_processor
-        pixel_values = process(picture, return_tensors="pt")["pixel_values"]
+        pixel_values = process(image, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             return {
-                "preprocess": milliseconds(lambda: process(picture, return_tensors="pt")),
+                "preprocess": milliseconds(lambda: process(image, return_tensors="pt")),
                 "vision": milliseconds(lambda: self.encode(pixel_values)),
             }
 
 
 def milliseconds(function: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of a call, the first left out."""
+    """Return the median time of a call. The first call is not counted."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()

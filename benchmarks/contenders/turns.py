@@ -1,4 +1,4 @@
-"""Processes that take turns: one works, the others wait. Files in a folder say who."""
+"""Let processes take turns: one works, the others wait. Files in a folder tell which one works."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-INTERVAL = 0.02  # seconds between two looks
+INTERVAL = 0.02  # seconds between two checks
 
 
 @contextmanager
 def turn(folder: str | None, name: str):
-    """In the process `name`: wait until it is asked to work, and say when it has. Without a folder, nobody else is there."""
+    """Wait until the process `name` is asked to work, and tell when it has finished.
+
+    Without a folder, do not wait, because the process runs alone.
+    """
     if folder is None:
         yield
         return
@@ -26,7 +29,7 @@ def turn(folder: str | None, name: str):
 
 
 def give_turn(folder: str, name: str, is_over: Callable[[], bool]) -> None:
-    """Ask the process `name` to work, and wait until it has, or has ended."""
+    """Ask the process `name` to work, and wait until it has finished or ended."""
     begin, end = _files(folder, name)
     begin.touch()
     while not end.exists() and not is_over():

@@ -1,4 +1,4 @@
-"""What the example model learns from: pictures, and conversations about them."""
+"""Generate the training data of the example model: images, and conversations about them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from optimum_llava_ov.samples.shapes import (
 IGNORED = -100
 
 
-class Pictures:
-    """Endless batches of pictures, and of what is in their cells: `(batch, 9)` numbers of shape and colour, 0 for none."""
+class Images:
+    """Yield endless batches of images, and the shapes and colours in their cells: `(batch, 9)` indices, 0 for none."""
 
     def __init__(self, batch_size: int, seed: int):
         self.batch_size, self.seed = batch_size, seed
@@ -52,17 +52,17 @@ class Pictures:
 
 
 class Pool:
-    """Pictures that were encoded once, in pairs of which the second has something in common with the first.
+    """Keep pairs of encoded images. The second image of a pair has something in common with the first.
 
     Args:
-        tower: maps `(pictures, 3, height, width)` to `(pictures, patches, vision_size)`.
-        num_pairs: how many.
+        tower: Maps `(images, 3, height, width)` to `(images, patches, vision_size)`.
+        num_pairs: Number of pairs.
     """
 
     def __init__(self, tower: nn.Module, num_pairs: int, seed: int):
         rng, processor = random.Random(f"pool/{seed}"), CLIPImageProcessorPil(**PREPROCESSOR)
         self.pairs, features = [], []
-        for _ in tqdm(range(0, num_pairs, 32), desc="Encoding pictures"):
+        for _ in tqdm(range(0, num_pairs, 32), desc="Encoding images"):
             firsts = [random_scene(rng) for _ in range(32)]
             pairs = [(first, random_scene(rng, first)) for first in firsts]
             self.pairs += pairs
@@ -73,7 +73,7 @@ class Pool:
         self._index = {id(scene): index for index, scene in enumerate(scene for pair in self.pairs for scene in pair)}
 
     def simple(self, max_objects: int) -> Pool:
-        """The same pool without the pictures of more objects."""
+        """Return the same pool without images that have more objects."""
         pool = copy.copy(self)
         pool.pairs = [pair for pair in self.pairs if pair[0].count() <= max_objects]
         return pool
@@ -86,7 +86,7 @@ class Pool:
 
 
 class Conversations:
-    """Endless batches of new conversations: `input_ids`, `attention_mask`, `labels`, and `features` of the pictures."""
+    """Yield endless batches of new conversations: `input_ids`, `attention_mask`, `labels`, and image `features`."""
 
     def __init__(
         self,
@@ -94,32 +94,33 @@ class Conversations:
         pool: Pool,
         batch_size: int,
         seed: int,
-        one_picture: bool = False,
+        one_image: bool = False,
         max_turns: int = 6,
     ):
         self.tokenizer, self.pool, self.batch_size, self.seed = tokenizer, pool, batch_size, seed
-        self.one_picture, self.max_turns = one_picture, max_turns
+        self.one_image, self.max_turns = one_image, max_turns
         self.image_token_id = tokenizer.get_vocab_size()
         self.image_length = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 2
         self._encode = functools.cache(self._encode_text)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for index in itertools.count():
-            # Rows of a batch should be of one length: a part of a larger pool, sorted.
-            rows = [
-                self._row(f"train/{self.seed}/{self.one_picture}/{index}/{row}") for row in range(self.batch_size * 8)
+            # Sort a larger set, so that the sequences of a batch have about the same length
+            samples = [
+                self._sample(f"train/{self.seed}/{self.one_image}/{index}/{number}")
+                for number in range(self.batch_size * 8)
             ]
-            rows.sort(key=lambda row: len(row[0]))
-            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            samples.sort(key=lambda sample: len(sample[0]))
+            batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
             random.Random(index).shuffle(batches)
             yield from map(self._collate, batches)
 
-    def _row(self, name: str) -> tuple[list[int], list[int], list[Scene]]:
+    def _sample(self, name: str) -> tuple[list[int], list[int], list[Scene]]:
         rng = random.Random(f"{name}/layout")
         input_ids = list(self._encode(SYSTEM_TURN))
         labels = [IGNORED] * len(input_ids)
         scenes: list[Scene] = []
-        for turn in conversation(name, self.max_turns, self.one_picture, self.pool.new_scene):
+        for turn in conversation(name, self.max_turns, self.one_image, self.pool.new_scene):
             user = self._encode(user_turn(turn.question, len(turn.scenes), images_last=rng.random() < 0.1))
             answer = self._encode(assistant_turn(turn.answer))
             input_ids += user + answer
@@ -134,16 +135,16 @@ class Conversations:
             ids += self.tokenizer.encode(part).ids
         return ids
 
-    def _collate(self, rows: list[tuple[list[int], list[int], list[Scene]]]) -> dict[str, torch.Tensor]:
-        length = max(len(row[0]) for row in rows)
-        input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-        labels = torch.full((len(rows), length), IGNORED)
-        attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for index, (ids, targets, _) in enumerate(rows):
+    def _collate(self, samples: list[tuple[list[int], list[int], list[Scene]]]) -> dict[str, torch.Tensor]:
+        length = max(len(sample[0]) for sample in samples)
+        input_ids = torch.zeros(len(samples), length, dtype=torch.long)
+        labels = torch.full((len(samples), length), IGNORED)
+        attention_mask = torch.zeros(len(samples), length, dtype=torch.long)
+        for index, (ids, targets, _) in enumerate(samples):
             input_ids[index, : len(ids)] = torch.tensor(ids)
             labels[index, : len(ids)] = torch.tensor(targets)
             attention_mask[index, : len(ids)] = 1
-        scenes = [scene for row in rows for scene in row[2]]
+        scenes = [scene for sample in samples for scene in sample[2]]
         return {
             "input_ids": input_ids,
             "labels": labels,
@@ -153,7 +154,7 @@ class Conversations:
         }
 
     def _words(self, scene: Scene) -> torch.Tensor:
-        """`(9, 2)`: the words for colour and shape of what is in each cell."""
+        """Return `(9, 2)` tokens: the words for colour and shape of the object in each cell."""
         words = torch.full((9, 2), IGNORED)
         for item in scene.objects:
             words[item.cell] = torch.tensor([self._encode(f" {name}")[-1] for name in (item.colour, item.shape)])
@@ -161,6 +162,7 @@ class Conversations:
 
 
 def preprocess(processor: CLIPImageProcessorPil, scenes: list[Scene]) -> torch.Tensor:
-    # One by one: pictures have different sizes. Oversampling of 2 instead of 3 is faster, and as good at this size.
+    # One by one, because images have different sizes. Oversampling of 2 instead of 3 is faster, and as good at this
+    # size.
     images = [processor(render(scene, oversampling=2), return_tensors="np")["pixel_values"][0] for scene in scenes]
     return torch.from_numpy(np.stack(images)).float()

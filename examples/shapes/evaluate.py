@@ -1,9 +1,9 @@
-"""Exact answers of the example model on held-out conversations.
+"""Count exact answers of the example model in held-out conversations.
 
     python examples/shapes/evaluate.py --num 400
 
-Every answer is generated greedily, in a conversation that contains the model's own earlier answers, and counts if it is the
-right one to the letter.
+Every answer is generated greedily, in a conversation that contains the model's own earlier answers. It counts if it is
+exactly the right answer.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from optimum_llava_ov.samples.shapes import KINDS, SYSTEM_TURN, assistant_turn, 
 
 
 class TorchChat:
-    """One conversation with a checkpoint.
+    """Chat with a checkpoint in torch.
 
     Args:
-        folder: an original checkpoint.
+        folder: Folder of an original checkpoint.
     """
 
     def __init__(self, folder: str | Path):
@@ -40,12 +40,12 @@ class TorchChat:
         self.start()
 
     def start(self) -> None:
-        """Forget what was said and shown."""
+        """Begin a new conversation."""
         self.text, self.pixel_values = SYSTEM_TURN, []
 
     def ask(self, question: str, images: list[Image.Image]) -> str:
         self.text += user_turn(question, len(images))
-        # One by one: pictures have different sizes.
+        # One by one, because images have different sizes
         self.pixel_values += [self.processor(image, return_tensors="pt")["pixel_values"] for image in images]
         inputs = self.tokenizer(self.text.replace("<image>", "<image>" * self.image_length), return_tensors="pt")
         output = self.model.generate(
@@ -61,10 +61,10 @@ class TorchChat:
 
 
 def evaluate(chat: TorchChat, num: int, seed: int = 0) -> tuple[Counter, Counter, list[tuple[str, str, str]]]:
-    """Ask everything in `num` held-out conversations.
+    """Ask all questions of `num` held-out conversations.
 
     Returns:
-        The number of questions and of right answers, by kind; question, answer and right answer where these differ.
+        The number of questions and of right answers by kind, and question, answer and right answer if these differ.
     """
     asked, right, wrong = Counter(), Counter(), []
     for turns in tqdm(held_out(num, seed), total=num):
@@ -84,10 +84,13 @@ def main() -> None:
         "--model", type=Path, default=Path(__file__).parent / "checkpoint", help="folder of the checkpoint"
     )
     parser.add_argument(
-        "--num", type=int, default=400, help="conversations, of three questions on average (default: %(default)s)"
+        "--num",
+        type=int,
+        default=400,
+        help="number of conversations, with three questions on average (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print so many of the wrong answers")
+    parser.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print up to N wrong answers")
     args = parser.parse_args()
 
     start = time.time()

@@ -1,4 +1,4 @@
-"""The example model on disk, with the files and the names of the original."""
+"""Write and read the example model, with the files and the names of the original."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
 
 
 def load(folder: Path) -> tuple[LlavaMptForConditionalGeneration, Tokenizer]:
-    """What `save` has written, to be trained further."""
+    """Load a model that `save` wrote, to train it further."""
     model = LlavaMptForConditionalGeneration.from_pretrained(
         folder / "checkpoint", dtype=torch.float32
     ).requires_grad_(True)
@@ -58,7 +58,7 @@ def save(model: LlavaMptForConditionalGeneration, tokenizer: Tokenizer, folder: 
         tensors[f"transformer.mm_projector.{name}"] = parameter
     _write_shards(checkpoint, {name: tensor.detach().half().clone() for name, tensor in tensors.items()})
 
-    # The model has no layers behind the selected one, but a tower on disk is complete.
+    # The model has no layers after the selected one, but a tower on disk is complete
     tower = CLIPVisionModel(CLIPVisionConfig(**VISION_CONFIG))
     tower.vision_model.load_state_dict(model.image_encoder.features.state_dict(), strict=False)
     state_dict = {
@@ -73,7 +73,7 @@ def save(model: LlavaMptForConditionalGeneration, tokenizer: Tokenizer, folder: 
 
 
 def _write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Two files and their index, as the original is sharded."""
+    """Write two files and their index, as the original is sharded."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     shards, weight_map, written = ({}, {}), {}, 0
     for name, tensor in tensors.items():

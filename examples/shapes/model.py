@@ -1,4 +1,4 @@
-"""The example model: its configuration, as the original writes it, and how it begins."""
+"""Build the example model: its configuration in the original format, and its initial weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ VISION_CONFIG = {
     "num_hidden_layers": 4,
     "patch_size": PATCH_SIZE,
 }
-# A larger alibi_bias_max than usual gives half of the heads slopes so small that they see pictures wherever they are.
+# With a larger alibi_bias_max than usual, half of the heads have such small slopes that they attend to images at any
+# distance
 CONFIG = {
     "_name_or_path": "llava-mpt-shapes",
     "architectures": ["LlavaMPTForCausalLM"],
@@ -108,10 +109,10 @@ def build_model(tokenizer: Tokenizer) -> LlavaMptForConditionalGeneration:
 
 
 def _initialize_attention(attention: nn.Module) -> None:
-    """Let a token begin by attending to tokens like itself, and by taking over what it finds.
+    """Initialize attention so that a token attends to similar tokens and copies them.
 
-    After Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", https://arxiv.org/abs/2305.09828. Finding the
-    cell that a word speaks of is what takes longest to learn otherwise.
+    Method: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", https://arxiv.org/abs/2305.09828.
+    Without it, the model needs most of the training to find the cell that a word describes.
     """
     size = attention.out_proj.weight.shape[0]
     query_key, value = (nn.init.orthogonal_(torch.empty(size, size)) for _ in range(2))
@@ -126,7 +127,7 @@ def forward(
     attention_mask: torch.Tensor,
     features: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits, with head, embedding table and image borders tied as they are in a checkpoint that is loaded."""
+    """Compute logits with head, embedding table and image borders tied, as in a loaded checkpoint."""
     table, config = model.language_model.lm_head.weight, model.config
     embeds = F.embedding(input_ids, table)
     borders = (

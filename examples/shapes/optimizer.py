@@ -1,4 +1,4 @@
-"""How the example model is updated."""
+"""Optimizers of the example model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Optimizers:
-    """Muon for the matrices of the layers, AdamW for everything else, under one schedule."""
+    """Use Muon for the matrices of the layers and AdamW for all other parameters, with one schedule."""
 
     def __init__(
         self, parameters: list[tuple[str, nn.Parameter]], matrix_peak: float, peak: float = 1e-3, warmup: int = 50
@@ -27,7 +27,7 @@ class Optimizers:
         self.optimizers.append((torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.98), weight_decay=0.02), peak))
 
     def step(self, loss: torch.Tensor, step: int, progress: float) -> None:
-        """One update; the learning rate falls from its peak to nothing, as a cosine, while `progress` goes from 0 to 1."""
+        """Update the parameters. The learning rate falls to zero as a cosine while `progress` goes from 0 to 1."""
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         factor = min(1, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
@@ -39,9 +39,10 @@ class Optimizers:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon), in float32 and with all matrices of one shape at once.
+    """Optimize with Muon (https://kellerjordan.github.io/posts/muon) in float32, all matrices of one shape at once.
 
-    `torch.optim.Muon` works in bfloat16, one matrix after the other: slow on a CPU, where most of these matrices are tiny.
+    `torch.optim.Muon` works in bfloat16 and processes one matrix after the other, which is slow for tiny matrices on a
+    CPU.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
@@ -55,7 +56,7 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
                 average.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(average, group["momentum"])
-                # Query, key and value are matrices of their own.
+                # Query, key and value are separate matrices
                 count = 3 if parameter.shape[0] == 3 * parameter.shape[1] else 1
                 for weight, change in zip(parameter.chunk(count), update.chunk(count), strict=True):
                     parts.setdefault(weight.shape, []).append((weight, change))
@@ -68,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """The orthogonal matrix next to each, roughly: five Newton-Schulz iterations with Muon's coefficients."""
+    """Approximate the nearest orthogonal matrices with five Newton-Schulz iterations and Muon's coefficients."""
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x

@@ -1,4 +1,4 @@
-"""The tokenizer of the example model."""
+"""Build the tokenizer of the example model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ADDED_TOKENS = ("<|im_start|>", "<|im_end|>", "<im_patch>", "<im_start>", "<im_e
 
 
 def build_tokenizer(num_conversations: int = 2000) -> Tokenizer:
-    """Byte-level BPE in the style of GPT-NeoX, with the conversations' vocabulary. Any text can be written with it."""
+    """Train byte-level BPE as in GPT-NeoX on the vocabulary of the conversations. It can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,9 +1,10 @@
-"""Train a tiny LLaVA-MPT from scratch on coloured shapes, and write it as the original LLaVA code does.
+"""Train a tiny LLaVA-MPT from scratch on coloured shapes, and write it in the format of the original LLaVA code.
 
     python examples/shapes/train.py --minutes 25
 
-First the vision tower learns what is in each of the nine cells of a picture. Then it is frozen, as in LLaVA's own training, a pool of
-pictures is encoded once, and projector and language model learn from ever new conversations about them.
+First, the vision tower learns to recognize the object in each of the nine cells of an image. Then it is frozen, as in
+LLaVA's own training, and encodes a pool of images once. Projector and language model learn from new conversations
+about these images in each step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from data import IGNORED, Conversations, Pictures, Pool
+from data import IGNORED, Conversations, Images, Pool
 from files import load, save
 from model import IMAGE_SIZE, PATCH_SIZE, VISION_CONFIG, build_model, forward
 from optimizer import Optimizers
@@ -32,12 +33,12 @@ logger = logging.getLogger("train")
 
 
 def train_tower(model: LlavaMptForConditionalGeneration, minutes: float, seed: int) -> None:
-    """Teach the tower the contents of the cells. The classifier is thrown away."""
+    """Train the tower to recognize the objects in the cells. The classifier is not kept."""
     tower = model.image_encoder.features
     classifier = nn.Linear(VISION_CONFIG["hidden_size"], len(SHAPES) + 1 + len(COLOURS) + 1)
     optimizers = Optimizers([*tower.named_parameters(), *classifier.named_parameters()], matrix_peak=0.02)
     side, start = IMAGE_SIZE // PATCH_SIZE, time.time()
-    for step, (pixel_values, shapes, colours) in enumerate(Pictures(48, seed)):
+    for step, (pixel_values, shapes, colours) in enumerate(Images(48, seed)):
         progress = (time.time() - start) / (60 * minutes)
         if progress >= 1:
             break
@@ -68,17 +69,18 @@ def train(
     """Train projector and language model on the tokens of the assistant's turns.
 
     Args:
-        start_lesson: 0 begins with single objects, 1 goes straight to everything, for a model that was trained before.
-        rate: factor of the learning rates.
+        start_lesson: 0 begins with single objects. 1 begins with all conversations, for a model that was trained
+            before.
+        rate: Factor of the learning rates.
     """
     named = [*model.language_model.named_parameters(), *model.image_encoder.projector.named_parameters()]
     optimizers = Optimizers(named, matrix_peak=0.02 * rate, peak=2e-3 * rate)
-    # To read a picture at all is learned from single objects, in minutes; to find the right one among several comes next; and
-    # comparing pictures is learned once one can be read. Begun with everything at once, the loss stays where guessing leaves it.
+    # The model learns to read an image from single objects, within minutes. Then it learns to find the right object
+    # among several, and then to compare images. If it begins with all conversations, it does not learn to read images.
     lessons = [
-        (0.05, iter(Conversations(tokenizer, pool.simple(1), batch_size, seed, one_picture=True, max_turns=4))),
-        (0.12, iter(Conversations(tokenizer, pool.simple(2), batch_size, seed, one_picture=True, max_turns=4))),
-        (0.35, iter(Conversations(tokenizer, pool, batch_size, seed, one_picture=True))),
+        (0.05, iter(Conversations(tokenizer, pool.simple(1), batch_size, seed, one_image=True, max_turns=4))),
+        (0.12, iter(Conversations(tokenizer, pool.simple(2), batch_size, seed, one_image=True, max_turns=4))),
+        (0.35, iter(Conversations(tokenizer, pool, batch_size, seed, one_image=True))),
         (1.00, iter(Conversations(tokenizer, pool, batch_size, seed))),
     ]
     start, average = time.time(), None
@@ -89,8 +91,8 @@ def train(
         batch = next(next(lesson for until, lesson in lessons if max(progress, start_lesson) <= until))
         labels, words = batch.pop("labels")[:, 1:], batch.pop("words")
         logits = forward(model, **batch)
-        # What is seen of a cell shall be like the words for it: the alignment of LLaVA's first stage. The same word in question and
-        # picture then attracts attention, and finding the right cell is soon learned.
+        # Align the features of a cell with its words, as LLaVA's first stage does. Then a word of the question attends
+        # to the same word in the image, and the model soon learns to find the right cell.
         cells = model.image_encoder.projector(batch["features"]) @ model.language_model.lm_head.weight.T
         alignment = sum(
             F.cross_entropy(cells.flatten(0, 1), words[..., i].flatten(), ignore_index=IGNORED) for i in (0, 1)
@@ -114,18 +116,23 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--minutes", type=float, default=25, help="training of the language model (default: %(default)s)"
+        "--minutes", type=float, default=25, help="minutes of training of the language model (default: %(default)s)"
     )
     parser.add_argument(
-        "--tower-minutes", type=float, default=3, help="training of the tower before (default: %(default)s)"
+        "--tower-minutes",
+        type=float,
+        default=3,
+        help="minutes of training of the tower before that (default: %(default)s)",
     )
+    parser.add_argument("--num-pairs", type=int, default=8000, help="number of pairs of images (default: %(default)s)")
     parser.add_argument(
-        "--num-pairs", type=int, default=8000, help="pairs of pictures to talk about (default: %(default)s)"
+        "--batch-size", type=int, default=24, help="number of conversations in a batch (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=24, help="conversations in a batch (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another one when resuming, for other conversations")
-    parser.add_argument("--resume", action="store_true", help="train what is in --output further")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed; choose another one to resume with other conversations"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue to train the model in --output")
     parser.add_argument(
         "--output",
         type=Path,
@@ -156,7 +163,7 @@ def main() -> None:
         rate=args.rate,
     )
     save(model, tokenizer, args.output)
-    logger.info("Written to %s", args.output)
+    logger.info("Wrote the model to %s", args.output)
 
 
 if __name__ == "__main__":

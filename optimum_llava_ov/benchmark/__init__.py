@@ -1,1 +1,1 @@
-"""Stage 6: how fast a bundle answers on this machine, and in how much memory."""
+"""Stage 6: measure speed and memory of a bundle on this machine."""

@@ -1,4 +1,4 @@
-"""A bundle under measurement, run by this package's own model."""
+"""Run a bundle with this package's own model, for measurements."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from transformers import AutoProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from optimum_llava_ov.chat.messages import pictures_of
+from optimum_llava_ov.chat.messages import images_of
 from optimum_llava_ov.chat.prompt import Prompt
 from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
 
-# What a device chose, or was told, by the names of its properties
+# Settings of a device, and the names of its properties
 SETTINGS = {
     "inference_precision": "INFERENCE_PRECISION_HINT",
     "kv_cache_precision": "KV_CACHE_PRECISION",
@@ -26,22 +26,23 @@ SETTINGS = {
 
 
 class Engine(Protocol):
-    """Answers any number of prompts at once, and says when each token came."""
+    """Answer several prompts at once, and measure when each token arrives."""
 
     processor: Any
     config: Any
 
     def arrivals(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[float]]:
-        """Seconds from the questions to each of the `new_tokens` tokens, a list for each prompt. Preparing the pictures and the
-        texts is part of it; the end-of-text token ends nothing.
+        """Return the seconds from the questions to each of `new_tokens` tokens, as one list for each prompt.
+
+        Preprocessing of images and texts is included. Answers do not end at the end-of-text token.
         """
 
     def settings(self) -> dict[str, str | int | None]:
-        """What [`SETTINGS`] are; `None` where the device does not tell."""
+        """Return the values of [`SETTINGS`]; `None` if the device does not tell."""
 
 
 class OpenVINOEngine:
-    """`generate` of transformers, as in a user's code."""
+    """Call `generate` of transformers, as a user's code does."""
 
     def __init__(self, bundle: Path, device: str, ov_config: dict[str, str] | None = None):
         self.model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
@@ -50,7 +51,7 @@ class OpenVINOEngine:
 
     def arrivals(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[float]]:
         clock = _Clock()
-        images = [picture for prompt in prompts for picture in pictures_of(prompt.messages)]
+        images = [image for prompt in prompts for image in images_of(prompt.messages)]
         inputs = self.processor(text=[prompt.text for prompt in prompts], images=images, return_tensors="pt")
         self.model.generate(**inputs, do_sample=False, eos_token_id=None, max_new_tokens=new_tokens, streamer=clock)
         return [clock.times] * len(prompts)
@@ -61,7 +62,7 @@ class OpenVINOEngine:
 
 
 class _Clock(BaseStreamer):
-    """Notes when tokens come: first the prompt, then one for all rows at a time."""
+    """Measure when tokens arrive. The first call brings the prompt, and each other call one token of each sequence."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -78,12 +79,12 @@ class _Clock(BaseStreamer):
 
 
 def read_settings(get_property: Any) -> dict[str, str | int | None]:
-    """[`SETTINGS`] of a compiled model or a device, which is asked by `get_property`."""
+    """Read [`SETTINGS`] of a compiled model or a device with its function `get_property`."""
     values = {}
     for name, key in SETTINGS.items():
         try:
             value = get_property(key)
-        except RuntimeError:  # a device without it, such as AUTO
+        except RuntimeError:
             value = None
         values[name] = value.to_string() if hasattr(value, "to_string") else value
     return values

@@ -1,4 +1,4 @@
-"""Prompts of an exact number of tokens, with a picture."""
+"""Make prompts with an image and an exact number of tokens."""
 
 from __future__ import annotations
 
@@ -13,68 +13,67 @@ from optimum_llava_ov.chat.prompt import Prompt, build_prompt
 
 
 DEFAULT_LENGTHS = (300, 1000)
-# One of these is one token wherever it stands, in every tokenizer that was met.
+# In every tokenizer that was tested, one of these is one token at every position
 FILLERS = (" the", " a", ".", "?", "\n", "0")
 
 
 class PromptMaker:
-    """Makes questions about a picture, as long as asked for.
+    """Make questions about an image with a given number of tokens.
 
     Args:
-        pictures: taken in turn; drawn from noise, each another one, if there are none.
+        images: Images that are used in turn. Default: a new random image for each prompt.
     """
 
-    def __init__(self, processor: Any, config: Any, pictures: Sequence[Image.Image] = ()):
+    def __init__(self, processor: Any, config: Any, images: Sequence[Image.Image] = ()):
         self.processor = processor
         self.config = config
-        self.pictures = pictures
+        self.images = images
         self._made = 0
         self._texts: dict[int, str] = {}
 
     def shortest(self) -> int:
-        """Tokens of a picture without a question."""
+        """Return the number of tokens of a prompt with an image and no question."""
         return len(self._prompt("", Image.new("RGB", (8, 8))))
 
-    def lengths(self, wanted: Sequence[int] | None) -> list[int]:
-        """The lengths to measure: those wanted, or, if it is `None`, the usual ones, longer where a picture takes more.
+    def lengths(self, requested: Sequence[int] | None) -> list[int]:
+        """Return the lengths to measure. The default lengths are increased if an image needs more tokens.
 
         Raises:
-            `ValueError`: a picture does not fit into one that was asked for.
+            `ValueError`: A requested length is too short for an image.
         """
         shortest = self.shortest()
-        if wanted is None:
+        if requested is None:
             return sorted({max(length, -(-shortest // 100) * 100) for length in DEFAULT_LENGTHS})
-        for length in wanted:
+        for length in requested:
             if length < shortest:
                 raise ValueError(
-                    f"A prompt of {length} tokens was asked for, but with this model a picture ({self.config.image_seq_length} "
-                    f"tokens) and the words around it take {shortest} tokens. Ask for --prompt-tokens {shortest} or more."
+                    f"A prompt of {length} tokens is too short. With this model, an image "
+                    f"({self.config.image_seq_length} tokens) and the chat template take {shortest} tokens. Use "
+                    f"--prompt-tokens {shortest} or more."
                 )
-        return list(dict.fromkeys(wanted))
+        return list(dict.fromkeys(requested))
 
     def make(self, length: int) -> Prompt:
-        """A prompt of `length` tokens with the next picture."""
+        """Return a prompt of `length` tokens with the next image."""
         if length not in self._texts:
             self._texts[length] = self._text(length)
-        picture = self.pictures[self._made % len(self.pictures)] if self.pictures else self._noise(self._made)
+        image = self.images[self._made % len(self.images)] if self.images else self._noise(self._made)
         self._made += 1
-        return self._prompt(self._texts[length], picture)
+        return self._prompt(self._texts[length], image)
 
     def _text(self, length: int) -> str:
-        picture = Image.new("RGB", (8, 8))
+        image = Image.new("RGB", (8, 8))
         missing = length - self.shortest()
         for filler in FILLERS:
             text = filler * missing
-            if len(self._prompt(text, picture)) == length:
+            if len(self._prompt(text, image)) == length:
                 return text
-        raise ValueError(
-            f"With this tokenizer no text was found that makes a prompt of exactly {length} tokens. Try another length."
-        )
+        raise ValueError(f"No text makes a prompt of exactly {length} tokens with this tokenizer. Try another length.")
 
-    def _prompt(self, text: str, picture: Image.Image) -> Prompt:
-        return build_prompt([user_message(text, [picture])], self.processor, self.config)
+    def _prompt(self, text: str, image: Image.Image) -> Prompt:
+        return build_prompt([user_message(text, [image])], self.processor, self.config)
 
     def _noise(self, seed: int) -> Image.Image:
-        """Of the size of a photograph on a page: preparing it is part of what a user waits for."""
+        """Return a random image of 640 x 480 pixels, whose preprocessing takes a realistic time."""
         pixels = np.random.default_rng(seed).integers(0, 256, (15, 20, 3), dtype=np.uint8)
         return Image.fromarray(pixels).resize((640, 480), Image.Resampling.BILINEAR)

@@ -1,4 +1,4 @@
-"""What a benchmark has found: as data, and as a table."""
+"""Hold the results of a benchmark, and format them as a table."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Run:
-    """One answer to each of the prompts.
+    """Measure one answer to each prompt of a batch.
 
     Attributes:
-        time_to_first_token (`float`): seconds from the questions to the moment when every row had its first token.
-        tokens_per_second (`float`): after that, of all rows together.
-        ms_per_token (`float`): for each row to go on by one token.
+        time_to_first_token (`float`): Seconds from the questions until every sequence has its first token.
+        ms_per_token (`float`): Milliseconds after that until every sequence has one more token.
+        tokens_per_second (`float`): Tokens of the whole batch per second, after the first.
     """
 
     time_to_first_token: float
@@ -24,19 +24,20 @@ class Run:
 
     @classmethod
     def from_arrivals(cls, arrivals: Sequence[Sequence[float]]) -> Run:
-        """
+        """Compute a run from times.
+
         Args:
-            arrivals: seconds from the questions to each token, a list for each row.
+            arrivals: Seconds from the questions to each token, as one list for each sequence.
         """
-        first = max(row[0] for row in arrivals)
-        seconds = max(row[-1] for row in arrivals) - first
-        tokens = sum(moment > first for row in arrivals for moment in row)
+        first = max(times[0] for times in arrivals)
+        seconds = max(times[-1] for times in arrivals) - first
+        tokens = sum(time > first for times in arrivals for time in times)
         return cls(first, 1000 * seconds * len(arrivals) / tokens, tokens / seconds)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The runs with prompts of one length; the numbers are medians of theirs. See [`Run`] for what they mean."""
+    """Summarize the runs with prompts of one length. The numbers are medians; see [`Run`]."""
 
     prompt_tokens: int
     time_to_first_token: float
@@ -46,24 +47,31 @@ class Speed:
 
     @classmethod
     def of(cls, prompt_tokens: int, runs: list[Run]) -> Speed:
-        names = ("time_to_first_token", "ms_per_token", "tokens_per_second")
-        return cls(prompt_tokens, *(median(getattr(run, name) for run in runs) for name in names), runs)
+        return cls(
+            prompt_tokens=prompt_tokens,
+            time_to_first_token=median(run.time_to_first_token for run in runs),
+            ms_per_token=median(run.ms_per_token for run in runs),
+            tokens_per_second=median(run.tokens_per_second for run in runs),
+            runs=runs,
+        )
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """
+    """Hold the results of a benchmark.
+
     Attributes:
-        bundle, engine, device (`str`): what was measured, and what it ran on.
-        batch_size, new_tokens, rounds (`int`): prompts at a time, tokens of each answer, answers for each length.
-        load_seconds (`float`): to load the bundle, its files probably in the system's cache.
-        first_time_to_first_token (`float`):
-            seconds, of the first answer after loading, to a prompt of the first length of `speeds`. It pays for what is done once.
-        speeds (`list[Speed]`): warm, for each length of the prompt.
-        peak_rss (`int`): bytes of resident memory at most, mapped files included.
-        peak_anonymous (`int` or `None`): bytes that the process needed for itself at most; `None` where the system does not tell.
-        settings (`dict`): what the device chose or was told: precision, threads.
-        cpu, versions (`dict`): the machine, and the packages.
+        bundle, engine, device (`str`): The bundle, and how it was run.
+        batch_size, new_tokens, rounds (`int`): Prompts at a time, tokens of each answer, answers for each length.
+        load_seconds (`float`): Seconds to load the bundle. Its files are probably in the system's cache.
+        first_time_to_first_token (`float`): Seconds to the first token of the first answer after loading. The prompt
+            has the first length of `speeds`. It includes work that is done only once.
+        speeds (`list[Speed]`): Results after warm-up for each length of the prompt.
+        peak_rss (`int`): Maximum resident memory in bytes, mapped files included.
+        peak_anonymous (`int` or `None`): Maximum memory in bytes without mapped files. `None` if the system does not
+            tell.
+        settings (`dict`): Settings of the device: precision, threads.
+        cpu, versions (`dict`): The processor, and versions of the packages.
     """
 
     bundle: str
@@ -86,12 +94,8 @@ class Benchmark:
 
 
 def report(benchmark: Benchmark) -> str:
-    """For people: the table, and what belongs to it."""
-    own = (
-        ""
-        if benchmark.peak_anonymous is None
-        else f", {_gigabytes(benchmark.peak_anonymous)} of it without mapped files"
-    )
+    """Return the results as text, with a table."""
+    own = "" if benchmark.peak_anonymous is None else f", {_gigabytes(benchmark.peak_anonymous)} without mapped files"
     first = f"{benchmark.first_time_to_first_token:.2f} s"
     return "\n".join(
         [
@@ -100,26 +104,27 @@ def report(benchmark: Benchmark) -> str:
             "",
             _table(benchmark),
             "",
-            f"Loading takes {benchmark.load_seconds:.2f} s, and the first answer after it begins after {first} "
-            f"({benchmark.speeds[0].prompt_tokens} tokens).",
-            f"Memory at most: {_gigabytes(benchmark.peak_rss)}{own}.",
+            f"Loading took {benchmark.load_seconds:.2f} s. The first token after loading took {first} "
+            f"(prompt of {benchmark.speeds[0].prompt_tokens} tokens).",
+            f"Peak memory: {_gigabytes(benchmark.peak_rss)}{own}.",
         ]
     )
 
 
 def _table(benchmark: Benchmark) -> str:
-    rows = [("prompt", "first token", "then, per token", "tokens/s")]
-    for speed in benchmark.speeds:
-        rows.append(
+    batch = "" if benchmark.batch_size == 1 else f"{benchmark.batch_size} x "
+    rows = [
+        ("prompt", "first token", "per token", "tokens/s"),
+        *(
             (
-                f"{speed.prompt_tokens} tokens"
-                if benchmark.batch_size == 1
-                else f"{benchmark.batch_size} x {speed.prompt_tokens} tokens",
+                f"{batch}{speed.prompt_tokens} tokens",
                 f"{speed.time_to_first_token:.2f} s",
                 f"{speed.ms_per_token:.1f} ms",
                 f"{speed.tokens_per_second:.1f}",
             )
-        )
+            for speed in benchmark.speeds
+        ),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) for row in rows)
 

@@ -1,4 +1,4 @@
-"""`optimum-cli llava-ov bench`, and the same from Python."""
+"""Measure a bundle. `optimum-cli llava-ov bench` calls this."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optimum_llava_ov.system.machine import describe_cpu, versions
 from optimum_llava_ov.system.peak_memory import AnonymousPeak, peak_rss
 
 
-WARM_UP_TOKENS = 8  # of the answers before those that count
+WARM_UP_TOKENS = 8  # of the answers that warm up
 
 
 def benchmark(
@@ -33,26 +33,29 @@ def benchmark(
     engine: str = AUTO,
     ov_config: dict[str, str] | None = None,
 ) -> Benchmark:
-    """Load a bundle and measure it. Lengths take turns, so that what else the machine does hits all of them.
+    """Load a bundle and measure it.
 
-    Memory is that of this process since it began: for numbers of the bundle's own, measure in a process of its own.
+    Lengths alternate, so that other load on the machine affects all of them. Memory is the peak of this process since
+    it began, so measure in a separate process.
 
     Args:
-        bundle: folder or model id.
-        prompt_tokens: lengths of the prompts, each of them with a picture. Default: 300 and 1000, or more where a picture takes more.
-        new_tokens: of each answer; the end-of-text token does not end it.
-        rounds: answers for each length, after one that warms up and does not count.
-        batch_size: prompts at a time, each with a picture.
-        images: for the prompts, in turn. Default: noise, another one each time.
-        engine: "openvino", this package's own model; "genai", OpenVINO GenAI; or "auto", what the chat would take.
+        bundle: Folder or model id.
+        prompt_tokens: Lengths of the prompts in tokens, image included. Default: 300 and 1000, or more if an image
+            needs more.
+        new_tokens: Tokens of each answer. It does not end at the end-of-text token.
+        rounds: Number of measured answers for each length, after one answer that warms up.
+        batch_size: Number of prompts at a time, each with an image.
+        images: Images that the prompts use in turn. Default: a new random image for each prompt.
+        engine: "openvino" (this package's own model), "genai" (OpenVINO GenAI) or "auto" (as in a chat).
 
     Raises:
-        `ValueError`: this is no bundle, there is no such device or engine, or a prompt is too short for a picture.
-        `ImportError`: the engine is not installed.
+        `ValueError`: It is not a bundle, the device or the engine does not exist, or a prompt is too short for an
+            image.
+        `ImportError`: The engine is not installed.
     """
     _check_numbers(new_tokens=(new_tokens, 2), rounds=(rounds, 1), batch_size=(batch_size, 1))
     engine = resolve_engine(str(bundle), device, engine)
-    folder = bundle_folder(str(bundle), "to convert is not to be measured here")
+    folder = bundle_folder(str(bundle), "The time of a conversion is not measured.")
     check_readable(folder, tokenizers=engine == GENAI)
     gc.collect()
     with AnonymousPeak() as anonymous:
@@ -96,8 +99,8 @@ def _engine(engine: str, folder: Path, device: str, ov_config: dict[str, str] | 
 def _measure(
     model: Engine, prompts: PromptMaker, lengths: Sequence[int], new_tokens: int, rounds: int, batch_size: int
 ) -> list[list[Run]]:
-    """A run for each length in each round, the first round being the one that warms up."""
-    results = []
+    """Return a run for each length in each round. The first round warms up."""
+    results: list[list[Run]] = []
     with tqdm(total=(1 + rounds) * len(lengths), unit="answer", desc="Loaded; warming up") as progress:
         for number in range(1 + rounds):
             results.append([])
@@ -111,6 +114,6 @@ def _measure(
 
 
 def _check_numbers(**numbers: tuple[int, int]) -> None:
-    for name, (value, least) in numbers.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected {least} or more.")
+    for name, (value, minimum) in numbers.items():
+        if value < minimum:
+            raise ValueError(f"{name} is {value}. Expected {minimum} or more.")

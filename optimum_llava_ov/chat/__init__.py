@@ -1,1 +1,1 @@
-"""Conversation: sessions whose turns cost only their new words, in Python, in the terminal and in the browser."""
+"""Chat with a bundle, in Python and in the terminal. Each turn processes its new tokens only."""

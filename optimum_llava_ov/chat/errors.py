@@ -1,7 +1,7 @@
-"""What a session raises."""
+"""Errors that sessions raise."""
 
 from __future__ import annotations
 
 
 class ContextWindowError(ValueError):
-    """The conversation and room for the answer are more than the context window. The session stays as it was."""
+    """Raised if the conversation and its answer exceed the context window. The session does not change."""

@@ -1,4 +1,7 @@
-"""Answers by OpenVINO GenAI: its `ChatHistory` holds the pictures' features, its paged attention the caches of all sessions."""
+"""Answer with OpenVINO GenAI.
+
+GenAI's `ChatHistory` keeps image features, and its paged attention keeps the caches of all sessions.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ import openvino_genai
 import torch
 from PIL import Image
 
-from optimum_llava_ov.chat.messages import Message, pictures_of, text_of
-from optimum_llava_ov.chat.pictures import digest
+from optimum_llava_ov.chat.images import digest
+from optimum_llava_ov.chat.messages import Message, images_of, text_of
 from optimum_llava_ov.chat.prompt import Prompt, common_prefix
 from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer
 
 
-# Options of `generate` that mean the same in both, by the same name.
+# Options of `generate` that have the same name and meaning in GenAI
 OPTIONS = (
     "max_new_tokens",
     "min_new_tokens",
@@ -32,14 +35,14 @@ OPTIONS = (
     "stop_strings",
 )
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
-TOP_K = 50  # what transformers samples from unless told otherwise
+TOP_K = 50  # default of transformers
 
 
 class GenAIModel:
-    """A loaded bundle that all sessions share. It makes one answer at a time; the others wait.
+    """Load a bundle that all sessions share. It computes one answer at a time; other answers wait.
 
-    Paged attention with prefix caching, and no other: the state of GenAI's SDPA backend belongs to one conversation, and answers
-    for a second one from the memory of the first.
+    It always uses paged attention with prefix caching. The state of GenAI's SDPA backend belongs to one conversation:
+    a second conversation would get answers from the history of the first.
     """
 
     def __init__(self, bundle: Path, device: str = "CPU", ov_config: dict[str, str] | None = None):
@@ -53,19 +56,23 @@ class GenAIModel:
 
     @contextmanager
     def turn(self, answer: Answer) -> Iterator[bool]:
-        """Wait for the pipeline. False if the answer was cancelled first."""
-        mine = False
-        while not mine and not answer.cancelled:
-            mine = self._turn.acquire(timeout=0.05)
+        """Wait for the pipeline. Yield `False` if the answer was cancelled while it waited."""
+        acquired = False
+        while not acquired and not answer.cancelled:
+            acquired = self._turn.acquire(timeout=0.05)
         try:
-            yield mine
+            yield acquired
         finally:
-            if mine:
+            if acquired:
                 self._turn.release()
 
 
 class GenAIEngine:
-    """One session's history in GenAI. Follows the session's messages: what it shares with them stays, the rest is said anew."""
+    """Keep one session's history in GenAI.
+
+    Before an answer, the history keeps the messages that it shares with the session, and gets the other messages
+    again.
+    """
 
     def __init__(self, model: GenAIModel, processor: Any):
         self.model = model
@@ -74,34 +81,34 @@ class GenAIEngine:
 
     def reset(self) -> None:
         self._history = openvino_genai.ChatHistory()
-        self._said: list[tuple] = []
+        self._keys: list[tuple] = []  # of the messages in the history
 
     def answer(self, prompt: Prompt, answer: Answer, streamer=None, **options: Any) -> None:
         config = generation_config(self.model.pipeline.get_generation_config(), options)
         answer.stats.reused_tokens = None
         output = AnswerStreamer(self.processor.tokenizer, answer, streamer)
         output.put(prompt.input_ids)
-        with self.model.turn(answer) as mine:
-            if mine:
+        with self.model.turn(answer) as acquired:
+            if acquired:
                 try:
-                    self._say(prompt.messages, answer, config, output)
+                    self._answer(prompt.messages, answer, config, output)
                 except BaseException:
                     self.reset()
                     raise
         output.end()
 
-    def _say(self, messages: Sequence[Message], answer: Answer, config: Any, output: AnswerStreamer) -> None:
-        wanted = [_key(message) for message in messages]
-        for _ in range(len(self._said) - common_prefix(self._said, wanted[:-1])):
+    def _answer(self, messages: Sequence[Message], answer: Answer, config: Any, output: AnswerStreamer) -> None:
+        keys = [_key(message) for message in messages]
+        for _ in range(len(self._keys) - common_prefix(self._keys, keys[:-1])):
             self._history.pop()
-            self._said.pop()
-        for message, key in zip(messages[len(self._said) :], wanted[len(self._said) :]):
+            self._keys.pop()
+        for message, key in zip(messages[len(self._keys) :], keys[len(self._keys) :]):
             self._history.append({"role": message["role"], "content": text_of(message)})
-            self._said.append(key)
-            images = [picture_tensor(picture, self.processor) for picture in pictures_of([message])]
+            self._keys.append(key)
+            images = [image_tensor(image, self.processor) for image in images_of([message])]
             if message is messages[-1]:
                 self._generate(images, config, _Tokens(answer, output))
-            elif images:  # GenAI takes pictures only with a question that it answers
+            elif images:  # GenAI takes images only with a question that it answers
                 self._generate(images, openvino_genai.GenerationConfig(max_new_tokens=1))
             if answer.cancelled:
                 return
@@ -113,7 +120,7 @@ class GenAIEngine:
 
 
 class _Tokens(openvino_genai.StreamerBase):
-    """Hands tokens on as they come, and tells GenAI when to stop."""
+    """Pass tokens on to the answer, and tell GenAI when to stop."""
 
     def __init__(self, answer: Answer, output: AnswerStreamer):
         super().__init__()
@@ -125,7 +132,7 @@ class _Tokens(openvino_genai.StreamerBase):
         try:
             for value in [token] if isinstance(token, int) else token:
                 self._output.put(torch.tensor([value]))
-        except Exception as error:  # a streamer's, which must not travel through C++
+        except Exception as error:  # raised by a streamer; it must not propagate through C++
             self.error = error
         stop = self.error is not None or self._answer.cancelled or self._answer.stopped
         return openvino_genai.StreamingStatus.STOP if stop else openvino_genai.StreamingStatus.RUNNING
@@ -135,30 +142,30 @@ class _Tokens(openvino_genai.StreamerBase):
 
 
 def scheduler_config(prefix_caching: bool) -> openvino_genai.SchedulerConfig:
-    """How paged attention is run, with or without remembering prompts that begin alike."""
+    """Return the settings of paged attention. With prefix caching, it reuses the caches of earlier prompts."""
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.enable_prefix_caching = prefix_caching
     return scheduler
 
 
-def picture_tensor(picture: Image.Image, processor: Any) -> openvino.Tensor:
-    """`(1, height, width, 3)`, of the size that the model sees: so GenAI neither resamples nor pads, both of which it does in
-    another way than the processor.
+def image_tensor(image: Image.Image, processor: Any) -> openvino.Tensor:
+    """Return an image `(1, height, width, 3)` uint8 of the size that the model takes.
+
+    So GenAI neither resamples nor pads it; it does both differently from the processor.
     """
-    values = processor.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")[
-        "pixel_values"
-    ]
-    return openvino.Tensor(np.ascontiguousarray(values.transpose(0, 2, 3, 1).round().astype(np.uint8)))
+    inputs = processor.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+    pixels = inputs["pixel_values"].transpose(0, 2, 3, 1)
+    return openvino.Tensor(np.ascontiguousarray(pixels.round().astype(np.uint8)))
 
 
 def generation_config(config: Any, options: dict[str, Any]) -> Any:
-    """Options of `generate`, put into GenAI's own.
+    """Set options of `generate` in GenAI's configuration.
 
     Raises:
-        `ValueError`: GenAI has no such option.
+        `ValueError`: GenAI does not have the option.
     """
     options = {name: value for name, value in options.items() if value is not None or name == "eos_token_id"}
-    for name in ("num_beams", "num_return_sequences"):  # 1, as the session has seen to
+    for name in ("num_beams", "num_return_sequences"):  # 1; the session has checked it
         options.pop(name, None)
     if "eos_token_id" in options:
         ends = options.pop("eos_token_id")
@@ -167,28 +174,32 @@ def generation_config(config: Any, options: dict[str, Any]) -> Any:
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise ValueError(
-            f"The genai engine has no {', '.join(unknown)}, only {', '.join(OPTIONS)}. The openvino engine has them all."
+            f"The genai engine does not support {', '.join(unknown)}. It supports {', '.join(OPTIONS)}. "
+            "The openvino engine supports all options of generate."
         )
     if options.get("do_sample"):
         options.setdefault("top_k", TOP_K)
-        config.rng_seed = int(torch.randint(2**31, ()))  # else every answer is the same; follows torch.manual_seed
+        # Without a seed every answer is the same. This one follows torch.manual_seed.
+        config.rng_seed = int(torch.randint(2**31, ()))
     else:
         options = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
     if "stop_strings" in options:
         stop_strings = options["stop_strings"]
         options["stop_strings"] = {stop_strings} if isinstance(stop_strings, str) else set(stop_strings)
-        config.include_stop_str_in_output = True  # the answer's own filter leaves it out
+        config.include_stop_str_in_output = True  # the answer's own filter removes it
     for name, value in options.items():
         setattr(config, name, value)
     return config
 
 
 def _key(message: Message) -> tuple:
-    """What makes two messages the same to GenAI, which writes pictures before the text.
+    """Return a key that two messages share if GenAI treats them alike. GenAI writes images before the text.
 
     Raises:
-        `ValueError`: it has no text.
+        `ValueError`: The message has no text.
     """
     if all(item["type"] != "text" for item in message["content"]):
-        raise ValueError("A message has images, but no text, which the genai engine needs. Use the openvino engine.")
-    return message["role"], text_of(message), *map(digest, pictures_of([message]))
+        raise ValueError(
+            "A message has images but no text. The genai engine needs a text. Add one, or use the openvino engine."
+        )
+    return message["role"], text_of(message), *map(digest, images_of([message]))

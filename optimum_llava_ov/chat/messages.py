@@ -1,4 +1,4 @@
-"""A conversation as transformers writes it: a list of `{"role": ..., "content": ...}`, with pictures inside, and as JSON."""
+"""Build, read and write conversations in the form of transformers: lists of `{"role": ..., "content": ...}`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from optimum_llava_ov.chat.pictures import to_base64
+from optimum_llava_ov.chat.images import to_base64
 
 
 Message = dict[str, Any]
@@ -24,22 +24,22 @@ def system_message(text: str) -> Message:
     return {"role": "system", "content": [{"type": "text", "text": text}]}
 
 
-def user_message(text: str, pictures: Sequence[Image.Image] = ()) -> Message:
-    """Pictures stand before the text.
+def user_message(text: str, images: Sequence[Image.Image] = ()) -> Message:
+    """Return a user message with its images before the text.
 
     Raises:
-        `ValueError`: the text spells `<image>`, for which there would be no picture.
+        `ValueError`: The text contains `<image>`, which would need an image.
     """
     if PLACEHOLDER in text:
         raise ValueError(
-            f"The text contains {PLACEHOLDER}, which stands for a picture. Give pictures beside the text instead."
+            f"The text contains {PLACEHOLDER}, which stands for an image. Remove it, and give the image separately."
         )
-    content = [{"type": "image", "image": picture} for picture in pictures]
+    content = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
 
 def assistant_message(text: str) -> Message:
-    # A model that spells `<image>` in letters means no picture.
+    # If a model writes `<image>` as text, there is no image for it
     return {"role": "assistant", "content": [{"type": "text", "text": text.replace(PLACEHOLDER, "<image >")}]}
 
 
@@ -47,28 +47,29 @@ def text_of(message: Message) -> str:
     return "\n".join(item["text"] for item in message["content"] if item["type"] == "text")
 
 
-def pictures_of(messages: Sequence[Message]) -> list[Image.Image]:
+def images_of(messages: Sequence[Message]) -> list[Image.Image]:
     return [item["image"] for message in messages for item in message["content"] if item["type"] == "image"]
 
 
 def without_oldest_turns(messages: Sequence[Message], dropped: int) -> list[Message]:
-    """Leave out the first `dropped` questions with their answers. Their pictures move to the first question that stays."""
+    """Remove the first `dropped` questions and their answers. Their images move to the first question that stays."""
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
-    gone, kept = turns[: 2 * dropped], turns[2 * dropped :]
-    pictures = [{"type": "image", "image": picture} for picture in pictures_of(gone)]
-    if not pictures:
+    removed, kept = turns[: 2 * dropped], turns[2 * dropped :]
+    images = [{"type": "image", "image": image} for image in images_of(removed)]
+    if not images:
         return [*system, *kept]
-    return [*system, {**kept[0], "content": [*pictures, *kept[0]["content"]]}, *kept[1:]]
+    return [*system, {**kept[0], "content": [*images, *kept[0]["content"]]}, *kept[1:]]
 
 
 def read_messages(source: str | Path | Sequence[Message], open_image: Callable[[Any], Image.Image]) -> list[Message]:
-    """Messages of a JSON file or a list, checked, with pictures opened.
+    """Read messages from a JSON file or a list, check them and open their images.
 
-    A content may be a string, or a list of texts and pictures: `{"type": "image", "image": ...}` or, in JSON, `"base64"`.
+    The content of a message is a string, or a list of texts and images. An image is `{"type": "image", "image": ...}`,
+    or in JSON `{"type": "image", "base64": ...}`.
 
     Raises:
-        `ValueError`: these are no whole turns, or something in them is neither text nor picture.
+        `ValueError`: The messages are not complete turns, or an item is neither text nor image.
     """
     try:
         messages = json.loads(Path(source).read_text(encoding="utf-8")) if isinstance(source, (str, Path)) else source
@@ -77,36 +78,36 @@ def read_messages(source: str | Path | Sequence[Message], open_image: Callable[[
         ]
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f'Expected messages {{"role": ..., "content": ...}}, found something else: {error!r}'
+            f'Expected messages {{"role": ..., "content": ...}}, but found something else: {error!r}'
         ) from error
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError(
-            f"Expected messages of user and assistant in turn, after at most one of system; found {roles}."
+            f"Expected messages of user and assistant in turn, after at most one system message. Found {roles}."
         )
     return messages
 
 
 def write_messages(messages: Sequence[Message], file: str | Path) -> None:
-    """As JSON that [`read_messages`] reads, pictures included.
+    """Write messages with their images as JSON that [`read_messages`] reads.
 
     Raises:
-        `OSError`: it cannot be written. What was in the file before is still there.
+        `OSError`: The file cannot be written. Its earlier content is unchanged.
     """
     values = [{**message, "content": [_as_json(item) for item in message["content"]]} for message in messages]
     _replace(Path(file), json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file as a whole or not at all: beside its place first, then renamed. Keeps the mode of a file that was there."""
-    if file.exists() and not file.is_file():  # a pipe or a terminal, which nothing can take the place of
+    """Write a file completely or not at all: write a new file next to it, then rename it. Keep the file's mode."""
+    if file.exists() and not file.is_file():  # a pipe or a terminal, which cannot be replaced
         file.write_text(text, encoding="utf-8")
         return
-    file = file.resolve()  # a link stays one
+    file = file.resolve()  # write to the target of a link
     partial = file.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        with open(partial, "x", encoding="utf-8") as stream:
+        with partial.open("x", encoding="utf-8") as stream:
             if file.exists():
                 shutil.copymode(file, partial)
             stream.write(text)
@@ -115,7 +116,7 @@ def _replace(file: Path, text: str) -> None:
         partial.replace(file)
     except OSError as error:
         raise OSError(
-            error.errno, f"Not saved, and what was there before is unchanged: {error.strerror}", str(file)
+            error.errno, f"Not saved. The earlier content of the file is unchanged: {error.strerror}", str(file)
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -135,7 +136,7 @@ def _item(item: dict[str, Any], open_image: Callable[[Any], Image.Image]) -> dic
     if item["type"] == "image" and "image" in item:
         return {"type": "image", "image": open_image(item["image"])}
     raise ValueError(
-        f"Expected a text, or a picture as 'image' or 'base64'; found {sorted(item)} of type {item['type']!r}."
+        f"Expected a text, or an image as 'image' or 'base64'. Found {sorted(item)} of type {item['type']!r}."
     )
 
 

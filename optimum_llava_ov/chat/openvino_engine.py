@@ -1,8 +1,8 @@
-"""Answers by this package's own model: `generate` of transformers, on a cache that follows the conversation.
+"""Answer with this package's own model: `generate` of transformers with a cache that follows the conversation.
 
-Before an answer, the cache is cropped to the longest prefix that it shares with the prompt, and only the rest of the prompt
-is processed. That one rule serves the next turn, undo, a cancelled answer, a changed system prompt and dropped turns alike. The
-result is that of the whole prompt.
+Before an answer, the cache is cropped to the longest prefix that it shares with the prompt, and only the rest of the
+prompt is processed. This rule covers the next turn, undo, a cancelled answer, a changed system prompt and dropped
+turns. The result is the same as for the whole prompt.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from optimum_llava_ov.system.memory import return_freed
 if TYPE_CHECKING:
     from optimum_llava_ov.runtime.modeling import OVLlavaModel
 
-LONG_PROMPT = 128  # tokens; buffers of a longer prompt are worth giving back
-MAX_IMAGES = 16  # images whose features are kept; older ones are encoded again if they are needed again
+LONG_PROMPT = 128  # tokens; after a longer prompt, freed memory is returned to the system
+MAX_IMAGES = 16  # number of images whose features are kept; older images are encoded again when needed
 
 
 class OpenVINOEngine:
-    """One conversation of a model that others may share. Takes every option of `generate`: streamers, stopping criteria, logits processors.
+    """Compute the answers of one conversation. Several engines may share a model.
+
+    All options of `generate` are supported, with streamers, stopping criteria and logits processors.
 
     Args:
-        model ([`OVLlavaModel`]): loaded; its weights are shared, the cache is the engine's own.
-        processor ([`LlavaProcessor`]): of the same bundle.
+        model ([`OVLlavaModel`]): A loaded model. Its weights are shared; each engine has its own cache.
+        processor ([`LlavaProcessor`]): Processor of the same bundle.
     """
 
     def __init__(self, model: OVLlavaModel, processor: Any):
@@ -42,18 +44,18 @@ class OpenVINOEngine:
 
     @property
     def cached_tokens(self) -> int:
-        """Number of tokens of the conversation whose keys and values are kept."""
+        """Return the number of tokens of the conversation whose keys and values are in the cache."""
         return len(self._cached_keys)
 
     def answer(self, prompt: Prompt, answer: Answer, streamer=None, stopping_criteria=(), **options: Any) -> None:
-        """Generate after a prompt. Process only what the cache does not hold.
+        """Generate an answer to a prompt. Process only tokens that are not in the cache.
 
         Nothing is generated if the answer is cancelled before its first token.
 
         Args:
-            streamer: also gets the tokens, as in transformers.
-            stopping_criteria: more criteria that stop the answer.
-            options: those of `generate`.
+            streamer: Also receives the tokens, as in transformers.
+            stopping_criteria: Additional criteria that stop the answer.
+            options: Options of `generate`.
         """
         tokenizer = self._processor.tokenizer
         if options.get("stop_strings"):
@@ -81,7 +83,7 @@ class OpenVINOEngine:
             raise
         finally:
             if len(prompt) - reused > LONG_PROMPT:
-                return_freed()  # more than half of what the cache of a long prompt takes
+                return_freed()  # it is more than half of what the cache of a long prompt takes
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens of the conversation."""
@@ -92,12 +94,12 @@ class OpenVINOEngine:
             self._cached_keys = self._cached_keys[:length]
 
     def reset(self) -> None:
-        """Forget all tokens. Image features stay, because the same image may come again."""
+        """Forget all tokens. Keep image features, because the same image may come again."""
         self._cache.reset()
         self._cached_keys = []
 
     def _process_beginning(self, prompt: Prompt, answer: Answer) -> bool:
-        """Process the prompt up to its last chunk, which `generate` takes. Returns `False` if the answer was cancelled meanwhile."""
+        """Process the prompt up to its last chunk, which `generate` takes. Return whether the answer may go on."""
         while not answer.cancelled:
             start = self.cached_tokens
             stop = _end_of_image(prompt.keys, start + self._cache.chunk_size)
@@ -114,14 +116,17 @@ class OpenVINOEngine:
         return False
 
     def _features_of(self, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
-        """Features of the images between two positions, none of which is inside an image: `(images, image_seq_length, hidden_size)`."""
+        """Return features `(images, image_seq_length, hidden_size)` of the images between two positions.
+
+        Neither position may be inside an image.
+        """
         images = [key for key in prompt.keys[start:stop] if isinstance(key, str)]
         features = [self._encode(key, prompt) for key in images[:: self._model.config.image_seq_length]]
         return torch.cat(features) if features else None
 
     def _encode(self, key: str, prompt: Prompt) -> torch.Tensor:
         if key not in self._features:
-            pixel_values = self._processor.image_processor(prompt.pictures[key], return_tensors="pt")["pixel_values"]
+            pixel_values = self._processor.image_processor(prompt.images[key], return_tensors="pt")["pixel_values"]
             self._features[key] = self._model.get_image_features(pixel_values)
             while len(self._features) > MAX_IMAGES:
                 self._features.popitem(last=False)
@@ -130,14 +135,14 @@ class OpenVINOEngine:
 
 
 def _start_of_image(keys: list[int | str], position: int) -> int:
-    """`position`, or the first position of the image that it is inside of."""
+    """Return `position`, or the first position of an image that contains it."""
     while 0 < position < len(keys) and isinstance(keys[position], str) and keys[position] == keys[position - 1]:
         position -= 1
     return position
 
 
 def _end_of_image(keys: list[int | str], position: int) -> int:
-    """`position`, or the first position after the image that it is inside of."""
+    """Return `position`, or the first position after an image that contains it."""
     while position < len(keys) and isinstance(keys[position], str) and keys[position] == keys[position - 1]:
         position += 1
     return position

@@ -1,4 +1,4 @@
-"""Messages as token ids, comparable with what a cache holds."""
+"""Turn messages into token ids that can be compared with those in a cache."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from typing import Any
 import torch
 from PIL import Image
 
-from optimum_llava_ov.chat.messages import Message, pictures_of
-from optimum_llava_ov.chat.pictures import digest
+from optimum_llava_ov.chat.images import digest
+from optimum_llava_ov.chat.messages import Message, images_of
 
 
-# Tokenizers are not made for several threads: padding and truncation are settings of theirs.
+# Tokenizers are not safe for several threads: padding and truncation are part of their state.
 _TOKENIZING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """
+    """Hold a prompt in the forms that engines need.
+
     Attributes:
-        text (`str`): as the chat template writes it, with one `<image>` for each picture.
-        input_ids (`torch.LongTensor`): `(1, tokens)`, a picture being `image_seq_length` times the image token.
-        keys (`list[int | str]`): what stands at each position: a token's id, or the digest of a picture.
-        pictures (`dict[str, Image.Image]`): by digest.
-        messages (`list[Message]`): what it was made from.
+        text (`str`): Text that the chat template wrote, with one `<image>` for each image.
+        input_ids (`torch.LongTensor`): `(1, tokens)`. An image is `image_seq_length` image tokens.
+        keys (`list[int | str]`): For each position, the token's id, or the digest of an image.
+        images (`dict[str, Image.Image]`): Images by digest.
+        messages (`list[Message]`): The messages of this prompt.
     """
 
     text: str
     input_ids: torch.LongTensor
     keys: list[int | str]
-    pictures: dict[str, Image.Image]
+    images: dict[str, Image.Image]
     messages: list[Message]
 
     def __len__(self) -> int:
@@ -40,27 +41,29 @@ class Prompt:
 
 
 def build_prompt(messages: Sequence[Message], processor: Any, config: Any) -> Prompt:
-    """The prompt that asks for the next answer: what `processor` makes of the messages, without the pixels.
+    """Build the prompt for the next answer. Its ids are those of `processor`; images are not preprocessed.
 
     Raises:
-        `ValueError`: a text spells `<image>`.
+        `ValueError`: A text contains `<image>`.
     """
-    pictures = [(digest(picture), picture) for picture in pictures_of(messages)]
+    images = [(digest(image), image) for image in images_of(messages)]
     with _TOKENIZING:
         text = processor.apply_chat_template(list(messages), add_generation_prompt=True)
         tokens = processor.tokenizer(text)["input_ids"]
-    places = tokens.count(config.image_token_index)
-    if places != len(pictures):
-        raise ValueError(f"The messages have {len(pictures)} picture(s), but their texts spell places for {places}.")
+    num_placeholders = tokens.count(config.image_token_index)
+    if num_placeholders != len(images):
+        raise ValueError(
+            f"The messages have {len(images)} image(s), but their texts contain {num_placeholders} `<image>` tokens."
+        )
     keys: list[int | str] = []
-    waiting = iter(pictures)
+    remaining = iter(images)
     for token in tokens:
-        keys += [next(waiting)[0]] * config.image_seq_length if token == config.image_token_index else [token]
+        keys += [next(remaining)[0]] * config.image_seq_length if token == config.image_token_index else [token]
     ids = [config.image_token_index if isinstance(key, str) else key for key in keys]
-    return Prompt(text, torch.tensor([ids]), keys, dict(pictures), list(messages))
+    return Prompt(text, torch.tensor([ids]), keys, dict(images), list(messages))
 
 
 def common_prefix(first: Sequence, second: Sequence) -> int:
-    """Number of leading items that are the same in both."""
+    """Return the number of leading items that are the same in both sequences."""
     pairs = enumerate(zip(first, second))
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -1,4 +1,4 @@
-"""A conversation with a model: history, and answers that stream."""
+"""Hold a conversation with a model: keep its history, and stream its answers."""
 
 from __future__ import annotations
 
@@ -25,39 +25,42 @@ from optimum_llava_ov.images import DEFAULT_LIMITS, ImageLimits, check_number_of
 
 
 ERROR, DROP_OLDEST = "error", "drop_oldest"
-MAX_NEW_TOKENS = 512  # of an answer, unless the user or the model's generation_config.json says so
+MAX_NEW_TOKENS = 512  # default for an answer
 
 
 class Engine(Protocol):
-    """What makes answers; one for each session."""
+    """Compute the answers of one session."""
 
     def answer(self, prompt: Prompt, answer: Answer, **options: Any) -> None:
-        """Generate after the prompt: `answer.emit` text, note each `answer.token`, and look at `answer.cancelled`."""
+        """Generate an answer to the prompt.
+
+        Call `answer.token` for each token and `answer.emit` for its text, and stop when `answer.cancelled` is true.
+        """
 
     def reset(self) -> None:
         """Forget the conversation."""
 
 
 class ChatSession:
-    """A conversation that keeps the cache of its earlier turns. Made by [`OVModelForLlavaMPT.chat`].
+    """Keep a conversation and the cache of its earlier turns. Made by [`OVModelForLlava.chat`].
 
-    Sessions of one model share its weights and run in parallel; what is one session's own is its cache. A session answers one
-    question at a time.
+    Sessions of one model share its weights and run in parallel. Each has its own cache. A session answers one question
+    at a time.
 
     Example:
         chat = model.chat(processor)
-        for piece in chat.send("What is in this picture?", images=[image]):
+        for piece in chat.send("What is in this image?", images=[image]):
             print(piece, end="")
         print(chat.send("And what should I be careful about?").result())
 
     Args:
-        system: replaces the model's usual system prompt.
-        messages: an earlier conversation, as a list or a file that [`save`] wrote.
-        context_window: tokens that a prompt and its answer may have together. Default: those the model was trained with. The
-            model has no limit of its own; its answers get worse with the distance from what it was trained with.
-        when_full: "error", or "drop_oldest" to leave out the oldest turns, while their pictures stay.
-        image_limits: what an image may be, and how many of them a question may come with.
-        options: of `generate`, for all turns: `temperature`, `top_p`, `max_new_tokens`, ...
+        system: System prompt. Default: that of the model.
+        messages: An earlier conversation, as a list or a file that [`save`] wrote.
+        context_window: Maximum number of tokens of a prompt and its answer together. Default: the length that the
+            model was trained with. The model itself has no limit, but longer conversations get worse answers.
+        when_full: "error", or "drop_oldest" to remove the oldest turns. Their images are kept.
+        image_limits: Limits for the size of an image and for the number of images in a question.
+        options: Options of `generate` for all turns: `temperature`, `top_p`, `max_new_tokens`, ...
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class ChatSession:
         **options: Any,
     ):
         if when_full not in (ERROR, DROP_OLDEST):
-            raise ValueError(f"when_full is {when_full!r}; expected {ERROR!r} or {DROP_OLDEST!r}.")
+            raise ValueError(f"when_full is {when_full!r}. Expected {ERROR!r} or {DROP_OLDEST!r}.")
         self.processor = processor
         self.config = config
         self.context_window = context_window or config.text_config.max_seq_len
@@ -92,32 +95,32 @@ class ChatSession:
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation as transformers writes it, dropped turns included. A copy."""
+        """Return a copy of the conversation in the form of transformers, dropped turns included."""
         return [{**message, "content": [dict(item) for item in message["content"]]} for message in self._messages]
 
     @property
     def dropped_turns(self) -> int:
-        """How many of the oldest turns the model no longer sees."""
+        """Return the number of oldest turns that are no longer in the prompt."""
         return self._dropped
 
     def send(self, text: str, images: Any = None, **options: Any) -> Answer:
         """Ask a question. The answer begins at once, in another thread.
 
         Args:
-            text: the question.
-            images: images that come with it: a `PIL.Image`, a path, the bytes of a file, or a list of these. The session keeps what
-                the model sees of them.
-            options: those of `generate`, for this turn: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `stop_strings`,
-                `streamer`, `stopping_criteria`, ... A stop string is not part of the answer.
+            text: The question.
+            images: Images of the question: a `PIL.Image`, a path, the bytes of a file, or a list of these. The session
+                keeps them in the size that the model takes.
+            options: Options of `generate` for this turn: `max_new_tokens`, `do_sample`, `temperature`, `top_p`,
+                `stop_strings`, `streamer`, `stopping_criteria`, ... A stop string is not part of the answer.
 
         Returns:
-            The answer: iterate over it for pieces of text, or wait for its `result()`.
+            The answer. Iterate over it for pieces of text, or wait for its `result()`.
 
         Raises:
-            [`ContextWindowError`]: the conversation does not fit, and `when_full` is "error".
-            [`~optimum_llava_ov.errors.ImageError`]: an image cannot be read, or more came than `image_limits` allow.
-            `ValueError`: the text spells `<image>`.
-            `RuntimeError`: the last answer is not complete.
+            [`ContextWindowError`]: The conversation does not fit, and `when_full` is "error".
+            [`~optimum_llava_ov.errors.ImageError`]: An image cannot be read, or `image_limits` do not allow it.
+            `ValueError`: The text contains `<image>`.
+            `RuntimeError`: The last answer is not complete.
         """
         with self._lock:
             self._check_idle()
@@ -127,17 +130,17 @@ class ChatSession:
             return self._ask(self._messages, question, options)
 
     def see_image(self, image: Any) -> Image.Image:
-        """What the model sees of an image: as small as that, and as good as the image in [`send`].
+        """Reduce an image to the size that the model takes. The result serves as well as the image in [`send`].
 
         Raises:
-            [`~optimum_llava_ov.errors.ImageError`]: it cannot be read, or is more than `image_limits` allow.
+            [`~optimum_llava_ov.errors.ImageError`]: The image cannot be read, or `image_limits` do not allow it.
         """
         return see_image(image, self.processor.image_processor, self.image_limits)
 
     def cancel(self) -> None:
-        """Stop the answer after the token that is being computed, and wait for that. What was said stays in the conversation.
+        """Stop the answer after the current token, and wait until it has stopped.
 
-        A question that is cancelled before the first word of its answer is as if it had not been asked.
+        The text so far stays in the conversation. If there is none yet, the question is removed from the conversation.
         """
         answer = self._answer
         if answer is not None:
@@ -145,7 +148,7 @@ class ChatSession:
             answer.wait()
 
     def undo(self) -> Message | None:
-        """Take back the last question and its answer. Returns the question, `None` if there is none."""
+        """Remove the last question and its answer. Return the question, or `None` if there is none."""
         with self._lock:
             self._check_idle()
             question = self._last_question()
@@ -158,21 +161,22 @@ class ChatSession:
     def retry(self, **options: Any) -> Answer:
         """Ask the last question again.
 
-        The new answer replaces the old one when it ends. If it fails, or is cancelled before its first word, the old one stays.
+        The new answer replaces the old one when it ends. If it fails, or is cancelled before its first word, the old
+        answer stays.
 
         Raises:
-            `ValueError`: nothing was asked yet.
-            [`ContextWindowError`], `RuntimeError`: as in [`send`].
+            `ValueError`: There is no question yet.
+            [`ContextWindowError`], `RuntimeError`: See [`send`].
         """
         with self._lock:
             self._check_idle()
             question = self._last_question()
             if question is None:
-                raise ValueError("There is no question yet that could be asked again.")
+                raise ValueError("There is no question yet. Ask one first.")
             return self._ask(self._messages[:-2], question, options)
 
     def reset(self, system: str | None = None) -> None:
-        """Begin anew, with the same system prompt or another."""
+        """Begin a new conversation, with the same system prompt or another one."""
         with self._lock:
             self._check_idle()
             kept = [message for message in self._messages if message["role"] == "system"]
@@ -181,17 +185,17 @@ class ChatSession:
             self._engine.reset()
 
     def save(self, file: str | Path) -> None:
-        """Write the conversation as JSON messages, pictures included. `model.chat(processor, messages=file)` goes on with it.
+        """Write the conversation and its images as JSON messages. `model.chat(processor, messages=file)` continues it.
 
         Raises:
-            `OSError`: it cannot be written. What was in the file before is still there.
+            `OSError`: The file cannot be written. Its earlier content is unchanged.
         """
         with self._lock:
             self._check_idle()
             write_messages(self._messages, file)
 
     def _ask(self, history: list[Message], question: Message, options: dict[str, Any]) -> Answer:
-        """Begin the answer to a question that follows `history`. The conversation changes when the answer ends, if it is kept."""
+        """Begin the answer to a question that follows `history`. The conversation changes when the answer ends."""
         options = {**self.options, **options}
         _check_options(options)
         prompt, dropped = self._fit([*history, question], options["max_new_tokens"])
@@ -211,11 +215,11 @@ class ChatSession:
         return self._answer
 
     def _last_question(self) -> Message | None:
-        asked = len(self._messages) >= 2 and self._messages[-2]["role"] == "user"
-        return self._messages[-2] if asked else None
+        has_question = len(self._messages) >= 2 and self._messages[-2]["role"] == "user"
+        return self._messages[-2] if has_question else None
 
     def _fit(self, messages: list[Message], max_new_tokens: int) -> tuple[Prompt, int]:
-        """The prompt, with as many of the oldest turns left out as must be, and how many these are."""
+        """Build the prompt without as many of the oldest turns as necessary. Also return their number."""
         dropped, turns = self._dropped, len(messages) // 2
         while True:
             prompt = build_prompt(without_oldest_turns(messages, dropped), self.processor, self.config)
@@ -223,9 +227,10 @@ class ChatSession:
                 return prompt, dropped
             if self.when_full == ERROR or dropped >= turns - (messages[0]["role"] == "system"):
                 raise ContextWindowError(
-                    f"The conversation has {len(prompt)} tokens, and with {max_new_tokens} for the answer (max_new_tokens) that is "
-                    f"more than the context window of {self.context_window}. Ask for a shorter answer, begin anew with reset(), "
-                    f"or make the session with a larger context_window" + _or_drop(self.when_full)
+                    f"The conversation has {len(prompt)} tokens. With {max_new_tokens} tokens for the answer "
+                    f"(max_new_tokens) it exceeds the context window of {self.context_window} tokens. Ask for a "
+                    "shorter answer, begin a new conversation with reset(), or make the session with a larger "
+                    "context_window" + _or_drop(self.when_full)
                 )
             dropped += 1
 
@@ -250,5 +255,5 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("num_beams", "num_return_sequences"):
         if (options.get(name) or 1) > 1:
             raise ValueError(
-                f"{name} is {options[name]}, but an answer that streams is one sequence. Use model.generate() for it."
+                f"{name} is {options[name]}, but a chat answer is one sequence. Use model.generate() for more."
             )

@@ -1,4 +1,4 @@
-"""An answer while it is made: pieces of text for whoever reads it, and a way to stop it."""
+"""Stream an answer while it is computed, and stop it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 
 @dataclass
 class Stats:
-    """
+    """Count the tokens of an answer and measure its time.
+
     Attributes:
-        prompt_tokens (`int`): length of the prompt; of these, `reused_tokens` were in the cache.
-            `None` if the engine does not tell.
-        new_tokens (`int`): generated.
-        time_to_first_token (`float`): seconds from the question to the first token.
-        seconds (`float`): from the question to the last token.
+        prompt_tokens (`int`): Number of tokens of the prompt.
+        reused_tokens (`int` or `None`): How many of them were in the cache. `None` if the engine does not tell.
+        new_tokens (`int`): Number of generated tokens.
+        time_to_first_token (`float`): Seconds from the question to the first token.
+        seconds (`float`): Seconds from the question to the last token.
     """
 
     prompt_tokens: int = 0
@@ -33,28 +34,28 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """After the first token; 0 if there was only one."""
+        """Return the speed after the first token; 0 if there is only one token."""
         duration = self.seconds - self.time_to_first_token
         return (self.new_tokens - 1) / duration if self.new_tokens > 1 and duration > 0 else 0.0
 
     def __str__(self) -> str:
-        cached = "" if self.reused_tokens is None else f" ({self.reused_tokens} of them in the cache)"
+        cached = "" if self.reused_tokens is None else f" ({self.reused_tokens} from the cache)"
         return (
-            f"{self.prompt_tokens} tokens asked{cached}, {self.new_tokens} answered, "
-            f"first after {self.time_to_first_token:.2f} s, then {self.tokens_per_second:.1f} tokens/s"
+            f"prompt {self.prompt_tokens} tokens{cached}, answer {self.new_tokens} tokens, "
+            f"first token {self.time_to_first_token:.2f} s, then {self.tokens_per_second:.1f} tokens/s"
         )
 
 
 class Answer:
-    """An answer that is being made in another thread. Iterate over it for pieces of text as they come.
+    """Compute an answer in another thread. Iterate over it for pieces of text as they come.
 
-    To stop iterating before the end cancels it.
+    Leaving the iteration before the end cancels the answer.
 
     Attributes:
-        stats ([`Stats`]): what it took; complete when the answer is.
-        cancelled (`bool`): whether it was stopped.
-        kept (`bool`): whether the session has taken in the question and what was said; known when the answer ends. False after
-            an error, and if the answer was cancelled before its first token.
+        stats ([`Stats`]): Numbers of tokens and times. Complete when the answer ends.
+        cancelled (`bool`): Whether the answer was cancelled.
+        kept (`bool`): Whether the session has added the question and the answer to the conversation. Known when the
+            answer ends. False after an error, and if the answer was cancelled before its first token.
     """
 
     def __init__(self, work: Callable[[Answer], str], stop_strings: Sequence[str] = ()):
@@ -74,18 +75,18 @@ class Answer:
         return self._cancel.is_set()
 
     def cancel(self) -> None:
-        """Stop after the token that is being computed. Returns at once; [`result`] waits for the end."""
+        """Stop after the current token. Return at once; [`result`] waits for the end."""
         self._cancel.set()
 
     def wait(self) -> None:
-        """Wait for the end, whatever it is."""
+        """Wait for the end. Do not raise errors of the answer."""
         self._thread.join()
 
     def done(self) -> bool:
         return not self._thread.is_alive()
 
     def result(self) -> str:
-        """Wait for the end, and give the whole text. Raises what went wrong, if anything did."""
+        """Wait for the end, and return the whole text. Raise the error of the answer, if there is one."""
         self.wait()
         if self._error is not None:
             raise self._error
@@ -99,15 +100,15 @@ class Answer:
             self.cancel()
             self.wait()
             raise
-        self._pieces.put(None)  # so that a second reader finds the end too
+        self._pieces.put(None)  # a second reader must also find the end
         self.result()
 
     def emit(self, text: str) -> None:
-        """Give text to the reader, what may be the beginning of a stop string held back."""
+        """Pass text to the reader. Hold back text that may be the beginning of a stop string."""
         self._put(self._filter(text))
 
     def token(self) -> None:
-        """Note that a token has come."""
+        """Count a token."""
         self.stats.new_tokens += 1
         self.stats.seconds = time.perf_counter() - self._started
         if self.stats.new_tokens == 1:
@@ -115,12 +116,12 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """What was said until now, stop strings and what follows them left out."""
+        """Return the text so far, up to the first stop string."""
         return self._filter.text
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Return whether a stop string was generated."""
         return self._filter.stopped
 
     def _put(self, piece: str) -> None:
@@ -136,12 +137,12 @@ class Answer:
             self._pieces.put(None)
 
     def flush(self) -> None:
-        """Give the reader what was held back."""
+        """Pass the text that was held back to the reader."""
         self._put(self._filter.flush())
 
 
 class StopStringFilter:
-    """Lets text through up to the first stop string, and holds back what may turn out to be the beginning of one."""
+    """Pass text up to the first stop string. Hold back text that may be the beginning of one."""
 
     def __init__(self, stop_strings: Sequence[str]):
         self.stop_strings = tuple(stop_strings)
@@ -171,7 +172,7 @@ class StopStringFilter:
 
 
 class AnswerStreamer(TextStreamer):
-    """Turns the tokens of `generate` into pieces of an answer, word by word."""
+    """Turn the tokens of `generate` into text of an answer, word by word."""
 
     def __init__(self, tokenizer: Any, answer: Answer, other: BaseStreamer | None = None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -199,7 +200,7 @@ class AnswerStreamer(TextStreamer):
 
 
 class Cancelled(StoppingCriteria):
-    """Stops `generate` once the answer is cancelled."""
+    """Stop `generate` when the answer is cancelled."""
 
     def __init__(self, answer: Answer):
         self._answer = answer

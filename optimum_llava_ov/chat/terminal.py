@@ -1,4 +1,4 @@
-"""The conversation in a terminal, or for a script through a pipe."""
+"""Chat in a terminal, or answer one question from a pipe."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from typing import Any, TextIO
 
 from PIL import Image
 
-from optimum_llava_ov.chat.messages import pictures_of, text_of
-from optimum_llava_ov.chat.pictures import fetch_picture, is_url
+from optimum_llava_ov.chat.images import fetch_image, is_url
+from optimum_llava_ov.chat.messages import images_of, text_of
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.chat.streaming import Answer
 from optimum_llava_ov.images import open_image
 
 
 HELP = """\
-/image PATH or URL   give a picture with the next question
-/undo                take back the last question and its answer
+/image PATH or URL   add an image to the next question
+/undo                remove the last question and its answer
 /retry               ask the last question again
-/reset               begin anew
-/save FILE           write the conversation as JSON; --load FILE goes on with it
-/help                show this
+/reset               begin a new conversation
+/save FILE           write the conversation as JSON; --load FILE continues it
+/help                show this help
 /quit                leave; Ctrl-D does too
-A line that ends with \\ goes on in the next one; a line of three quotes (\"\"\") begins and ends a text of several lines.
+To write several lines, end a line with \\, or begin and end the text with a line of three quotes (\"\"\").
 Ctrl-C stops an answer.
 """
 QUOTES = '"""'
 
 
-def load_picture(source: str) -> Image.Image:
-    """A picture by path or URL.
+def load_image(source: str) -> Image.Image:
+    """Open an image by path or URL.
 
     Raises:
-        `ValueError`: it cannot be read.
+        `ValueError`: The image cannot be read.
     """
-    return fetch_picture(source) if is_url(source) else open_image(Path(source).expanduser())
+    return fetch_image(source) if is_url(source) else open_image(Path(source).expanduser())
 
 
-def answer_once(chat: ChatSession, text: str, pictures: list[Image.Image], output: TextIO, show_stats: bool) -> None:
-    """For scripts: one question, and nothing but its answer on `output`."""
-    _show(chat.send(text, pictures), output, show_stats)
+def answer_once(chat: ChatSession, text: str, images: list[Image.Image], output: TextIO, show_stats: bool) -> None:
+    """Answer one question, for scripts. Write only the answer to `output`."""
+    _show(chat.send(text, images), output, show_stats)
 
 
 class Terminal:
-    """Reads questions and commands, and shows answers while they are made."""
+    """Read questions and commands, and show answers while they are computed."""
 
     def __init__(
         self, chat: ChatSession, output: TextIO = sys.stdout, show_stats: bool = False, read: Callable = input
@@ -56,7 +56,7 @@ class Terminal:
         self.output = output
         self.show_stats = show_stats
         self.read = read
-        self.pictures: list[Image.Image] = []
+        self.images: list[Image.Image] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self.image,
             "/undo": self.undo,
@@ -67,69 +67,72 @@ class Terminal:
         }
 
     def run(self) -> None:
-        """Until `/quit` or the end of the input."""
-        self._say("Ask about a picture: /image PATH, then your question. /help shows all commands.")
+        """Run until `/quit` or the end of the input."""
+        self._say("Ask about an image: /image PATH, then your question. /help shows all commands.")
         while (text := self._read()) is not None:
             word, _, argument = text.partition(" ")
             if word in ("/quit", "/exit"):
                 break
-            try:
-                if word in self._commands:
-                    self._commands[word](argument.strip())
-                elif word.startswith("/") and word[1:].isalpha():
-                    self._say(f"There is no command {word}. /help shows all of them.")
-                elif text.strip():
-                    self.ask(text)
-            except (ValueError, OSError, RuntimeError) as error:
-                self._say(f"{error}")
-            except KeyboardInterrupt:  # just before the answer began, or just behind its end
-                self.chat.cancel()
-                self._say("")
+            self._execute(text, word, argument.strip())
+
+    def _execute(self, text: str, word: str, argument: str) -> None:
+        try:
+            if word in self._commands:
+                self._commands[word](argument)
+            elif word.startswith("/") and word[1:].isalpha():
+                self._say(f"The command {word} does not exist. /help shows all commands.")
+            elif text.strip():
+                self.ask(text)
+        except (ValueError, OSError, RuntimeError) as error:
+            self._say(f"{error}")
+        except KeyboardInterrupt:  # just before the answer began, or just after it ended
+            self.chat.cancel()
+            self._say("")
 
     def ask(self, text: str) -> None:
-        answer = self.chat.send(text, self.pictures)
+        answer = self.chat.send(text, self.images)
         try:
             _show(answer, self.output, self.show_stats)
         finally:
-            if answer.kept:  # else they come with the next question
-                self.pictures = []
+            if answer.kept:  # otherwise the images stay for the next question
+                self.images = []
 
     def image(self, source: str) -> None:
         if not source:
-            return self._say("Which one? /image PATH or /image URL")
-        picture = load_picture(_unquoted(source))
-        self.pictures.append(self.chat.see_image(picture))
-        return self._say(f"A picture of {picture.width} x {picture.height} pixels comes with the next question.")
+            return self._say("A path or URL is missing. Type: /image PATH, or /image URL")
+        image = load_image(_unquoted(source))
+        self.images.append(self.chat.see_image(image))
+        return self._say(f"Added an image of {image.width} x {image.height} pixels to the next question.")
 
     def undo(self, _: str) -> None:
         question = self.chat.undo()
         if question is None:
-            return self._say("There is nothing to take back.")
-        self.pictures = pictures_of([question])
-        note = " Its picture comes with the next question." if self.pictures else ""
-        return self._say(f"Taken back: {text_of(question)}{note}")
+            return self._say("There is no question to undo.")
+        self.images = images_of([question])
+        note = " Its image is kept for the next question." if self.images else ""
+        return self._say(f"Removed: {text_of(question)}{note}")
 
     def retry(self, _: str) -> None:
         _show(self.chat.retry(), self.output, self.show_stats)
 
     def reset(self, _: str) -> None:
         self.chat.reset()
-        self.pictures = []
-        self._say("A new conversation.")
+        self.images = []
+        self._say("Started a new conversation.")
 
     def save(self, file: str) -> None:
         if not file:
-            return self._say("Where to? /save FILE")
+            return self._say("A file is missing. Type: /save FILE")
         path = Path(_unquoted(file)).expanduser()
         self.chat.save(path)
         return self._say(f"Saved: {path}")
 
     def _read(self) -> str | None:
-        """A question, of one line or several; `None` at the end. Ctrl-C drops what was typed."""
+        """Read a question of one line or several. Return `None` at the end. Ctrl-C discards the typed text."""
         while True:
             try:
                 return self._lines(self.read("> "))
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # noqa: PERF203  read again
                 self._say("\n(/quit or Ctrl-D to leave)")
             except EOFError:
                 self._say("")
@@ -157,50 +160,54 @@ def _show(answer: Answer, output: TextIO, show_stats: bool) -> None:
             print(piece, end="", file=output, flush=True)
     print(_ending(answer), file=output, flush=True)
     if show_stats:
-        print(f"[{answer.stats}]", file=sys.stderr, flush=True)
+        print(f"[{answer.stats}]", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _ending(answer: Answer) -> str:
     if not answer.cancelled:
         return ""
-    return " [stopped]" if answer.kept else "[stopped before the first word; the conversation is as it was]"
+    return " [stopped]" if answer.kept else "[stopped before the first word; the conversation is unchanged]"
 
 
 @contextmanager
 def _interrupt(action: Callable[[], Any]) -> Iterator[None]:
-    """Let Ctrl-C do `action` instead of ending the program."""
-    before = signal.signal(signal.SIGINT, lambda *_: action())
+    """Run `action` on Ctrl-C, instead of ending the program."""
+    previous = signal.signal(signal.SIGINT, lambda *_: action())
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 def _unquoted(path: str) -> str:
-    """Terminals put quotes around a file that is dropped on them."""
+    """Remove the quotes that a terminal adds to a file dropped on it."""
     return path[1:-1] if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"" else path
 
 
 def run_chat(
     chat: ChatSession, images: list[str], show_stats: bool, commands: TextIO = sys.stdin, output: TextIO = sys.stdout
 ) -> None:
-    """A conversation if somebody sits at a terminal; else what comes through the pipe is one question."""
-    pictures = [chat.see_image(load_picture(source)) for source in images]
+    """Chat if the input is a terminal. Otherwise answer the question that comes through the pipe.
+
+    Args:
+        images: Paths or URLs of images for the first question.
+    """
+    opened = [chat.see_image(load_image(source)) for source in images]
     if not commands.isatty():
         text = commands.read().strip()
         if not text:
             raise ValueError(
-                'No question came through the pipe. Try: echo "What is in the picture?" | optimum-cli llava-ov chat ...'
+                'The pipe contained no question. Try: echo "What is in the image?" | optimum-cli llava-ov chat ...'
             )
-        answer_once(chat, text, pictures, output, show_stats)
+        answer_once(chat, text, opened, output, show_stats)
         return
     _use_readline()
     terminal = Terminal(chat, output, show_stats)
-    terminal.pictures = pictures
+    terminal.images = opened
     terminal.run()
 
 
 def _use_readline() -> None:
-    """History and editing of lines, where Python has them."""
-    with suppress(ImportError):  # Windows, whose console edits lines itself
+    """Enable history and editing of lines where Python supports them."""
+    with suppress(ImportError):  # on Windows, the console edits lines itself
         import readline  # noqa: F401

@@ -1,1 +1,1 @@
-"""`optimum-cli llava-ov ...`. Light to import: this is read at every start of `optimum-cli`."""
+"""The commands `optimum-cli llava-ov ...`. `optimum-cli` imports them at every start, so imports must be fast."""

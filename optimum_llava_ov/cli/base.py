@@ -1,4 +1,4 @@
-"""What all commands of `optimum-cli llava-ov` have in common. Light to import, as all of this folder."""
+"""The base class of the commands `optimum-cli llava-ov ...`. Must be fast to import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from optimum_llava_ov.cli.exit import VERBOSE_HELP, exit_status
 
 
 class Command(BaseOptimumCLICommand):
-    """A command that ends as [`exit_status`] says. Subclasses have `add_arguments` and `execute`."""
+    """Run a command and end it with [`exit_status`]. Subclasses implement `add_arguments` and `execute`."""
 
     @classmethod
     def parse_args(cls, parser: ArgumentParser) -> None:
@@ -27,5 +27,5 @@ class Command(BaseOptimumCLICommand):
         raise NotImplementedError
 
     def execute(self) -> None:
-        """Do what the command is for, with `self.args`."""
+        """Execute the command with `self.args`."""
         raise NotImplementedError

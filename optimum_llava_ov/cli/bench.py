@@ -1,4 +1,4 @@
-"""`optimum-cli llava-ov bench`. Light to import, as all of this folder."""
+"""The command `optimum-cli llava-ov bench`. Must be fast to import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optimum_llava_ov.cli.chat import add_engine_arguments, list_devices
 
 
 class BenchCommand(Command):
-    COMMAND = CommandInfo(name="bench", help="Measure how fast a bundle answers on this machine, and its memory.")
+    COMMAND = CommandInfo(name="bench", help="Measure speed and memory of a bundle on this machine.")
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
@@ -25,39 +25,41 @@ class BenchCommand(Command):
             type=int,
             nargs="+",
             metavar="N",
-            help="Lengths of the prompts, picture included. Default: 300 1000, or more where a picture takes more.",
+            help="Lengths of the prompts in tokens, with the image. Default: 300 1000, or more if the image needs it.",
         )
-        parser.add_argument("--new-tokens", type=int, default=64, help="Length of each answer (default: %(default)s).")
+        parser.add_argument("--new-tokens", type=int, default=64, help="Tokens of each answer (default: %(default)s).")
         parser.add_argument(
             "--rounds",
             type=int,
             default=3,
-            help="Answers for each length, of which the medians are shown (default: %(default)s).",
+            help="Number of answers for each length. Medians are shown (default: %(default)s).",
         )
-        parser.add_argument("--batch-size", type=int, default=1, help="Prompts at a time (default: %(default)s).")
+        parser.add_argument(
+            "--batch-size", type=int, default=1, help="Number of prompts at a time (default: %(default)s)."
+        )
         parser.add_argument(
             "--image",
             action="append",
             default=[],
-            help="Picture for the prompts: path or URL. Repeatable. Default: noise.",
+            help="Path or URL of an image for the prompts. Repeatable. Default: random images.",
         )
         parser.add_argument(
             "--json",
             action="store_true",
-            help="Print the numbers, and those of each answer, as JSON and nothing else.",
+            help="Print only JSON, with the results of each answer.",
         )
 
     def execute(self) -> None:
         args = self.args
         if args.device == "list":
             return list_devices()
-        with redirect_stdout(sys.stderr):  # what libraries have to say is no part of the result
+        with redirect_stdout(sys.stderr):  # messages of libraries are not part of the result
             from optimum_llava_ov.system.devices import check_device
 
             check_device(args.device)
             from optimum_llava_ov.benchmark.result import report
             from optimum_llava_ov.benchmark.run import benchmark
-            from optimum_llava_ov.chat.terminal import load_picture
+            from optimum_llava_ov.chat.terminal import load_image
 
             result = benchmark(
                 args.bundle,
@@ -65,7 +67,7 @@ class BenchCommand(Command):
                 new_tokens=args.new_tokens,
                 rounds=args.rounds,
                 batch_size=args.batch_size,
-                images=[load_picture(source) for source in args.image],
+                images=[load_image(source) for source in args.image],
                 device=args.device,
                 engine=args.engine,
             )

@@ -1,4 +1,4 @@
-"""`optimum-cli llava-ov chat` and `demo`. Light to import, as all of this folder."""
+"""The commands `optimum-cli llava-ov chat` and `demo`. Must be fast to import."""
 
 from __future__ import annotations
 
@@ -15,48 +15,55 @@ def add_engine_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="CPU",
-        help='OpenVINO device, such as CPU, GPU or AUTO; "list" shows those of this machine.',
+        help='OpenVINO device, such as CPU, GPU or AUTO. "list" shows the devices of this machine.',
     )
     parser.add_argument(
         "--engine",
         choices=("auto", "openvino", "genai"),
         default="auto",
-        help="What computes: OpenVINO GenAI, or this package's own model. Default: GenAI, if it is installed and can read the model.",
+        help="genai: OpenVINO GenAI. openvino: this package's own engine. auto (default): genai if it is installed "
+        "and can read the model, otherwise openvino.",
     )
 
 
 def _add_common_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "model", help="Bundle: a folder or a model id. An original checkpoint is converted on the fly."
-    )
+    parser.add_argument("model", help="Folder or model id of a bundle. An original checkpoint is converted first.")
     add_engine_arguments(parser)
-    parser.add_argument("--system", help="System prompt, instead of the model's usual one.")
+    parser.add_argument("--system", help="System prompt. Default: that of the model.")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 for the likeliest words (default: %(default)s)."
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="Sampling temperature; 0 for greedy decoding (default: %(default)s).",
     )
-    parser.add_argument("--top-p", type=float, default=0.9, help="When sampling (default: %(default)s).")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="Longest answer (default: %(default)s).")
+    parser.add_argument("--top-p", type=float, default=0.9, help="Top-p for sampling (default: %(default)s).")
     parser.add_argument(
-        "--context-window", type=int, help="Tokens of conversation and answer. Default: as the model was trained."
+        "--max-new-tokens", type=int, default=512, help="Maximum length of an answer in tokens (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--context-window",
+        type=int,
+        help="Maximum tokens of conversation and answer. Default: those of the model's training.",
     )
     parser.add_argument(
         "--when-full",
         choices=("error", "drop_oldest"),
         default="drop_oldest",
-        help="At the end of the context window: an error, or forget the oldest turns but not their pictures (%(default)s).",
+        help="When the context window is full: stop with an error, or drop the oldest turns and keep their images "
+        "(default: %(default)s).",
     )
 
 
 class ChatCommand(Command):
-    COMMAND = CommandInfo(name="chat", help="Talk with a LLaVA-MPT about pictures, in the terminal or through a pipe.")
+    COMMAND = CommandInfo(name="chat", help="Chat with a LLaVA-MPT about images, in the terminal or through a pipe.")
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         _add_common_arguments(parser)
         parser.add_argument(
-            "--image", action="append", default=[], help="Picture for the first question: path or URL. Repeatable."
+            "--image", action="append", default=[], help="Path or URL of an image for the first question. Repeatable."
         )
-        parser.add_argument("--load", help="Go on with a conversation that /save wrote.")
+        parser.add_argument("--load", help="Continue the conversation in this file, which /save wrote.")
         parser.add_argument("--stats", action="store_true", help="Show tokens per second and time to the first token.")
 
     def execute(self) -> None:
@@ -64,7 +71,7 @@ class ChatCommand(Command):
         if args.device == "list":
             return list_devices()
         if not sys.stdin.isatty():
-            # Only the answer, for whoever reads the other end.
+            # The output of a pipe is the answer alone, without progress bars
             os.environ.setdefault("TQDM_DISABLE", "1")
         from optimum_llava_ov.system.devices import check_device
 
@@ -90,43 +97,69 @@ def list_devices() -> None:
 
 
 class DemoCommand(Command):
-    COMMAND = CommandInfo(name="demo", help="Serve a page on which visitors talk with a LLaVA-MPT about pictures.")
+    COMMAND = CommandInfo(name="demo", help="Serve a page on which visitors chat with a LLaVA-MPT about images.")
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         _add_common_arguments(parser)
         parser.add_argument(
-            "--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for everyone (%(default)s)."
+            "--host",
+            default="127.0.0.1",
+            help="Address to listen on; 0.0.0.0 for all networks (default: %(default)s).",
         )
-        parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-        parser.add_argument("--no-browser", action="store_true", help="Do not open the page.")
+        parser.add_argument("--port", type=int, default=7860, help="Port to listen on (default: %(default)s).")
+        parser.add_argument("--no-browser", action="store_true", help="Do not open the page in a browser.")
         parser.add_argument("--title", help="Heading of the page. Default: the model's name.")
         parser.add_argument(
-            "--parallel-answers", type=int, default=2, help="Computed at the same time (default: %(default)s)."
+            "--parallel-answers",
+            type=int,
+            default=2,
+            help="Number of answers computed at the same time (default: %(default)s).",
         )
-        parser.add_argument("--max-queue", type=int, default=16, help="Visitors that may wait (default: %(default)s).")
         parser.add_argument(
-            "--max-sessions", type=int, default=32, help="Conversations kept in memory (default: %(default)s)."
+            "--max-queue", type=int, default=16, help="Maximum number of waiting visitors (default: %(default)s)."
         )
         parser.add_argument(
-            "--idle-minutes", type=float, default=30, help="After which one is dropped (default: %(default)s)."
+            "--max-sessions",
+            type=int,
+            default=32,
+            help="Maximum number of conversations in memory (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--idle-minutes",
+            type=float,
+            default=30,
+            help="Minutes after which an idle conversation is dropped (default: %(default)s).",
         )
         parser.add_argument(
             "--allow-host",
             action="append",
             default=[],
-            help="Host from which visitors may have the server fetch pictures. Repeatable. Default: none; no address is fetched.",
+            help="Host from which the server fetches images for visitors. Repeatable. Default: none; the server does "
+            "not fetch images.",
         )
         parser.add_argument(
             "--allow-name",
             action="append",
             default=[],
-            help="Host name under which browsers may open the page, as demo.example.org. Repeatable. Always allowed: localhost, IP "
-            "addresses and --host.",
+            help="Additional host name of the page, such as demo.example.org. Repeatable. localhost, IP addresses and "
+            "--host are always allowed.",
         )
-        parser.add_argument("--max-characters", type=int, default=20_000, help="Of a question (default: %(default)s).")
-        parser.add_argument("--max-upload-mb", type=float, default=20, help="Of a picture (default: %(default)s).")
-        parser.add_argument("--max-megapixels", type=float, default=50, help="Of a picture (default: %(default)s).")
+        parser.add_argument(
+            "--max-characters", type=int, default=20_000, help="Maximum length of a question (default: %(default)s)."
+        )
+        parser.add_argument(
+            "--max-upload-mb",
+            type=float,
+            default=20,
+            help="Maximum size of an uploaded image in MB (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--max-megapixels",
+            type=float,
+            default=50,
+            help="Maximum size of an image in megapixels (default: %(default)s).",
+        )
 
     def execute(self) -> None:
         args = self.args
@@ -167,7 +200,7 @@ class DemoCommand(Command):
         devices = list(dict.fromkeys([args.device, *available_devices()]))
         visitors = Visitors(factory_of, limits.sessions, limits.idle_seconds)
         visitors.load(args.device)
-        title = args.title or os.path.basename(os.path.normpath(args.model))
+        title = args.title or os.path.basename(os.path.normpath(args.model))  # noqa: PTH119  also of "."
         demo = Demo(visitors, limits)
         page = build_page(demo, title, devices, args.temperature, args.top_p, args.max_new_tokens)
         return run_demo(page, demo, args.host, args.port, not args.no_browser)

@@ -1,4 +1,4 @@
-"""The command classes; the work is done elsewhere and imported when a command runs."""
+"""The commands `eval` and `push`, and the group `llava-ov`. Heavy modules are imported when a command runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optimum_llava_ov.cli.chat import ChatCommand, DemoCommand
 
 
 class EvalCommand(Command):
-    COMMAND = CommandInfo(name="eval", help="Measure what a conversion costs in quality.")
+    COMMAND = CommandInfo(name="eval", help="Compare the answers of bundles with those of the original checkpoint.")
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
@@ -23,20 +23,28 @@ class EvalCommand(Command):
         parser.add_argument(
             "--reference",
             required=True,
-            help="Original checkpoint (folder or model id; run in torch), or another bundle.",
+            help="Folder or model id of the original checkpoint, which runs in torch, or another bundle.",
         )
         parser.add_argument(
             "--dataset",
-            help="Folder of pictures, or JSONL file of {image, prompt, answer}. Default: drawn pictures of coloured shapes.",
+            help="Folder of images, or JSONL file of {image, prompt, answer}. Default: generated images of coloured "
+            "shapes.",
         )
-        parser.add_argument("--num-samples", type=int, default=64, help="How many samples (default: %(default)s).")
-        parser.add_argument("--max-new-tokens", type=int, default=64, help="Longest answer (default: %(default)s).")
+        parser.add_argument("--num-samples", type=int, default=64, help="Number of samples (default: %(default)s).")
+        parser.add_argument(
+            "--max-new-tokens",
+            type=int,
+            default=64,
+            help="Maximum length of an answer in tokens (default: %(default)s).",
+        )
         parser.add_argument("--device", default="CPU", help="OpenVINO device for bundles (default: %(default)s).")
         parser.add_argument(
-            "--work-dir", type=Path, help="Where recordings are kept to resume from (default: <bundle>/.eval)."
+            "--work-dir",
+            type=Path,
+            help="Folder for recordings, from which an interrupted run resumes (default: <first bundle>/.eval).",
         )
         parser.add_argument(
-            "--plot", type=Path, help="Picture of quality against size (default: <first bundle>/eval.png)."
+            "--plot", type=Path, help="File for a plot of quality against size (default: <first bundle>/eval.png)."
         )
 
     def execute(self) -> None:
@@ -56,11 +64,11 @@ class EvalCommand(Command):
             args.device,
         )
         print(table(qualities))
-        picture = args.plot or args.bundles[0] / "eval.png"
-        plot(qualities, picture)
+        plot_file = args.plot or args.bundles[0] / "eval.png"
+        plot(qualities, plot_file)
         for bundle in args.bundles:
             update_card(bundle)
-        print(f"\nWritten: eval.json in each bundle and into its card, {picture}")
+        print(f"\nWrote eval.json and the card of each bundle, and {plot_file}")
 
 
 class PushCommand(Command):
@@ -69,20 +77,20 @@ class PushCommand(Command):
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument("bundle", type=Path, help="Folder of the bundle.")
-        parser.add_argument("repo_id", help="Where to: owner/name. Created if it does not exist.")
+        parser.add_argument("repo_id", help="Repository on the Hub: owner/name. Created if it does not exist.")
         parser.add_argument(
             "--dry-run",
             action="store_true",
-            help="Check the bundle and say what would be published; needs no network.",
+            help="Check the bundle and list what would be published. Does not use the network.",
         )
         parser.add_argument(
-            "--private", action="store_true", default=None, help="If the repository is created, make it private."
+            "--private", action="store_true", default=None, help="Make a newly created repository private."
         )
-        parser.add_argument("--revision", help="Branch to push to, created if it does not exist (default: main).")
-        parser.add_argument("--create-pr", action="store_true", help="Propose it as a pull request.")
+        parser.add_argument("--revision", help="Branch to push to. Created if it does not exist (default: main).")
+        parser.add_argument("--create-pr", action="store_true", help="Propose the bundle as a pull request.")
         parser.add_argument("--commit-message", help="Summary of the commit.")
         parser.add_argument(
-            "--token", help="Token with write permission (default: that of `hf auth login`, or HF_TOKEN)."
+            "--token", help="Token with write permission (default: the one of `hf auth login` or HF_TOKEN)."
         )
 
     def execute(self) -> None:

@@ -1,4 +1,4 @@
-"""How a command ends: with an exit status, and one sentence where the user can do something. Light to import, as all of this folder."""
+"""End commands with an exit status, and with one sentence if the user can fix the error. Must be fast to import."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from optimum_llava_ov.errors import (
 
 
 DEBUG = "OPTIMUM_LLAVA_OV_DEBUG"
-VERBOSE_HELP = f"Show where an error comes from: its traceback, as {DEBUG}=1 does for all commands."
-FAILED, INTERRUPTED = 1, 130  # as shells count: 128 and the number of the signal
+VERBOSE_HELP = f"Show the traceback of an error, as {DEBUG}=1 does for all commands."
+FAILED, INTERRUPTED = 1, 130  # as in shells: 128 + the number of the signal
 
 _OURS = (UnsupportedCheckpointError, InvalidCheckpointError, BundleError, HubError, ImageError)
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REPORT = (
-    "This is a bug of optimum-llava-ov, or of a library that it uses. Please open an issue in the repository of optimum-llava-ov, with all "
-    "of the above."
+    "This is a bug in optimum-llava-ov, or in a library that it uses. Please open an issue in the repository of "
+    "optimum-llava-ov, and include all of the above."
 )
 
 
 @contextmanager
 def exit_status(verbose: bool = False, token: str | None = None) -> Iterator[None]:
-    """Run a command in it. An exception becomes an exit status and what the user needs to know on standard error.
+    """Turn exceptions of a command into an exit status and a message on standard error.
 
-    What the user can mend is `error: ...` and status 1; Ctrl-C is one line and status 130; anything else is a bug, and keeps its
-    traceback. No token is ever shown.
+    An error that the user can fix prints `error: ...` and has status 1. Ctrl-C prints one line and has status 130. Any
+    other exception is a bug: it prints its traceback and has status 1. Tokens are never shown.
 
     Args:
-        verbose: show the traceback of every error.
-        token: one that was given on the command line.
+        verbose: Show the traceback of every error.
+        token: Token from the command line, which must not be shown.
     """
     try:
         yield
@@ -55,10 +55,10 @@ def exit_status(verbose: bool = False, token: str | None = None) -> Iterator[Non
 
 
 def user_sentence(error: Exception) -> str | None:
-    """What to tell the user about an exception; `None` if it is a bug.
+    """Return what to tell the user about an exception, or `None` if it is a bug.
 
-    The user can mend our own errors, what the operating system refuses, and a package that is not installed. Where this package raises a
-    plain `ValueError`, an argument is wrong. One that comes from a library was not foreseen.
+    The user can fix errors of this package, errors of the operating system, and missing packages. A plain `ValueError`
+    that this package raises means a wrong argument. A `ValueError` that a library raises is a bug.
     """
     if isinstance(error, _OURS) or (isinstance(error, ValueError) and _is_raised_here(error)):
         return str(error)
@@ -67,7 +67,7 @@ def user_sentence(error: Exception) -> str | None:
             return str(error) or type(error).__name__
         files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{error.strerror}: {files}" if files else error.strerror
-    if isinstance(error, ImportError) and error.name is None:  # somebody's sentence about what to install
+    if isinstance(error, ImportError) and error.name is None:  # its message says what to install
         return str(error)
     return None
 

@@ -1,4 +1,4 @@
-"""`optimum-cli export openvino` for a LLaVA-MPT checkpoint: from the command's options to an export."""
+"""Run `optimum-cli export openvino` for a LLaVA-MPT checkpoint: turn the command's options into an export."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_export(args: Namespace) -> None:
     """Run the command.
 
     Args:
-        args: as Optimum's `parse_args_openvino` gives them.
+        args: Arguments that Optimum's `parse_args_openvino` returns.
     """
     hub_options = {
         name: getattr(args, name) for name in ("revision", "subfolder", "token") if getattr(args, name, None)
@@ -52,13 +52,13 @@ def run_export(args: Namespace) -> None:
 
 
 def _is_large(repository: Repository) -> bool:
-    """Whether compressing takes minutes. Known before any weights are downloaded."""
+    """Return whether compression takes minutes. Needs config.json only, no weights."""
     config = read_config(repository.require("config.json", "it says what the model is"))
     return 12 * config.n_layers * config.d_model**2 >= ONE_BILLION
 
 
 def _show_messages() -> None:
-    """What the export has to say (how much disk it needs, which recipe) belongs on the terminal of who waits for it."""
+    """Show messages of the export (disk space, recipe) in the terminal."""
     package = logging.getLogger("optimum_llava_ov")
     package.setLevel(logging.INFO)
     if not package.hasHandlers():
@@ -66,22 +66,24 @@ def _show_messages() -> None:
 
 
 def ov_config_of(args: Namespace) -> OVConfig | None:
-    """What the options about weights ask for; `None` if there are none.
+    """Return the configuration that the options about weights describe, or `None` without such options.
 
     Raises:
-        `ValueError`: options that contradict each other, or that make no sense for this model; says which.
+        `ValueError`: Options contradict each other, or this model does not support them.
     """
     if args.quant_mode is not None:
         raise ValueError(
-            f"--quant-mode {args.quant_mode} quantizes activations, which is not supported for LLaVA-MPT: a decoder's speed is set by the "
-            "size of its weights. Use --weight-format int8 or int4."
+            f"--quant-mode {args.quant_mode} quantizes activations, which is not supported for LLaVA-MPT. The size of "
+            "its weights limits the speed of a decoder. Use --weight-format int8 or int4."
         )
     if args.smooth_quant_alpha is not None:
-        raise ValueError("--smooth-quant-alpha belongs to --quant-mode, which is not supported for LLaVA-MPT.")
+        raise ValueError(
+            "--smooth-quant-alpha is an option of --quant-mode, which is not supported for LLaVA-MPT. Leave it out."
+        )
     if args.weight_format in (None, "fp16", "fp32"):
         if not no_compression_parameter_provided(args) or args.quantization_statistics_path is not None:
             raise ValueError(
-                "There are options for compression, but no compressed format. Add --weight-format int8, int4, nf4, mxfp4 or cb4."
+                "Options for compression need a compressed format. Add --weight-format int8, int4, nf4, mxfp4 or cb4."
             )
         return None if args.weight_format is None else OVConfig(dtype=args.weight_format)
 
@@ -92,8 +94,8 @@ def ov_config_of(args: Namespace) -> OVConfig | None:
 
     config = prepare_wc_config(args, {"ratio": 1.0})
     if args.dataset is not None and Path(args.dataset).exists():
-        config["dataset"] = [args.dataset]  # a list, for Optimum takes a string for the name of a data set it knows
+        config["dataset"] = [args.dataset]  # a list, because Optimum takes a string as the name of a data set
     try:
         return OVConfig(quantization_config=config)
-    except ValueError as error:  # Optimum's sentences about values are for the user
+    except ValueError as error:  # Optimum's message about a wrong value
         raise ValueError(f"--weight-format {args.weight_format}: {error}") from error

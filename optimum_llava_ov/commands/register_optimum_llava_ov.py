@@ -1,4 +1,4 @@
-"""Read by `optimum-cli` at every start, whatever the command: must be light, and must not fail."""
+"""Register the commands. `optimum-cli` imports this file at every start, so it must be fast and must not fail."""
 
 import logging
 
@@ -6,7 +6,7 @@ import logging
 REGISTER_COMMANDS = []
 
 try:
-    import optimum_llava_ov  # noqa: F401  registers itself when Optimum's exporter is imported
+    import optimum_llava_ov  # noqa: F401  the import registers the package with Optimum's exporter
     from optimum_llava_ov.cli.commands import LlavaOVCommand
 
     REGISTER_COMMANDS.append(LlavaOVCommand)

@@ -1,4 +1,4 @@
-"""What stands between the network and the page: whose requests are answered, how large they may be, what a browser may load."""
+"""Protect the page: check who sends a request and how large it is, and tell the browser what it may load."""
 
 from __future__ import annotations
 
@@ -19,23 +19,21 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-MAX_BODY = 16_000_000  # bytes of a request that is not an upload, for which there is a limit of its own
-# The page is made of inline scripts and styles, so these must be allowed. Everything that loads must come from here.
-CONTENT_SECURITY_POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
-        "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",
-        "media-src 'self' data: blob:",
-        "font-src 'self' data:",
-        "connect-src 'self' data: blob:",
-        "worker-src 'self' blob:",
-        "object-src 'none'",
-        "frame-src 'none'",
-        "base-uri 'self'",
-        "form-action 'self'",
-    )
+MAX_BODY = 16_000_000  # bytes of a request; uploads have another limit
+# The page consists of inline scripts and styles, so these must be allowed. Everything else must come from this server.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; "
+    "script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; "
+    "media-src 'self' data: blob:; "
+    "font-src 'self' data:; "
+    "connect-src 'self' data: blob:; "
+    "worker-src 'self' blob:; "
+    "object-src 'none'; "
+    "frame-src 'none'; "
+    "base-uri 'self'; "
+    "form-action 'self'"
 )
 HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
@@ -45,7 +43,7 @@ HEADERS = {
 
 
 class OpenPages:
-    """The pages that browsers have open. A page keeps one request, its heartbeat, open for as long as it lives."""
+    """Track the pages that are open in browsers. Each open page keeps one request, its heartbeat, open."""
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
@@ -66,15 +64,15 @@ class OpenPages:
 
 
 class Guard:
-    """An ASGI middleware.
+    """Refuse requests from other sites, as an ASGI middleware.
 
-    It refuses requests that name another host than this one, or come from a page of another site: a site that points its own name
-    at this address (DNS rebinding) gets nothing. A host that is written as an IP address cannot be pointed anywhere, so it is
-    accepted.
+    A request is refused if its host is not this server, or if it comes from a page of another site. This stops sites
+    that point their own name at this address (DNS rebinding). An IP address cannot be pointed elsewhere, so it is
+    accepted as a host.
 
     Args:
-        names: under which the page is served, without port, besides IP addresses and `localhost`.
-        pages: where open pages are noted.
+        names: Names of this server, without port. IP addresses and `localhost` are always accepted.
+        pages: Receives the pages that are opened and closed.
     """
 
     def __init__(
@@ -112,19 +110,19 @@ class Guard:
         host = _name(f"//{headers.get('host', '')}")
         if host is None or not (host in self.names or _is_address(host)):
             return _sentence(
-                f"This server is not known as {host!r}. Whoever runs it can add the name with --allow-name, or open the page by "
-                "its IP address.",
+                f"This server does not accept the name {host!r}. Open the page by its IP address, or ask the operator "
+                "to add the name with --allow-name.",
                 421,
             )
         origin = headers.get("origin")
         if origin is not None and (name := _name(origin)) != host and name not in self.names:
-            return _sentence(f"A page of {origin} may not use this server, only its own pages may.", 403)
+            return _sentence(f"Pages of {origin} may not use this server. Only its own pages may.", 403)
         return None
 
 
 async def _read(headers: Headers, receive: Receive) -> tuple[Receive, PlainTextResponse | None]:
-    """Read a request's body if it is not too large. Returns how to receive it again, or a refusal."""
-    too_large = _sentence(f"The request has more than {MAX_BODY:,} bytes, which is the most that is accepted.", 413)
+    """Read a request's body if it is not too large. Return a function that receives it again, or a refusal."""
+    too_large = _sentence(f"The request is larger than the limit of {MAX_BODY:,} bytes.", 413)
     if int(length if (length := headers.get("content-length", "")).isdecimal() else 0) > MAX_BODY:
         return receive, too_large
     if length in ("", "0") and "transfer-encoding" not in headers:
@@ -136,7 +134,7 @@ async def _read(headers: Headers, receive: Receive) -> tuple[Receive, PlainTextR
         size += len(chunks[-1])
         if size > MAX_BODY:
             return receive, too_large
-        more = message.get("more_body", False)  # not so when the client has gone
+        more = message.get("more_body", False)  # missing if the client has disconnected
     pending = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
 
     async def receive_again() -> MutableMapping[str, Any]:
@@ -146,7 +144,7 @@ async def _read(headers: Headers, receive: Receive) -> tuple[Receive, PlainTextR
 
 
 def _name(address: str) -> str | None:
-    """Host of an address, in lower case and without brackets; `None` if it is not an address."""
+    """Return the host of an address, in lower case and without brackets, or `None` if it is not an address."""
     try:
         return urlsplit(address).hostname
     except ValueError:

@@ -1,16 +1,16 @@
-"""Texts as HTML for the page. Nothing in it loads anything, whatever the text says."""
+"""Convert texts to HTML for the page. The HTML never loads anything, whatever the text contains."""
 
 from __future__ import annotations
 
 from markdown_it import MarkdownIt
 
 
-# Names what is shown, not what is left out: no HTML, links or images. What is not in the list stays as it was typed.
+# Only these rules are enabled: no HTML, links or images. Other markup is shown as text.
 _MARKDOWN = MarkdownIt("zero", {"breaks": True}).enable(
     ["backticks", "blockquote", "code", "emphasis", "escape", "fence", "heading", "hr", "list", "newline"]
 )
 
 
 def answer_to_html(text: str) -> str:
-    """What a model says: paragraphs, headings, lists, quotes, code and emphasis of Markdown."""
+    """Convert an answer in Markdown: paragraphs, headings, lists, quotes, code and emphasis."""
     return f'<div class="prose">{_MARKDOWN.render(text)}</div>'

@@ -1,4 +1,4 @@
-"""The conversation in a browser: one page, a session for each visitor, nothing fetched from outside."""
+"""Chat in a browser: one page, a session for each visitor, and nothing loaded from other servers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from optimum_llava_ov.chat.pictures import fetch_picture
+from optimum_llava_ov.chat.images import fetch_image
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.chat.streaming import Answer
 from optimum_llava_ov.demo.guard import Guard, OpenPages
@@ -28,7 +28,9 @@ from optimum_llava_ov.loading import sampling_options
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONOSPACE_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 CSS = """
-.gradio-container, .gradio-container main { max-width: 1180px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container main {
+    max-width: 1180px !important; width: 100% !important; margin: 0 auto !important;
+}
 #title h1 { font-size: 1.55rem; margin: 0.6rem 0 0 0; }
 #title p { margin: 0.1rem 0 0.4rem 0; color: var(--body-text-color-subdued); }
 #chat { border-radius: 14px; }
@@ -37,7 +39,7 @@ CSS = """
 #settings { gap: 10px; }
 #chat .icon-button-wrapper:has([aria-label="Share"], [aria-label="Download"]) { display: none; }
 """
-# The chat's own buttons would copy the HTML that it is given.
+# Gradio's own button would copy the HTML
 COPY = """() => {
     const answer = [...document.querySelectorAll("#chat .prose")].pop();
     if (answer) {
@@ -46,25 +48,28 @@ COPY = """() => {
         getSelection().removeAllRanges();
     }
 }"""
-PLACEHOLDER = "<h3>Show a picture, and ask about it</h3><p>Add one with the clip, drop it or paste it below.</p>"
-MAX_EVICTED = 1000  # visitors whose session went, and who are told so when they come back
-SHOW_SECONDS = 0.05  # between two updates of an answer; a quick model makes more words than a page can show
+PLACEHOLDER = "<h3>Add an image, and ask about it</h3><p>Use the clip below, or drop or paste an image there.</p>"
+MAX_EVICTED = 1000  # expired visitors that are remembered, so that they are told when they come back
+SHOW_SECONDS = 0.05  # between two updates of an answer; a fast model generates words faster than a page can show them
 
 
 @dataclass(frozen=True)
 class Limits:
-    """
+    """Limit what visitors may use.
+
     Attributes:
-        answers (`int`): computed at the same time.
-        queue (`int`): visitors that may wait; the next one is told to come back later.
-        sessions (`int`): kept; the one that was idle longest makes room for a new one.
-        busy_seconds (`float`): after its last word, a session makes no room for others; if all are so, a new visitor must wait.
-        idle_seconds (`float`): after which a session goes in any case.
-        max_bytes (`int`), max_pixels (`int`): of a picture.
-        max_characters (`int`): of a question.
-        max_new_tokens (`int`): that a visitor can ask for.
-        hosts (`tuple[str, ...]`): from which the server may fetch pictures for visitors.
-        names (`tuple[str, ...]`): under which the page is served, besides IP addresses, `localhost` and the name that it listens on.
+        answers (`int`): Number of answers that are computed at the same time.
+        queue (`int`): Number of visitors that may wait. The next one is told to come back later.
+        sessions (`int`): Number of sessions that are kept. A new session replaces the one that was idle longest.
+        busy_seconds (`float`): Time after its last word in which a session is not replaced. If all sessions are busy,
+            a new visitor must wait.
+        idle_seconds (`float`): Time after which an idle session is dropped.
+        max_bytes (`int`), max_pixels (`int`): Maximum size of an image.
+        max_characters (`int`): Maximum length of a question.
+        max_new_tokens (`int`): Maximum length of an answer that a visitor can choose.
+        hosts (`tuple[str, ...]`): Hosts from which the server fetches images for visitors.
+        names (`tuple[str, ...]`): Additional names of the server. IP addresses, `localhost` and the name that it
+            listens on are always accepted.
     """
 
     answers: int = 2
@@ -82,7 +87,7 @@ class Limits:
 
 @dataclass
 class Turn:
-    """What the page shows of a turn."""
+    """Hold what the page shows of a turn."""
 
     text: str
     files: list[str]
@@ -90,12 +95,12 @@ class Turn:
     _html: tuple[str, str] = ("", "")
 
     def messages(self) -> list[dict[str, Any]]:
-        pictures = [{"role": "user", "content": {"path": file}} for file in self.files]
+        images = [{"role": "user", "content": {"path": file}} for file in self.files]
         question = [_shown("user", escape(self.text))] if self.text else []
-        return [*pictures, *question, _shown("assistant", self._answer_html())]
+        return [*images, *question, _shown("assistant", self._answer_html())]
 
     def _answer_html(self) -> str:
-        """While an answer comes, the earlier ones are shown again each time."""
+        """Return the answer as HTML. Keep the result, because the page shows earlier answers again at every update."""
         if self._html[0] != (text := self.answer or "…"):
             self._html = (text, answer_to_html(text))
         return self._html[1]
@@ -106,16 +111,16 @@ def _shown(role: str, html: str) -> dict[str, Any]:
 
 
 class Pending(NamedTuple):
-    """A turn that is being answered, and where it goes: behind the others, or in the place of the last one."""
+    """Hold a turn that is being answered. Its position is after the other turns, or that of the last turn (retry)."""
 
     turn: Turn
     answer: Answer
-    place: int
+    position: int
 
 
 @dataclass
 class Visitor:
-    """A page that somebody has open. Its turns are those of the session."""
+    """Hold the session of one open page, and the turns that it shows."""
 
     session: ChatSession
     device: str
@@ -131,59 +136,61 @@ class Visitor:
 
     def messages(self) -> list[dict[str, Any]]:
         with self._lock:
-            turns = self.turns if self._pending is None else [*self.turns[: self._pending.place], self._pending.turn]
+            turns = (
+                self.turns if self._pending is None else [*self.turns[: self._pending.position], self._pending.turn]
+            )
             return [message for turn in turns for message in turn.messages()]
 
-    def send(self, turn: Turn, pictures: list[Any], options: dict[str, Any]) -> Pending:
-        """Ask. Raises what [`ChatSession.send`] does."""
+    def send(self, turn: Turn, images: list[Any], options: dict[str, Any]) -> Pending:
+        """Ask a question. Raise the errors of [`ChatSession.send`]."""
         with self._lock:
-            answer = self.session.send(turn.text, pictures, **options)
+            answer = self.session.send(turn.text, images, **options)
             return self._begin(turn, answer, retried=False)
 
     def retry(self, options: dict[str, Any]) -> Pending:
-        """Ask the last question again. Raises what [`ChatSession.retry`] does."""
+        """Ask the last question again. Raise the errors of [`ChatSession.retry`]."""
         with self._lock:
             answer = self.session.retry(**options)
             return self._begin(Turn(self.turns[-1].text, self.turns[-1].files), answer, retried=True)
 
     def undo(self) -> Turn | None:
-        """Take back one question, and return it: the one that is being answered, or else the last one.
+        """Remove one question and return it: the one that is being answered, or the last one.
 
-        Before its first word, only the new answer of a retry is taken back.
+        If a retry has no word yet, remove only the new answer.
         """
         pending = self._pending
         self.session.cancel()
         self.finish(pending)
         with self._lock:
             if pending is not None and not pending.answer.kept:
-                return pending.turn if pending.place == len(self.turns) else None
+                return pending.turn if pending.position == len(self.turns) else None
             return self.turns.pop() if self.session.undo() is not None else None
 
     def finish(self, pending: Pending | None) -> None:
-        """Do with a turn whose answer has ended as the session has done."""
+        """Keep or drop a turn whose answer has ended, as the session did."""
         with self._lock:
             if pending is None or pending is not self._pending:
                 return
             self._pending = None
             if pending.answer.kept:
                 pending.turn.answer = pending.answer.text
-                self.turns[pending.place :] = [pending.turn]
+                self.turns[pending.position :] = [pending.turn]
 
     def leave(self) -> None:
-        """Stop the answer, and show nothing more."""
+        """Stop the answer, and remove all turns."""
         self.session.cancel()
         with self._lock:
             self._pending = None
             self.turns.clear()
 
     def _begin(self, turn: Turn, answer: Answer, retried: bool) -> Pending:
-        self.finish(self._pending)  # an answer whose page did not wait for its end
+        self.finish(self._pending)  # an earlier answer, if the page did not wait for its end
         self._pending = Pending(turn, answer, len(self.turns) - retried)
         return self._pending
 
 
 class Visitors:
-    """A session for each open page: no more than `limit` of them, none that was idle for longer than `idle_seconds`."""
+    """Keep a session for each open page: up to `limit` sessions, none idle for longer than `idle_seconds`."""
 
     def __init__(
         self,
@@ -194,7 +201,7 @@ class Visitors:
     ):
         self._factory_of = factory_of
         self._factories: dict[str, Callable[..., ChatSession]] = {}
-        self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # who asked last comes last
+        self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # by time of their last question
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._limit = limit
         self._idle_seconds = idle_seconds
@@ -206,64 +213,62 @@ class Visitors:
         return len(self._visitors)
 
     def get(self, name: str, device: str) -> Visitor:
-        """The visitor of that name; anew, with nothing said yet, on another device.
+        """Return the visitor with this name. Make a new one if the device has changed.
 
         Raises:
-            `RuntimeError`: there are as many sessions as there may be, and all are in use.
+            `RuntimeError`: The maximum number of sessions is reached, and all are in use.
         """
         self.load(device)
-        gone = []
+        removed = []
         with self._lock:
             visitor = self._visitors.get(name)
             if visitor is not None and visitor.device != device:
-                gone.append(self._visitors.pop(name))
+                removed.append(self._visitors.pop(name))
                 visitor = None
             if visitor is None:
-                gone += self._make_room()
+                removed += self._make_room()
                 visitor = self._visitors[name] = Visitor(self._factories[device](), device)
                 visitor.was_evicted = name in self._evicted
                 self._evicted.pop(name, None)
             visitor.seen = time.monotonic()
             self._visitors.move_to_end(name)
-        for other in gone:
+        for other in removed:
             other.leave()
         return visitor
 
     def evict(self) -> None:
-        """Let the sessions go that are idle for too long."""
+        """Drop sessions that were idle for too long."""
         with self._lock:
             too_old = time.monotonic() - self._idle_seconds
-            gone = self._take_out([name for name, visitor in self._visitors.items() if visitor.seen < too_old])
-        for visitor in gone:
+            removed = self._remove([name for name, visitor in self._visitors.items() if visitor.seen < too_old])
+        for visitor in removed:
             visitor.leave()
 
     def load(self, device: str) -> None:
-        """Load the model there, unless it is."""
-        with self._loading:  # a lock of its own: who is somewhere else need not wait
+        """Load the model on a device, unless it is loaded there."""
+        with self._loading:  # a separate lock, so that visitors on other devices do not wait
             if device not in self._factories:
                 self._factories[device] = self._factory_of(device)
 
-    def find(self, name: str | None) -> Visitor | None:
+    def find(self, name: str) -> Visitor | None:
         return self._visitors.get(name)
 
-    def leave(self, name: str | None) -> None:
+    def leave(self, name: str) -> None:
         with self._lock:
             visitor = self._visitors.pop(name, None)
         if visitor is not None:
             visitor.leave()
 
     def _make_room(self) -> list[Visitor]:
-        """Take out what was idle longest, for one more."""
+        """Remove the sessions that were idle longest, so that one more fits."""
         used = time.monotonic() - self._busy_seconds
         idle = [name for name, visitor in self._visitors.items() if not visitor.busy and visitor.seen <= used]
         too_many = max(len(self._visitors) + 1 - self._limit, 0)
         if len(idle) < too_many:
-            raise RuntimeError(
-                f"All {self._limit} conversations that this server can keep are in use. Try again in a minute."
-            )
-        return self._take_out(idle[:too_many])
+            raise RuntimeError(f"All {self._limit} conversations of this server are in use. Try again in a minute.")
+        return self._remove(idle[:too_many])
 
-    def _take_out(self, names: list[str]) -> list[Visitor]:
+    def _remove(self, names: list[str]) -> list[Visitor]:
         self._evicted.update(dict.fromkeys(names))
         while len(self._evicted) > MAX_EVICTED:
             self._evicted.popitem(last=False)
@@ -271,12 +276,12 @@ class Visitors:
 
 
 def only_uploads(component: gr.components.Component) -> gr.components.Component:
-    """Let a component take files that were uploaded, and nothing that the server would have to fetch."""
+    """Make a component accept uploaded files only, and no addresses that the server would fetch."""
     original = component.async_move_resource_to_block_cache
 
     async def move(url_or_file_path):
         if url_or_file_path is not None and "://" in str(url_or_file_path):
-            raise gr.Error("Pictures must be uploaded; this server fetches no addresses.")
+            raise gr.Error("Upload the image. This server does not fetch addresses.")
         return await original(url_or_file_path)
 
     component.async_move_resource_to_block_cache = move
@@ -284,7 +289,7 @@ def only_uploads(component: gr.components.Component) -> gr.components.Component:
 
 
 class Demo:
-    """What happens when visitors press something. Each method takes and gives what the page shows."""
+    """Handle the events of the page. Each method takes values of its components and returns new ones."""
 
     def __init__(self, visitors: Visitors, limits: Limits):
         self.visitors = visitors
@@ -294,11 +299,11 @@ class Demo:
     def ask(
         self, question: dict, temperature: float, top_p: float, tokens: int, device: str, request: gr.Request
     ) -> Iterator:
-        """Stream the answer. The last picture that came is what the question is about."""
+        """Stream the answer to a question."""
         self._check_page(request)
         text, files = (question.get("text") or "").strip(), question.get("files") or []
         if not text:
-            gr.Info("Write a question about the picture.")
+            gr.Info("Write a question about the image.")
             yield gr.skip(), question_box(question)
             return
         try:
@@ -310,13 +315,13 @@ class Demo:
             yield gr.skip(), question_box(question)
             return
         if visitor.was_evicted and not visitor.turns:
-            gr.Info("You were away for long, so the conversation began anew.")
+            gr.Info("Your session expired. This is a new conversation.")
         yield from self._show(visitor, pending)
         kept = pending.answer.kept or self.visitors.find(request.session_hash) is not visitor
         yield visitor.messages(), question_box(None if kept else question)
 
     def retry(self, temperature: float, top_p: float, tokens: int, request: gr.Request) -> Iterator:
-        """Stream another answer to the last question. The one before stays if this one fails."""
+        """Stream another answer to the last question. If it fails, the earlier answer stays."""
         self._check_page(request)
         visitor = self.visitors.find(request.session_hash)
         if visitor is None or not visitor.turns:
@@ -332,7 +337,7 @@ class Demo:
         yield visitor.messages(), question_box()
 
     def undo(self, request: gr.Request) -> tuple:
-        """Take the last question back into the box."""
+        """Remove the last question from the conversation and put it into the question box."""
         visitor = self.visitors.find(request.session_hash)
         if visitor is None:
             return gr.skip(), gr.skip()
@@ -345,17 +350,17 @@ class Demo:
         return [], question_box()
 
     def fetch(self, address: str, question: dict, request: gr.Request) -> tuple:
-        """Put the picture of an address beside the question, if the operator allows its host."""
+        """Fetch an image and add it to the question, if the operator allows its host."""
         self._check_page(request)
         try:
-            picture = fetch_picture(address.strip(), self.limits.max_bytes, self.limits.max_pixels, self.limits.hosts)
+            image = fetch_image(address.strip(), self.limits.max_bytes, self.limits.max_pixels, self.limits.hosts)
         except ValueError as error:
             _warn(error)
             return gr.skip(), gr.skip()
-        folder = Path(get_upload_folder())  # where the page's other pictures are, which go after an hour
+        folder = Path(get_upload_folder())  # Gradio deletes its files after an hour
         folder.mkdir(parents=True, exist_ok=True)
-        file = Path(tempfile.mkdtemp(dir=folder)) / "picture.png"
-        picture.save(file)
+        file = Path(tempfile.mkdtemp(dir=folder)) / "image.png"
+        image.save(file)
         return question_box(
             {"text": question.get("text") or "", "files": [*(question.get("files") or []), str(file)]}
         ), ""
@@ -381,24 +386,25 @@ class Demo:
         except Exception as error:
             _warn(error)
         finally:
-            if not pending.answer.done():  # the page has gone
+            if not pending.answer.done():  # the page was closed
                 pending.answer.cancel()
             pending.answer.wait()
             visitor.finish(pending)
 
     def _check_page(self, request: gr.Request) -> None:
-        """A browser chooses its session's id itself. So whoever has no page open is not believed to be one."""
+        """Raise an error if no page with this session's id is open. Browsers choose the id, so it proves nothing."""
         if request.session_hash not in self.pages:
-            raise gr.Error("This page has lost its connection to the server. Load it again.", print_exception=False)
+            raise gr.Error("This page has lost its connection to the server. Reload it.", print_exception=False)
 
     def _check_length(self, text: str) -> None:
         if len(text) > self.limits.max_characters:
             raise ValueError(
-                f"The question has {len(text):,} characters, and at most {self.limits.max_characters:,} are accepted. Make it shorter."
+                f"The question has {len(text):,} characters. The limit is {self.limits.max_characters:,}. Make it "
+                "shorter."
             )
 
     def _options(self, temperature: float, top_p: float, tokens: int) -> dict[str, Any]:
-        """Within bounds: what comes from a browser need not come from our sliders."""
+        """Return options within their bounds. A browser may send values that the sliders do not allow."""
         return sampling_options(
             min(max(float(temperature), 0.0), 2.0),
             min(max(float(top_p), 0.01), 1.0),
@@ -407,7 +413,7 @@ class Demo:
 
 
 def _warn(error: Exception, files: Sequence[str] = ()) -> None:
-    """Show what went wrong, with names of files instead of their places on the server."""
+    """Show an error with the names of files instead of their paths on the server."""
     text = str(error)
     for file in files:
         text = text.replace(str(file), Path(file).name)
@@ -415,7 +421,7 @@ def _warn(error: Exception, files: Sequence[str] = ()) -> None:
 
 
 def question_box(value: Any = None, answering: bool = False) -> Any:
-    """The box of the question, empty or with `value`, with a button to stop while there is an answer to stop."""
+    """Return the question box, empty or with `value`. During an answer it has a stop button."""
     if answering is False and value is None:
         return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
     return gr.MultimodalTextbox(value=value, submit_btn=not answering, stop_btn=answering)
@@ -424,8 +430,11 @@ def question_box(value: Any = None, answering: bool = False) -> Any:
 def build_page(
     demo: Demo, title: str, devices: list[str], temperature: float = 0.0, top_p: float = 0.9, max_new_tokens: int = 512
 ) -> gr.Blocks:
+    """Build the page."""
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"# {title}\nQuestions about pictures, answered on this machine.", elem_id="title")
+        gr.Markdown(
+            f"# {title}\nAsk questions about images. The answers are computed on this machine.", elem_id="title"
+        )
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=420):
                 chat = gr.Chatbot(
@@ -434,7 +443,7 @@ def build_page(
                     height="66vh",
                     layout="bubble",
                     placeholder=PLACEHOLDER,
-                    render_markdown=False,  # messages are HTML already, of which it is known that it loads nothing
+                    render_markdown=False,  # messages are HTML that loads nothing
                     latex_delimiters=[],
                     buttons=[],
                     feedback_options=None,
@@ -442,7 +451,7 @@ def build_page(
                 question = gr.MultimodalTextbox(
                     elem_id="question",
                     show_label=False,
-                    placeholder="Ask about the picture",
+                    placeholder="Ask about the image",
                     file_types=["image"],
                     file_count="multiple",
                     sources=["upload"],
@@ -457,17 +466,24 @@ def build_page(
                     copy = gr.Button("Copy", elem_id="copy", size="sm", min_width=50)
                     clear = gr.Button("Clear", elem_id="clear", size="sm", min_width=50, variant="stop")
                 settings = [
-                    gr.Slider(0.0, 2.0, temperature, step=0.05, label="Temperature", info="0 gives the likeliest words."),
-                    gr.Slider(0.05, 1.0, top_p, step=0.05, label="Top-p", info="With temperature above 0."),
                     gr.Slider(
-                        1, demo.limits.max_new_tokens, min(max_new_tokens, demo.limits.max_new_tokens), step=1, label="Longest answer",
-                        info="In tokens.",
+                        0.0, 2.0, temperature, step=0.05, label="Temperature", info="0 for greedy decoding.",
                     ),
-                    gr.Dropdown(devices, value=devices[0], label="Device", info="Another one begins a new conversation."),
+                    gr.Slider(
+                        0.05, 1.0, top_p, step=0.05, label="Top-p", info="Used if the temperature is above 0.",
+                    ),
+                    gr.Slider(
+                        1, demo.limits.max_new_tokens, min(max_new_tokens, demo.limits.max_new_tokens), step=1,
+                        label="Maximum length of an answer", info="In tokens.",
+                    ),
+                    gr.Dropdown(
+                        devices, value=devices[0], label="Device",
+                        info="Changing the device starts a new conversation.",
+                    ),
                 ]  # fmt: skip
                 with gr.Group(visible=bool(demo.limits.hosts)):
                     address = gr.Textbox(
-                        label="Picture from",
+                        label="Image from",
                         info=", ".join(demo.limits.hosts),
                         placeholder="https://",
                         max_length=2000,

@@ -1,1 +1,1 @@
-"""Stage 6: what a conversion costs in quality, measured against the checkpoint or another bundle."""
+"""Stage 6: measure the quality of bundles against the checkpoint or another bundle."""

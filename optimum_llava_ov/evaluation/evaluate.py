@@ -1,4 +1,4 @@
-"""`optimum-cli llava-ov eval`, and the same from Python."""
+"""Compare bundles with a reference. `optimum-cli llava-ov eval` calls this."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def evaluate(
 ) -> dict[str, Quality]:
     """Compare bundles with a reference, and write `eval.json` into each.
 
-    Everything is deterministic: greedy answers, and a fixed choice of samples.
+    The results are deterministic: answers are greedy, and the choice of samples is fixed.
 
     Args:
-        bundles: folders of bundles.
-        reference: an original checkpoint (folder or model id), which is run in torch, or another bundle.
-        dataset: a folder of pictures or a JSONL file (see [`~optimum_llava_ov.samples.read_samples`]); without one, pictures of
-            coloured shapes, drawn here, with their answers.
-        work_dir: where recordings are kept, so that an interrupted run continues; `<first bundle>/.eval` if not given.
+        bundles: Folders of bundles.
+        reference: Folder or model id of an original checkpoint, which runs in torch, or another bundle.
+        dataset: Folder of images or a JSONL file (see [`~optimum_llava_ov.samples.files.read_samples`]). Default:
+            generated images of coloured shapes, with questions and answers.
+        work_dir: Folder for recordings, from which an interrupted run resumes. Default: `<first bundle>/.eval`.
 
     Returns:
-        The numbers for each bundle, by the name of its folder.
+        The quality of each bundle, by the name of its folder.
     """
-    bundles = [Path(bundle) for bundle in bundles]
-    for bundle in bundles:
-        complete_replacement(bundle)
-        check_loads(bundle)
+    folders = [Path(bundle) for bundle in bundles]
+    for folder in folders:
+        complete_replacement(folder)
+        check_loads(folder)
     samples = built_in_samples(num_samples) if dataset is None else read_samples(dataset)[:num_samples]
     settings = {
         "reference": str(reference),
@@ -55,25 +55,18 @@ def evaluate(
         "prompts": [sample.prompt for sample in samples],
         "max_new_tokens": max_new_tokens,
     }
-    work_dir = Path(work_dir) if work_dir else bundles[0] / ".eval"
+    recordings = Path(work_dir) if work_dir else folders[0] / ".eval"
+    expected = recordings / "reference"
 
-    _record(reference, device, samples, work_dir / "reference", settings, max_new_tokens)
+    _record(reference, device, samples, expected, settings, max_new_tokens)
     qualities = {}
-    for bundle in bundles:
-        recording = work_dir / bundle.resolve().name
-        fingerprint = (bundle / "openvino_language_model.bin").stat().st_mtime_ns
-        _record(
-            bundle,
-            device,
-            samples,
-            recording,
-            {**settings, "bundle": fingerprint},
-            max_new_tokens,
-            work_dir / "reference",
-        )
-        quality = measure(samples, work_dir / "reference", recording, bundle, AutoTokenizer.from_pretrained(bundle))
-        qualities[bundle.resolve().name] = quality
-        write_json(bundle / "eval.json", {**quality.to_dict(), "settings": _public(settings, dataset)})
+    for folder in folders:
+        found = recordings / folder.resolve().name
+        modified = (folder / "openvino_language_model.bin").stat().st_mtime_ns
+        _record(folder, device, samples, found, {**settings, "bundle": modified}, max_new_tokens, expected)
+        quality = measure(samples, expected, found, folder, AutoTokenizer.from_pretrained(folder))
+        qualities[folder.resolve().name] = quality
+        write_json(folder / "eval.json", {**quality.to_dict(), "settings": _public(settings, dataset)})
     return qualities
 
 
@@ -88,7 +81,7 @@ def _record(
 ) -> None:
     prepare_folder(folder, settings)
     if len(list(folder.glob("*.npz"))) >= len(samples):
-        logger.info("%s is recorded already", name)
+        logger.info("%s is already recorded", name)
         return
     model, processor = load(name, device)
     if reference is None:
@@ -100,7 +93,7 @@ def _record(
 
 
 def _public(settings: dict, dataset: str | Path | None) -> dict:
-    """What of the settings strangers should see: names, no paths."""
+    """Return settings for publication: names instead of paths."""
     return {
         "reference": Path(settings["reference"]).name
         if Path(settings["reference"]).exists()

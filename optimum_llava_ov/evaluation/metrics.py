@@ -1,4 +1,4 @@
-"""Numbers from recordings."""
+"""Compute metrics from recordings."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from optimum_llava_ov.samples.files import Sample
 
 @dataclass(frozen=True)
 class Quality:
-    """How a bundle compares with its reference.
+    """Compare a bundle with its reference.
 
     Attributes:
-        kl_mean, kl_p95 (`float`): Kullback-Leibler divergence from the reference's distribution to the bundle's, in nats per token
-            of the reference's answers: mean and 95th percentile.
-        top1_agreement (`float`): share of these tokens at which both find the same token most likely.
-        identical (`float`): share of samples with the same greedy answer.
-        first_divergence (`float` or `None`): mean index of the first token that differs, over answers that do.
-        accuracy, reference_accuracy (`float` or `None`): share of exact answers, where the data has answers.
-        num_samples, num_tokens (`int`): what this was measured on.
-        size (`dict[str, int]`): bytes of each part, and `total`.
+        kl_mean, kl_p95 (`float`): Kullback-Leibler divergence from the reference's distribution to the bundle's, in
+            nats per token of the reference's answers: mean and 95th percentile.
+        top1_agreement (`float`): Share of these tokens for which both models give the same token the highest
+            probability.
+        identical (`float`): Share of samples with the same greedy answer.
+        first_divergence (`float` or `None`): Mean index of the first different token, over answers that differ.
+        accuracy, reference_accuracy (`float` or `None`): Share of exact answers, if the data has answers.
+        num_samples, num_tokens (`int`): Number of samples and tokens that were measured.
+        size (`dict[str, int]`): Bytes of each part, and `total`.
     """
 
     kl_mean: float
@@ -42,25 +43,30 @@ class Quality:
 
 
 def measure(samples: list[Sample], reference: Path, recording: Path, bundle: Path, tokenizer) -> Quality:
-    """
+    """Compute the metrics of a bundle.
+
     Args:
-        reference, recording: folders written by `record_reference` and `record_bundle`.
-        bundle: for the sizes of its parts.
+        reference, recording: Folders that `record_reference` and `record_bundle` wrote.
+        bundle: Folder of the bundle, for the sizes of its parts.
     """
-    kl, same_top1, divergences, right, reference_right = [], [], [], [], []
+    kl_of_samples: list[np.ndarray] = []
+    same_top1: list[np.ndarray] = []
+    divergences: list[int | None] = []
+    is_exact: list[bool] = []
+    reference_is_exact: list[bool] = []
     for index, sample in enumerate(samples):
         with np.load(reference / f"{index:05d}.npz") as recorded:
             expected = recorded["tokens"].tolist()
         with np.load(recording / f"{index:05d}.npz") as recorded:
             found = recorded["tokens"].tolist()
-            kl.append(recorded["kl"])
+            kl_of_samples.append(recorded["kl"])
             same_top1.append(recorded["same_top1"])
         divergences.append(first_difference(expected, found))
         if sample.answer is not None:
             texts = (tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in (found, expected))
-            for text, results in zip(texts, (right, reference_right)):
+            for text, results in zip(texts, (is_exact, reference_is_exact)):
                 results.append(text == sample.answer.strip())
-    kl = np.concatenate(kl)
+    kl = np.concatenate(kl_of_samples)
     sizes = part_sizes(bundle)
     different = [index for index in divergences if index is not None]
     return Quality(
@@ -69,8 +75,8 @@ def measure(samples: list[Sample], reference: Path, recording: Path, bundle: Pat
         top1_agreement=float(np.concatenate(same_top1).mean()),
         identical=1 - len(different) / len(samples),
         first_divergence=float(np.mean(different)) if different else None,
-        accuracy=float(np.mean(right)) if right else None,
-        reference_accuracy=float(np.mean(reference_right)) if right else None,
+        accuracy=float(np.mean(is_exact)) if is_exact else None,
+        reference_accuracy=float(np.mean(reference_is_exact)) if is_exact else None,
         num_samples=len(samples),
         num_tokens=len(kl),
         size={**sizes, "total": sum(sizes.values())},
@@ -78,7 +84,7 @@ def measure(samples: list[Sample], reference: Path, recording: Path, bundle: Pat
 
 
 def first_difference(expected: list[int], found: list[int]) -> int | None:
-    """Index of the first token that differs, or `None`; an answer that ends early differs where it ends."""
+    """Return the index of the first different token, or `None`. An answer that ends early differs where it ends."""
     for index, (left, right) in enumerate(zip(expected, found)):
         if left != right:
             return index
@@ -86,7 +92,7 @@ def first_difference(expected: list[int], found: list[int]) -> int | None:
 
 
 def table(qualities: dict[str, Quality]) -> str:
-    """The numbers as text, a line for each bundle."""
+    """Return the metrics as a text table with one line for each bundle."""
     header = ("bundle", "size", "KL mean", "KL p95", "top-1", "same answers", "first difference", "exact answers")
     rows = [header]
     for name, quality in qualities.items():

@@ -1,4 +1,4 @@
-"""Quality against size, as a picture for a model card."""
+"""Plot quality against size for a model card."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from optimum_llava_ov.evaluation.metrics import Quality
 
 
 def plot(qualities: dict[str, Quality], file: Path) -> None:
-    """Draw the bundles: size to the right, divergence from the reference upwards; down and left is better.
+    """Plot bundles: size on the x axis, divergence from the reference on the y axis. Lower left is better.
 
     Raises:
-        `ImportError`: matplotlib is not installed; says how to install it.
+        `ImportError`: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("The picture needs matplotlib: pip install optimum-llava-ov[eval]") from error
+        raise ImportError(
+            'The plot needs matplotlib. Install it with: pip install "optimum-llava-ov[eval]"'
+        ) from error
 
     figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
     axes = figure.subplots()
     sizes = [quality.size["total"] / 1e6 for quality in qualities.values()]
-    # An unchanged model has no divergence at all, which a logarithmic axis cannot show.
+    # A logarithmic axis cannot show the zero divergence of an unchanged model
     divergences = [max(quality.kl_mean, 1e-7) for quality in qualities.values()]
     axes.scatter(sizes, divergences, s=70, color="#0068b5", zorder=3)
     for (name, quality), size, divergence in zip(qualities.items(), sizes, divergences):

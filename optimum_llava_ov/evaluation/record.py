@@ -1,7 +1,7 @@
-"""What a model answers, and how sure it is of each token, written to disk sample by sample.
+"""Record the answers of a model and the probabilities of their tokens on disk, sample by sample.
 
-The reference is recorded first and freed before a bundle is loaded, so the two never share memory. A recording that was
-interrupted continues where it stopped.
+The reference is recorded first and freed before a bundle is loaded, so that both are never in memory together. An
+interrupted recording continues where it stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from optimum_llava_ov.samples.files import Sample
 
 
 def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
-    """A bundle as `OVModelForLlavaMPT`, or an original checkpoint in torch: in float32 if that fits, else in bfloat16."""
+    """Load a bundle as `OVModelForLlavaMPT`, or an original checkpoint in torch.
+
+    A checkpoint is loaded in float32 if the memory suffices, otherwise in bfloat16.
+    """
     if holds_original_checkpoint(name):
         checkpoint = OriginalCheckpoint.open(name)
         size = sum(file.stat().st_size for file in checkpoint.weight_files)
@@ -40,7 +43,7 @@ def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
 def record_reference(
     model: Any, processor: LlavaProcessor, samples: list[Sample], folder: Path, max_new_tokens: int
 ) -> None:
-    """Write, for each sample, the greedy answer and the log-probabilities of all tokens at each of its positions."""
+    """Write for each sample the greedy answer, and the log-probabilities of the whole vocabulary for each token."""
     for index, sample in _missing(samples, folder, "Reference"):
         inputs = sample.inputs(processor)
         tokens = _greedy(model, inputs, max_new_tokens)
@@ -52,14 +55,17 @@ def record_reference(
 def record_bundle(
     model: Any, processor: LlavaProcessor, samples: list[Sample], reference: Path, folder: Path, max_new_tokens: int
 ) -> None:
-    """Write, for each sample, the bundle's greedy answer, and how far it is from the reference on the reference's answer."""
+    """Write for each sample the bundle's greedy answer, and its divergence from the reference.
+
+    The divergence is computed for the tokens of the reference's answer.
+    """
     for index, sample in _missing(samples, folder, "Bundle"):
         with np.load(reference / f"{index:05d}.npz") as recorded:
             expected = recorded["log_probs"].astype(np.float32)
             reference_tokens = recorded["tokens"]
         inputs = sample.inputs(processor)
         found = _log_probs(model, inputs, reference_tokens)
-        expected = expected - _logsumexp(expected)  # float16 has cost some digits
+        expected = expected - _logsumexp(expected)  # normalize again after rounding to float16
         kl = (np.exp(expected) * (expected - found)).sum(axis=-1)
         _write(
             folder / f"{index:05d}.npz",
@@ -70,7 +76,7 @@ def record_bundle(
 
 
 def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Begin a recording, or continue one that was made with the same settings; another one is deleted."""
+    """Begin a recording, or continue one with the same settings. A recording with other settings is deleted."""
     file = folder / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         for old in folder.glob("*.npz"):
@@ -79,9 +85,9 @@ def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
     file.write_text(json.dumps(settings))
 
 
-def _missing(samples: list[Sample], folder: Path, what: str):
+def _missing(samples: list[Sample], folder: Path, description: str):
     todo = [(index, sample) for index, sample in enumerate(samples) if not (folder / f"{index:05d}.npz").exists()]
-    return tqdm(todo, desc=what, initial=len(samples) - len(todo), total=len(samples), unit="sample")
+    return tqdm(todo, desc=description, initial=len(samples) - len(todo), total=len(samples), unit="sample")
 
 
 def _greedy(model: Any, inputs: Any, max_new_tokens: int) -> np.ndarray:
@@ -91,7 +97,7 @@ def _greedy(model: Any, inputs: Any, max_new_tokens: int) -> np.ndarray:
 
 
 def _log_probs(model: Any, inputs: Any, tokens: np.ndarray) -> np.ndarray:
-    """`(tokens, vocab_size)` float32: log-probabilities where each token of the answer was to be chosen."""
+    """Return log-probabilities `(tokens, vocab_size)` float32 for each token of the answer."""
     answer = torch.from_numpy(tokens[:-1])[None]
     full = {
         **inputs,
@@ -110,5 +116,5 @@ def _logsumexp(values: np.ndarray) -> np.ndarray:
 def _write(file: Path, **arrays: np.ndarray) -> None:
     partial = file.with_suffix(".partial")
     with partial.open("wb") as stream:
-        np.savez(stream, **arrays)
+        np.savez(stream, **arrays)  # type: ignore[arg-type]  # the stub takes any name for `allow_pickle`
     partial.rename(file)

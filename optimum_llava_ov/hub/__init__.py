@@ -1,1 +1,1 @@
-"""Stage 6: publishing a bundle on the Hub."""
+"""Stage 6: publish a bundle on the Hub."""

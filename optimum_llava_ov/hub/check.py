@@ -1,4 +1,4 @@
-"""Whether a folder is a bundle that strangers can use: looked at before anything is published."""
+"""Check before publishing that a folder is a bundle that others can use."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ logger = logging.getLogger(__name__)
 
 
 def check_publishable(folder: Path) -> None:
-    """
+    """Check that a bundle can be published.
+
     Raises:
-        [`BundleError`]: files are missing or do not load, or the card lacks metadata; says which.
+        [`BundleError`]: Files are missing or do not load, or the card lacks metadata.
     """
     if not folder.is_dir():
         raise BundleError(
-            f"{folder} is no folder. Expected one with a bundle, as `optimum-cli export openvino` writes it."
+            f"{folder} is not a folder. Expected the folder of a bundle that `optimum-cli export openvino` wrote."
         )
     complete_replacement(folder)
     check_bundle(folder)
     check_loads(folder, tokenizers=True)
-    card = read_card(folder / CARD)
+    card = read_card(folder / CARD) or ""
     if missing := missing_metadata(card):
         raise BundleError(
-            f"The card {folder / CARD} lacks {', '.join(missing)}. Add it to the metadata between the two `---` at its top, or delete the "
-            "card and export again."
+            f"The card {folder / CARD} lacks {', '.join(missing)}. Add it to the metadata between the two `---` at "
+            "the top, or delete the card and export again."
         )
     if license_of(card) == UNKNOWN_LICENSE:
-        logger.warning("The card says `license: %s`. Find out which it is, and write it there.", UNKNOWN_LICENSE)
+        logger.warning(
+            "The card says `license: %s`. Find out the license of the model, and write it there.", UNKNOWN_LICENSE
+        )

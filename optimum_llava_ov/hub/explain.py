@@ -1,4 +1,4 @@
-"""What the Hub's errors mean for somebody who wants to publish."""
+"""Explain the Hub's errors to a user who publishes a bundle."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from optimum_llava_ov.errors import HubError, HubUnreachableError
 from optimum_llava_ov.hub_errors import is_unreachable, redacted, root_cause, status_meaning, unreachable
 
 
-_AGAIN = "Nothing was published. Run it again: what has been uploaded is not uploaded twice."
+_AGAIN = "Nothing was published. Run it again: files that were uploaded are not uploaded twice."
 
 
 @contextmanager
 def explained(api: HfApi, repo_id: str) -> Iterator[None]:
-    """Turn what goes wrong inside into a [`HubError`] that says what to do, and shows no token."""
+    """Turn exceptions into a [`HubError`] that says what to do and does not show a token."""
     try:
         yield
     except HubError:
         raise
     except HFValidationError as error:
-        raise HubError(
-            f"{repo_id!r} is not a valid name for a repository. Expected `owner/name`. ({error})"
-        ) from error
+        message = f"{repo_id!r} is not a valid name for a repository. Expected `owner/name`. ({error})"
+        raise HubError(message) from error
     except LocalTokenNotFoundError as error:
         raise HubError(_not_logged_in(repo_id)) from error
     except OfflineModeIsEnabled as error:
-        raise HubError("HF_HUB_OFFLINE is set, so nothing can be published. Unset it.") from error
+        raise HubError("Nothing can be published while HF_HUB_OFFLINE is set. Unset it.") from error
     except (HfHubHTTPError, httpx.TransportError, RuntimeError, ValueError, OSError) as error:
         cause = root_cause(error)
         if isinstance(cause, HfHubHTTPError):
@@ -42,36 +41,39 @@ def explained(api: HfApi, repo_id: str) -> Iterator[None]:
 
 
 def _meaning(error: HfHubHTTPError, api: HfApi, repo_id: str) -> str:
-    status, said = error.response.status_code, error.server_message or str(error)
+    status, message = error.response.status_code, error.server_message or str(error)
     if status == 401:
         return _not_logged_in(repo_id)
     if status == 403:
-        return _forbidden(api, repo_id, said)
+        return _forbidden(api, repo_id, message)
     if status == 404:
-        return f"The Hub knows no {repo_id}, or no such revision of it, or does not show it to this token. ({said})"
+        return f"{repo_id} or this revision of it does not exist, or the token may not see it. ({message})"
     if status in (409, 412):
-        return f"Somebody else is changing {repo_id} at the same time. Look at what has changed, then run it again. ({said})"
+        return f"Someone else is changing {repo_id} now. Look at the changes, then run it again. ({message})"
     return f"{status_meaning(error, repo_id)} {_AGAIN}"
 
 
 def _not_logged_in(repo_id: str) -> str:
     return (
-        f"The Hub does not know who you are, so {repo_id} cannot be published. Log in with `hf auth login`, or give a valid token with "
-        "write permission in HF_TOKEN or --token (https://huggingface.co/settings/tokens)."
+        f"You are not logged in to the Hub, so {repo_id} cannot be published. Log in with `hf auth login`, or give a "
+        "valid token with write permission in HF_TOKEN or --token (https://huggingface.co/settings/tokens)."
     )
 
 
-def _forbidden(api: HfApi, repo_id: str, said: str) -> str:
+def _forbidden(api: HfApi, repo_id: str, message: str) -> str:
     try:
         user = api.whoami()
     except (httpx.HTTPError, LocalTokenNotFoundError):
         return _not_logged_in(repo_id)
     name, owner = user["name"], repo_id.split("/")[0]
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        return f"The token of {name!r} may only read. Use one with write permission: https://huggingface.co/settings/tokens. ({said})"
+        return (
+            f"The token of {name!r} may only read. Use a token with write permission: "
+            f"https://huggingface.co/settings/tokens. ({message})"
+        )
     if owner not in (name, *(organization["name"] for organization in user.get("orgs", []))):
         return (
-            f"{repo_id} belongs to {owner!r}, and you are {name!r}. Push to `{name}/{repo_id.split('/')[-1]}`, or, if it exists, propose "
-            f"your version as a pull request (--create-pr, create_pr=True). ({said})"
+            f"{repo_id} belongs to {owner!r}, and you are {name!r}. Push to `{name}/{repo_id.split('/')[-1]}`. If the "
+            f"repository exists, you can also propose a pull request (--create-pr, create_pr=True). ({message})"
         )
-    return f"{name!r} may not write to {repo_id}. Does the token have write permission for it? ({said})"
+    return f"{name!r} may not write to {repo_id}. Does the token have write permission for it? ({message})"

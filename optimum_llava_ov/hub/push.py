@@ -1,4 +1,4 @@
-"""Publishing a bundle: all of it in one commit, nothing else, and nothing twice."""
+"""Publish a complete bundle in one commit. Nothing else is published, and nothing is uploaded twice."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push would publish.
+    """List what a push would publish.
 
     Attributes:
-        repo_id (`str`): where; with its owner if that was given.
-        files (`dict[str, int]`): name and size of each file.
+        repo_id (`str`): Repository, with its owner if that was given.
+        files (`dict[str, int]`): Size of each file in bytes, by name.
     """
 
     repo_id: str
@@ -39,7 +39,7 @@ class PushPlan:
         width = max(map(len, self.files))
         lines = [f"{name:<{width}}  {size / 1e6:>12,.3f} MB" for name, size in self.files.items()]
         return "\n".join(
-            [*lines, f"{'together':<{width}}  {sum(self.files.values()) / 1e6:>12,.3f} MB", f"to {self.repo_id}"]
+            [*lines, f"{'total':<{width}}  {sum(self.files.values()) / 1e6:>12,.3f} MB", f"to {self.repo_id}"]
         )
 
 
@@ -47,7 +47,7 @@ def plan_push(bundle: str | Path, repo_id: str) -> PushPlan:
     """Check everything that can be checked without the Hub.
 
     Raises:
-        [`BundleError`]: the bundle is not whole, does not load, or its card lacks metadata.
+        [`BundleError`]: The bundle is incomplete, does not load, or its card lacks metadata.
         [`HubError`]: `repo_id` is not a valid name.
     """
     bundle = Path(bundle)
@@ -70,24 +70,25 @@ def push_bundle(
     create_pr: bool = False,
     tags: list[str] | None = None,
 ) -> CommitInfo:
-    """Publish a bundle in one commit. What the repository has already is not uploaded again.
+    """Publish a bundle in one commit. Files that the repository already has are not uploaded again.
 
-    The card's snippets get the repository's name. A card on the Hub that somebody has edited there is brought up to date, not replaced,
-    unless the bundle's own card was edited, too.
+    The snippets of the card get the repository's name. A card that was edited on the Hub is updated, not replaced,
+    unless the bundle's own card was edited too.
 
     Args:
-        repo_id: `owner/name`; just `name` is yours. Created if it does not exist.
-        private: whether a repository that is created is private; the owner's default if not given.
-        revision: branch, created if it does not exist; `main` if not given.
-        create_pr: propose the bundle as a pull request, which needs no write permission.
-        tags: more tags for the card.
+        repo_id: `owner/name`, or `name` for a repository of your own. Created if it does not exist.
+        private: Whether a newly created repository is private. Default: the owner's setting.
+        revision: Branch to push to. Created if it does not exist. Default: `main`.
+        create_pr: Propose the bundle as a pull request, which does not need write permission.
+        tags: Additional tags for the card.
 
     Returns:
-        `CommitInfo`: a string, the commit's address; `.pr_url` is that of the pull request.
+        `CommitInfo`: A string with the address of the commit. `.pr_url` is the address of the pull request.
 
     Raises:
-        [`BundleError`]: see [`plan_push`].
-        [`HubError`]: the Hub refused, or could not be reached. Nothing is published then; a second try uploads only the rest.
+        [`BundleError`]: See [`plan_push`].
+        [`HubError`]: The Hub refused, or could not be reached. Nothing was published. A second try uploads only the
+            remaining files.
     """
     bundle, plan = Path(bundle), plan_push(bundle, repo_id)
     api = HfApi(token=clean_token(token), library_name="optimum-llava-ov")
@@ -95,17 +96,19 @@ def push_bundle(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = set(api.list_repo_files(repo_id, revision=revision))
-        card = _card(api, bundle, repo_id, revision, CARD in there)
+        published = set(api.list_repo_files(repo_id, revision=revision))
+        card = _card(api, bundle, repo_id, revision, CARD in published)
         operations = [CommitOperationAdd(CARD, add_tags(card, tags).encode())]
         streamed = _client_has_xet() and not _server_has_xet(api, repo_id, revision, create_pr)
-        # What is small first: it has arrived then if the connection is lost
-        for name in sorted(plan.files.keys() - {CARD}, key=plan.files.get):
-            # The client sends streams as git-LFS does, and paths by Xet, whether the server has that or not
-            content = files.enter_context(open(bundle / name, "rb")) if streamed else bundle / name
+        # Small files first, so that they are uploaded if the connection is lost
+        for name in sorted(plan.files.keys() - {CARD}, key=lambda name: plan.files[name]):
+            # The client uploads streams with git-LFS, and paths with Xet even if the server does not support it
+            content = files.enter_context((bundle / name).open("rb")) if streamed else bundle / name
             operations.append(CommitOperationAdd(name, content))
-        # Of an earlier version, and not true of this one
-        operations += [CommitOperationDelete(name) for name in EXTRA_FILES if name in there and name not in plan.files]
+        # Files that describe an earlier version and not this one
+        operations += [
+            CommitOperationDelete(name) for name in EXTRA_FILES if name in published and name not in plan.files
+        ]
         return api.create_commit(
             repo_id,
             operations,
@@ -116,9 +119,9 @@ def push_bundle(
         )
 
 
-def _card(api: HfApi, bundle: Path, repo_id: str, revision: str | None, is_there: bool) -> str:
-    card = read_card(bundle / CARD)
-    if is_there and is_untouched(bundle, card):
+def _card(api: HfApi, bundle: Path, repo_id: str, revision: str | None, is_published: bool) -> str:
+    card = read_card(bundle / CARD) or ""
+    if is_published and is_untouched(bundle, card):
         try:
             published = read_card(Path(api.hf_hub_download(repo_id, CARD, revision=revision)))
         except EntryNotFoundError:
@@ -133,7 +136,7 @@ def _client_has_xet() -> bool:
 
 
 def _server_has_xet(api: HfApi, repo_id: str, revision: str | None, create_pr: bool) -> bool:
-    """huggingface.co has Xet storage; mirrors and servers of companies may not."""
+    """Return whether the server supports Xet storage. huggingface.co does; mirrors and private servers may not."""
     revision = quote(revision or constants.DEFAULT_REVISION, safe="")
     response = get_session().get(
         f"{api.endpoint}/api/models/{repo_id}/xet-write-token/{revision}",

@@ -1,1 +1,1 @@
-"""Stage 5: running a bundle from transformers code."""
+"""Stage 5: run a bundle from transformers code."""

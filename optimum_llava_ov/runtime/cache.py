@@ -1,4 +1,4 @@
-"""Keys and values of a batch: what transformers calls `past_key_values`."""
+"""Keep the keys and values of a batch: what transformers calls `past_key_values`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ if TYPE_CHECKING:
 
 
 class DecoderCache:
-    """The cache of one batch, inside a request of the compiled language model.
+    """Keep the cache of one batch, inside a request of the compiled language model.
 
-    `generate` and `forward` take it as `past_key_values`, and continue after its tokens.
-
-    It has the methods of [`~transformers.Cache`] that `generate` calls.
+    `generate` and `forward` take it as `past_key_values`, and continue after its tokens. It has the methods of
+    [`~transformers.Cache`] that `generate` calls.
 
     Args:
-        decoder ([`Decoder`]): owns the request. No other cache may use it.
+        decoder ([`Decoder`]): Owns the request. No other cache may use it.
 
     Attributes:
-        lock (`threading.RLock`): held by whoever computes with the cache.
+        lock (`threading.RLock`): Held while a thread computes with the cache.
     """
 
     is_compileable = False
@@ -37,30 +36,35 @@ class DecoderCache:
 
     @property
     def decoder(self) -> Decoder:
-        """
+        """Return the decoder.
+
         Raises:
             `ValueError`: The request computes another batch now.
         """
         if self._decoder is None:
             raise ValueError(
-                "past_key_values are of an earlier prompt, and the model has begun another one since. Leave past_key_values out and "
-                "give the whole prompt; or give each conversation a cache of its own, as model.new_cache() and model.chat() do."
+                "past_key_values belong to an earlier prompt, and the model has begun another prompt since. Leave out "
+                "past_key_values and give the whole prompt. Or give each conversation its own cache, as "
+                "model.new_cache() and model.chat() do."
             )
         return self._decoder
 
     def replaced(self) -> DecoderCache:
-        """An empty cache on the same request. This one cannot be used any more."""
+        """Return an empty cache on the same request. This cache cannot be used any more."""
         other = DecoderCache(self.decoder)
         other.lock, self._decoder = self.lock, None
         return other
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens in each sequence, padding included. The same for all layers."""
+        """Return the number of tokens in each sequence, padding included. It is the same for all layers."""
         return self._length if self.decoder else 0
 
     @property
     def chunk_size(self) -> int:
-        """Number of tokens to give in the next call when a prompt is processed in chunks, with a chance to cancel in between."""
+        """Return how many tokens the next call should process.
+
+        A long prompt is processed in chunks, so that it can be cancelled between two of them.
+        """
         return self.decoder.chunk_size if self._length else self.decoder.first_chunk_size
 
     def crop(self, max_length: int) -> None:
@@ -92,7 +96,7 @@ class DecoderCache:
         """Process tokens after those that are in the cache. Arguments and result are those of [`Decoder`].
 
         Raises:
-            `ValueError`: The batch is not that of the cache.
+            `ValueError`: The batch size differs from that of the cache.
         """
         batch_size, length = inputs_embeds.shape[:2]
         if batch_size != self._batch_size:

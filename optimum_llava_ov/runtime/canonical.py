@@ -1,4 +1,4 @@
-"""Prompts in every spelling that LLaVA code has used, brought to the one the model runs on."""
+"""Rewrite prompts from every form that LLaVA code has used to the one that the model takes."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ def canonical_prompts(
     border_ids: tuple[int, int] | None,
     pad_token_id: int,
 ) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Rows in which each image is `image_seq_length` times `<image>`, without borders around, padded on the left.
+    """Write each image as `image_seq_length` times `<image>`, without border tokens, and pad on the left.
 
-    Understands: -200 for an image; one `<image>` for an image; `<im_start>` and `<im_end>` spelled out, which are part of the
-    image's rows already; padding on either side. Rows that are canonical come back unchanged.
+    Accepts -200 for an image, one `<image>` for an image, and padding on either side. `<im_start>` and `<im_end>`
+    around an image are removed, because the image features include them. Canonical prompts are returned unchanged.
 
     Args:
         input_ids, attention_mask: `(batch, tokens)`.
-        border_ids: ids of `<im_start>` and `<im_end>`, if the model has them.
+        border_ids: Ids of `<im_start>` and `<im_end>`, if the model has them.
 
     Returns:
-        `input_ids` and `attention_mask`, `(batch, longest row)`.
+        `input_ids` and `attention_mask`, `(batch, tokens of the longest sequence)`.
     """
-    rows = [
-        _canonical_row(ids[mask.bool()].tolist(), image_token_id, image_seq_length, border_ids)
+    sequences = [
+        _canonical_sequence(ids[mask.bool()].tolist(), image_token_id, image_seq_length, border_ids)
         for ids, mask in zip(input_ids, attention_mask)
     ]
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    length = max(len(sequence) for sequence in sequences)
+    ids = torch.tensor([[pad_token_id] * (length - len(sequence)) + sequence for sequence in sequences])
+    mask = torch.tensor([[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences])
     return ids, mask
 
 
-def _canonical_row(
-    row: list[int], image_token_id: int, image_seq_length: int, border_ids: tuple[int, int] | None
+def _canonical_sequence(
+    sequence: list[int], image_token_id: int, image_seq_length: int, border_ids: tuple[int, int] | None
 ) -> list[int]:
-    tokens: list[int | None] = []  # None is one whole image
-    for token, run in groupby(row):
+    tokens: list[int | None] = []  # None stands for one whole image
+    for token, run in groupby(sequence):
         count = len(list(run))
         if token == ORIGINAL_IMAGE_TOKEN_ID:
             tokens += [None] * count
@@ -55,15 +55,15 @@ def _canonical_row(
             tokens += [token] * count
 
     canonical: list[int] = []
-    for index, token in enumerate(tokens):
-        if token is None:
+    for index, token_or_image in enumerate(tokens):
+        if token_or_image is None:
             canonical += [image_token_id] * image_seq_length
-        elif not _is_spelled_border(tokens, index, border_ids):
-            canonical.append(token)
+        elif not _is_border_token(tokens, index, border_ids):
+            canonical.append(token_or_image)
     return canonical
 
 
-def _is_spelled_border(tokens: list[int | None], index: int, border_ids: tuple[int, int] | None) -> bool:
+def _is_border_token(tokens: list[int | None], index: int, border_ids: tuple[int, int] | None) -> bool:
     if border_ids is None:
         return False
     if tokens[index] == border_ids[0]:

@@ -1,4 +1,4 @@
-"""The interface of what turns embeddings into logits and keeps keys and values: a request of the compiled language model, and its cache."""
+"""The interface of decoders: a request of the compiled language model, and its cache of keys and values."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import openvino
 
 
 class Decoder(Protocol):
-    """
+    """Compute logits from embeddings, and keep keys and values.
+
     Attributes:
-        attention_backend (`str`): `"PA"`, paged attention, or `"SDPA"`, that of the bundle's graph.
-        request (`openvino.InferRequest`): runs the graph.
-        first_chunk_size, chunk_size (`int`): Number of tokens to give in one call when a prompt is processed in chunks.
+        attention_backend (`str`): `"PA"` (paged attention) or `"SDPA"` (the attention of the bundle's graph).
+        request (`openvino.InferRequest`): Runs the graph.
+        first_chunk_size, chunk_size (`int`): Number of tokens to give in one call when a prompt is processed in
+            chunks.
     """
 
     attention_backend: str
@@ -40,7 +42,7 @@ class Decoder(Protocol):
         Args:
             inputs_embeds: `(batch, tokens, hidden_size)` float32.
             attention_mask: `(batch, past + tokens)` int64, 0 for padding.
-            beam_idx: `(batch,)`, for each sequence, the sequence of the previous call that it continues.
+            beam_idx: `(batch,)`. For each sequence, the sequence of the previous call that it continues.
             logits_to_keep: Number of last positions to compute logits for.
 
         Returns:

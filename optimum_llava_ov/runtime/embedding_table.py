@@ -1,4 +1,7 @@
-"""Embeddings of single tokens, straight from the table: a call of OpenVINO for one row costs a hundred times what the row costs."""
+"""Read embeddings of single tokens directly from the table.
+
+A call of OpenVINO for one token takes a hundred times as long as the lookup itself.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,15 @@ import numpy as np
 import openvino
 
 
-SAMPLE = 16  # rows that are compared
+SAMPLE = 16  # tokens whose embeddings are compared with OpenVINO's
 
 
 class EmbeddingTable:
-    """
+    """Look up embeddings of tokens.
+
     Args:
-        weights: `(vocab_size, d_model)`, as the graph stores them.
-        scale, zero_point: of each row, `(vocab_size, 1)` or less, for weights in 8 bits.
+        weights: `(vocab_size, hidden_size)`, as the graph stores them.
+        scale, zero_point: `(vocab_size, 1)`, for weights in 8 bits.
     """
 
     def __init__(self, weights: np.ndarray, scale: np.ndarray | None = None, zero_point: np.ndarray | None = None):
@@ -23,10 +27,13 @@ class EmbeddingTable:
 
     @classmethod
     def of(cls, model: openvino.Model, embed: Callable[[np.ndarray], np.ndarray]) -> EmbeddingTable | None:
-        """The table in a graph, if it is of a kind known here, and gives bit for bit what the compiled graph gives.
+        """Find the table in a graph.
 
         Args:
-            embed: the compiled graph: `(1, tokens)` int64 -> `(1, tokens, d_model)` float32.
+            embed: The compiled graph: `(1, tokens)` int64 -> `(1, tokens, hidden_size)` float32.
+
+        Returns:
+            `None` if the graph has another form, or if the results are not bit for bit those of the compiled graph.
         """
         table = _find(model)
         if table is None:
@@ -35,17 +42,17 @@ class EmbeddingTable:
         return table if np.array_equal(table(sample), embed(sample)) else None
 
     def __call__(self, input_ids: np.ndarray) -> np.ndarray:
-        """`(batch, tokens)` -> `(batch, tokens, d_model)` float32."""
-        rows = self.weights[input_ids].astype(np.float32)
+        """Return embeddings `(batch, tokens, hidden_size)` float32 of `(batch, tokens)` ids."""
+        embeddings = self.weights[input_ids].astype(np.float32)
         if self.zero_point is not None:
-            rows -= self.zero_point[input_ids].astype(np.float32)
+            embeddings -= self.zero_point[input_ids].astype(np.float32)
         if self.scale is not None:
-            rows *= self.scale[input_ids].astype(np.float32)
-        return rows
+            embeddings *= self.scale[input_ids].astype(np.float32)
+        return embeddings
 
 
 def _find(model: openvino.Model) -> EmbeddingTable | None:
-    """What NNCF and Optimum make of an embedding: `Gather((Constant - Constant) * Constant)`, with conversions anywhere."""
+    """Find the form that NNCF and Optimum write: `Gather((Constant - Constant) * Constant)`, with any conversions."""
     gather = _source(model.outputs[0].get_node().input_value(0))
     if gather.get_type_name() != "Gather":
         return None
@@ -59,10 +66,14 @@ def _find(model: openvino.Model) -> EmbeddingTable | None:
         return None
     if node.get_element_type().get_type_name() not in ("f32", "f16", "i8", "u8") or len(node.get_output_shape(0)) != 2:
         return None
-    rows = node.get_output_shape(0)[0]
-    if any(list(constant.get_output_shape(0)) != [rows, 1] for constant in constants[1:]):
+    vocab_size = node.get_output_shape(0)[0]
+    if any(list(constant.get_output_shape(0)) != [vocab_size, 1] for constant in constants[1:]):
         return None
-    return EmbeddingTable(*(constant if constant is None else constant.data for constant in (node, scale, zero_point)))
+    return EmbeddingTable(
+        node.data,
+        None if scale is None else scale.data,
+        None if zero_point is None else zero_point.data,
+    )
 
 
 def _source(value: openvino.Output) -> openvino.Node:

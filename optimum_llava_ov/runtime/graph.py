@@ -1,6 +1,7 @@
-"""What is compiled in place of the language model's graph: the same computation, arranged for `generate`.
+"""Rewrite the language model's graph for `generate`. The computation stays the same.
 
-Each function gives a copy that shares the weights. The graph that was loaded stays as it is, for saving and compressing.
+Each function returns a copy that shares the weights. The loaded graph does not change, so that it can be saved and
+compressed.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from openvino._offline_transformations import paged_attention_transformation
 logger = logging.getLogger(__name__)
 
 LOGIT_POSITIONS = "logit_positions"
-POSITIONWISE = ("Add", "Convert", "Gelu", "MVN", "MatMul", "Multiply")  # all that a block has after its attention
+POSITIONWISE = ("Add", "Convert", "Gelu", "MVN", "MatMul", "Multiply")  # operations of a block after its attention
 _ALIBI_SLOPES = 11  # input of PagedAttention; openvino/core/dev_api/openvino/op/paged_attention.hpp
 
 
 def paged(model: openvino.Model) -> openvino.Model | None:
-    """The graph with paged attention, whose cache is a set of inputs, as GenAI's default backend has it.
+    """Return the graph with paged attention, as GenAI's default backend uses it. Its cache is a set of inputs.
 
-    Sequences of any lengths come one behind the other: `inputs_embeds` is `(tokens, d_model)`, `logits` `(tokens, 1, vocab_size)`.
+    Sequences of any lengths are concatenated: `inputs_embeds` is `(tokens, hidden_size)`, `logits` is
+    `(tokens, 1, vocab_size)`.
 
     Returns:
-        `None` where OpenVINO does not know this graph's attention, or would leave out its ALiBi, which it does without a word.
+        `None` if OpenVINO does not recognize this graph's attention, or if it drops ALiBi, which it does silently.
     """
     model = model.clone()
     try:
@@ -40,24 +42,25 @@ def paged(model: openvino.Model) -> openvino.Model | None:
 
 
 def with_logit_positions(model: openvino.Model, axis: int) -> openvino.Model:
-    """Logits of some positions only: those in the new input `logit_positions`, `(positions,)` int64, along an axis.
+    """Return a graph that computes logits of some positions only.
 
-    The last matrix is 200 million numbers at 7B, and a row of logits is 200 KB; `generate` needs one row of a prompt's thousands.
-    What else serves these logits alone, the last block after its attention, is computed for these positions alone, too.
-    An input that nothing consumes, `position_ids`, is left out.
+    The new input `logit_positions`, `(positions,)` int64, names the positions along `axis`. At 7B the output matrix
+    has 200 million numbers and the logits of one position take 200 KB, and `generate` needs one of the thousands of
+    positions of a prompt. The last block after its attention is also computed for these positions only. Inputs that no
+    node uses (`position_ids`) are removed.
     """
     model = model.clone()
     positions = ops.parameter([-1], np.int64, name=LOGIT_POSITIONS)
     positions.output(0).get_tensor().set_names({LOGIT_POSITIONS})
-    cut: dict[str, openvino.Node] = {}
+    gathered: dict[str, openvino.Node] = {}
     tail = _positionwise_tail(model)
     for node in tail.values():
         for port in node.inputs():
             source = port.get_source_output()
             name = source.get_node().get_friendly_name()
             if name not in tail and _has_positions(source):
-                cut[name] = cut.get(name) or ops.gather(source, positions, ops.constant(np.array(axis)))
-                port.replace_source_output(cut[name].output(0))
+                gathered[name] = gathered.get(name) or ops.gather(source, positions, ops.constant(np.array(axis)))
+                port.replace_source_output(gathered[name].output(0))
     model.add_parameters([positions])
     for parameter in model.get_parameters():
         if not parameter.output(0).get_target_inputs():
@@ -67,7 +70,7 @@ def with_logit_positions(model: openvino.Model, axis: int) -> openvino.Model:
 
 
 def _positionwise_tail(model: openvino.Model) -> dict[str, openvino.Node]:
-    """Nodes, by name, that treat every position by itself and whose results go into the logits and nowhere else."""
+    """Return nodes, by name, that process each position separately and whose results are used by the logits only."""
     tail = {node.get_friendly_name(): node for node in model.get_results()}
     for node in reversed(model.get_ordered_ops()):
         if node.get_type_name() in POSITIONWISE and _has_positions(node.output(0)):
@@ -78,5 +81,5 @@ def _positionwise_tail(model: openvino.Model) -> dict[str, openvino.Node]:
 
 
 def _has_positions(output: openvino.Output) -> bool:
-    """Whether it is made of what comes in, not of weights alone: their shapes are known."""
+    """Return whether the output depends on the inputs. The shapes of what depends on weights alone are static."""
     return output.get_partial_shape().is_dynamic

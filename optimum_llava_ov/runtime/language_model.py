@@ -1,4 +1,4 @@
-"""The language model of a bundle at run time: a step of `generate` costs what the engine's arithmetic costs, and little else."""
+"""Run the language model of a bundle. A step of `generate` costs little more than the computation in OpenVINO."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ PA, SDPA = PagedDecoder.attention_backend, StatefulDecoder.attention_backend
 
 
 class LanguageModel(OVModelWithEmbedForCausalLM):
-    """The host's language model on paged attention where OpenVINO has that, with logits only where they are asked for.
+    """Run Optimum's language model with paged attention where OpenVINO supports it, and compute only requested logits.
 
-    The graph it was loaded from stays as it is, for saving and compressing. What is compiled is a copy that shares its weights.
+    The loaded graph does not change, so that it can be saved and compressed. A copy that shares its weights is
+    compiled.
 
     Args:
-        attention_backend: `"PA"`, or `"SDPA"` for attention as the bundle's graph has it.
+        attention_backend: `"PA"` (paged attention) or `"SDPA"` (the attention of the bundle's graph).
     """
 
     _cache: DecoderCache | None = None
@@ -40,18 +41,22 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
 
     def __init__(self, *args, attention_backend: str = PA, **kwargs):
         if attention_backend not in (PA, SDPA):
-            raise ValueError(f"ATTENTION_BACKEND is {attention_backend!r}. It may be {PA!r} or {SDPA!r}.")
+            raise ValueError(f"ATTENTION_BACKEND is {attention_backend!r}. Expected {PA!r} or {SDPA!r}.")
         self._attention_backend = attention_backend
         self._compile_lock = threading.RLock()
         super().__init__(*args, **kwargs)
-        if self._compile_only:  # the host has compiled the graph as it is, whose results are rounded in another way
+        if self._compile_only:  # Optimum has compiled the loaded graph, whose results are rounded differently
             self._use(
                 self._compiled_decoder(openvino.Core().read_model(Path(self.model_save_dir) / PARTS["language_model"]))
             )
             self.model = self.request.get_compiled_model()
 
     def compile(self) -> None:
-        """Compile, and run once: OpenVINO packs the weights when a graph first runs, seconds that belong to loading, at half the memory."""
+        """Compile the graph and run it once.
+
+        OpenVINO packs the weights when a graph first runs. That takes seconds, which belong to loading. `read_once`
+        halves the memory that it needs.
+        """
         with self._compile_lock:
             if self.request is not None:
                 return
@@ -64,7 +69,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             logger.info("Packing the weights of the language model ...")
             with read_once(weights_file(self.model_save_dir, "language_model")):
                 self.forward(torch.zeros(1, 1, self.config.text_config.d_model), logits_to_keep=1)
-            self._cache.reset()
+            self.cache.reset()
 
     def clear_requests(self) -> None:
         super().clear_requests()
@@ -75,14 +80,15 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         self.request = decoder.request
 
     def _compiled_decoder(self, graph: openvino.Model) -> Decoder:
-        """Compile a bundle's graph, arranged for `generate`: on paged attention where that is asked for and possible."""
+        """Rewrite a bundle's graph for `generate` and compile it, with paged attention if requested and possible."""
         paged_graph = paged(graph) if self._attention_backend == PA and self._device == "CPU" else None
         if paged_graph is not None:
             try:
                 return PagedDecoder(self._compiled(with_logit_positions(paged_graph, axis=0)))
-            except RuntimeError as error:  # a processor that it was not written for
+            except RuntimeError as error:  # OpenVINO does not support paged attention on this processor
                 logger.warning(
-                    "Paged attention does not compile here, so the slower attention is used. OpenVINO said: %s", error
+                    "Paged attention does not compile on this machine, so the slower SDPA is used. OpenVINO said: %s",
+                    error,
                 )
         return StatefulDecoder(self._compiled(with_logit_positions(graph, axis=1)))
 
@@ -90,23 +96,27 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         return self._compile_model(graph, self._device, {**self.ov_config}, self.model_save_dir)
 
     def new_cache(self) -> DecoderCache:
-        """A cache of its own for a batch that is computed beside others. The weights are shared."""
+        """Return a new cache, for a batch that is computed in parallel with others. The weights are shared."""
         self.compile()
         return DecoderCache(type(self.cache.decoder)(self.request.get_compiled_model()))
 
     @property
     def attention_backend(self) -> str:
-        """`"PA"` or `"SDPA"`, whichever runs."""
+        """Return the attention that runs: `"PA"` or `"SDPA"`."""
         return self.cache.decoder.attention_backend
 
     @property
     def cache(self) -> DecoderCache:
-        """The cache that calls use which bring none."""
+        """Return the model's own cache. Calls without `past_key_values` use it."""
         self.compile()
+        assert self._cache is not None  # set by `compile`
         return self._cache
 
     def look_up(self, input_ids: torch.LongTensor) -> torch.Tensor | None:
-        """Embeddings `(batch, tokens, d_model)` float32 of a few tokens, or `None` where only a call of OpenVINO gives them."""
+        """Return embeddings `(batch, tokens, hidden_size)` float32 of a few tokens without a call of OpenVINO.
+
+        Return `None` if the table cannot be read directly.
+        """
         if self._embedding_table is None:
             return None
         return torch.from_numpy(self._embedding_table(input_ids.numpy()))
@@ -118,26 +128,31 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         past_key_values: DecoderCache | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
-        """
+        """Compute logits.
+
         Args:
             inputs_embeds: `(batch, tokens, hidden_size)` float32.
-            attention_mask: `(batch, past + tokens)`, 0 for padding, which has no place in its sequence. All ones if not given.
-            past_key_values: What the last call returned, or [`new_cache`]. `None` begins a new batch in the model's own cache.
+            attention_mask: `(batch, past + tokens)`, 0 for padding. Padding takes no position in its sequence.
+                Default: all ones.
+            past_key_values: The cache that the last call returned, or [`new_cache`]. `None` begins a new batch in the
+                model's own cache.
             logits_to_keep: Number of last positions to compute logits for; 0 for all.
 
         Returns:
             `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32. Logits of padding are undefined.
 
         Raises:
-            `ValueError`: `attention_mask` does not fit these tokens, or `past_key_values` is not a cache that can continue with them.
+            `ValueError`: The shape of `attention_mask` is wrong, or `past_key_values` cannot continue with these
+                tokens.
         """
         batch_size, length = inputs_embeds.shape[:2]
         if past_key_values is None:
             self._cache = self.cache.replaced()
         cache = self._cache if past_key_values is None else past_key_values
         if not isinstance(cache, DecoderCache):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; expected what an earlier call returned, or a cache from new_cache()."
+            raise ValueError(  # noqa: TRY004  all errors of arguments are ValueErrors
+                f"past_key_values is a {type(cache).__name__}. Expected the cache that an earlier call returned, "
+                "or one from new_cache()."
             )
         past_length = cache.get_seq_length()
         if not past_length:
@@ -147,7 +162,8 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
             attention_mask = torch.ones(shape, dtype=torch.long)
         if attention_mask.shape != shape:
             raise ValueError(
-                f"attention_mask is {tuple(attention_mask.shape)}, expected (batch, past + new tokens): {shape}."
+                f"attention_mask has shape {tuple(attention_mask.shape)}. "
+                f"Expected (batch, past + new tokens): {shape}."
             )
 
         kept = min(logits_to_keep or length, length)

@@ -1,4 +1,4 @@
-"""The parts of a bundle, run together: `forward` and `generate`."""
+"""Run the parts of a bundle together: `forward` and `generate`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ATTENTION_BACKEND = "ATTENTION_BACKEND"  # GenAI's name
 
 
 def _one_at_a_time(method):
-    """Let calls that use the same cache wait for each other. Calls with caches of their own run in parallel."""
+    """Run calls that use the same cache one after the other. Calls with different caches run in parallel."""
 
     @functools.wraps(method)
     def locked(self, *args, **kwargs):
@@ -44,9 +44,9 @@ def _one_at_a_time(method):
 
 
 class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
-    """A LLaVA on OpenVINO: an image encoder, an embedding table and a language model.
+    """Run a LLaVA on OpenVINO: an image encoder, an embedding table and a language model.
 
-    Loading, saving and publishing are those of [`~optimum_llava_ov.OVModelForLlava`].
+    [`~optimum_llava_ov.OVModelForLlava`] adds loading, saving and publishing.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         vision_embeddings: openvino.Model,
         config: PretrainedConfig,
         device: str = "CPU",
-        compile: bool = True,
+        compile: bool = True,  # noqa: A002  Optimum's name
         **kwargs,
     ):
-        self._parts_lock = threading.Lock()  # the encoder and the embedding table have one request each
+        self._parts_lock = threading.Lock()  # the image encoder and the embedding table have one request each
         self._differs_from_files = False
         self.name_or_path = getattr(config, "name_or_path", None)
-        # As the caller gave it. The host looks a default up by the model's name, and what it finds then is not ours.
+        # Keep what the caller gave: Optimum would replace it by a default for the model's name
         self._quantization_config = kwargs.get("quantization_config")
         ov_config = {**(kwargs.pop("ov_config", None) or {})}
         attention_backend = kwargs.pop("attention_backend", None) or ov_config.pop(ATTENTION_BACKEND, PA)
@@ -76,7 +76,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             ov_config=ov_config,
             **kwargs,
         )
-        # In place of the host's, before anything is compiled
+        # Replace Optimum's language model before anything is compiled
         self.language_model = LanguageModel(
             language_model,
             text_embeddings,
@@ -93,7 +93,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             self.compile()
 
     def compile(self) -> None:
-        """Compile all parts and run each once, so that the first picture and the first token wait for nothing but themselves."""
+        """Compile all parts and run each once, so that the first image and the first token do not take longer."""
         is_new = self.vision_embeddings.request is None
         super().compile()
         if is_new:
@@ -104,24 +104,28 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
     @_one_at_a_time
     @one_torch_thread()
     def generate(self, inputs: torch.LongTensor | None = None, *args, images: Any = None, **kwargs):
-        """As [`~transformers.GenerationMixin.generate`]; code written for the original LLaVA or the OpenVINO notebook runs too.
+        """Generate answers. The arguments are those of [`~transformers.GenerationMixin.generate`].
+
+        Code that was written for the original LLaVA or the OpenVINO notebook runs too.
 
         Args:
-            inputs, input_ids: `(batch, tokens)`. Images may be spelled as the processor does, or as -200, one each.
-            pixel_values, images: `(images, 3, height, width)`, the images of all rows in order.
-            past_key_values: of the last call with `return_dict_in_generate=True`, if no other call came since. `inputs` are the whole
-                conversation, as in transformers.
+            inputs, input_ids: `(batch, tokens)`. An image is written as the processor writes it, or as one -200.
+            pixel_values, images: `(images, 3, height, width)`, the images of all prompts in order.
+            past_key_values: The cache that the last call with `return_dict_in_generate=True` returned, or
+                [`new_cache`]. The former is valid until the next call. As in transformers, `inputs` is the whole
+                conversation.
 
         Returns:
-            As transformers: the prompt, as it was given, and what was generated.
+            As in transformers: the prompt as it was given, followed by the new tokens.
 
         Raises:
-            `ValueError`: another number of images than the prompts have places for; an id that is not in the table; `past_key_values`
-                of an earlier call than the last; the model itself as `assistant_model`.
+            `ValueError`: The number of images differs from the number of images in the prompts, an id is not in the
+                embedding table, `past_key_values` belongs to an earlier call than the last, or `assistant_model` is
+                this model.
         """
         if kwargs.get("assistant_model") is self:
             raise ValueError(
-                "assistant_model is the model itself, which has one cache. Load the assistant as a model of its own."
+                "assistant_model is the model itself, which has one cache. Load the assistant as a separate model."
             )
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if kwargs.get("pixel_values") is None and images is not None:
@@ -132,27 +136,30 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         check_token_ids(prompt, self._num_embeddings, others=(ORIGINAL_IMAGE_TOKEN_ID,))
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(prompt) if mask is None else mask
-        if mask.shape != prompt.shape:  # with `past_key_values`, `input_ids` may be the new tokens alone
+        if mask.shape != prompt.shape:  # with `past_key_values`, `input_ids` may hold the new tokens only
             return super().generate(prompt, *args, attention_mask=mask, **kwargs)
         canonical, mask = self._canonical_prompts(prompt, mask)
         output = super().generate(canonical, *args, attention_mask=mask, **kwargs)
         return output if canonical is prompt else _with_prompt(output, prompt, canonical.shape[1])
 
     def new_cache(self) -> DecoderCache:
-        """An empty cache for `past_key_values` of [`generate`] and [`forward`], beside the model's own.
+        """Return an empty cache for `past_key_values` of [`generate`] and [`forward`].
 
         Calls with different caches run in parallel. A call continues after the tokens that are in its cache.
 
         Example:
             cache = model.new_cache()
             output = model.generate(**inputs, past_key_values=cache)
-            # The next call takes the whole conversation, and computes only what is new
+            # The next call takes the whole conversation, and computes only its new tokens
         """
         return self.language_model.new_cache()
 
     @property
     def attention_backend(self) -> str:
-        """The attention that runs: `"PA"`, paged attention, or `"SDPA"`, that of the bundle's graph. Compiles the model."""
+        """Return the attention that runs: `"PA"` (paged attention) or `"SDPA"` (the attention of the bundle's graph).
+
+        Compiles the model if needed.
+        """
         return self.language_model.attention_backend
 
     def _reorder_cache(self, past_key_values: DecoderCache, beam_idx: torch.LongTensor) -> DecoderCache:
@@ -161,13 +168,13 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
 
     def _canonical_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor):
         config = self.config
-        borders = (getattr(config, "im_start_token_id", None), getattr(config, "im_end_token_id", None))
+        start, end = getattr(config, "im_start_token_id", None), getattr(config, "im_end_token_id", None)
         ids, mask = canonical_prompts(
             input_ids,
             attention_mask,
             config.image_token_index,
             config.image_seq_length,
-            None if None in borders else borders,
+            None if start is None or end is None else (start, end),
             self.generation_config.pad_token_id or 0,
         )
         unchanged = ids.shape == input_ids.shape and torch.equal(ids * mask, input_ids * attention_mask)
@@ -186,23 +193,26 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         logits_to_keep: int = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """
+        """Compute logits.
+
         Args:
-            input_ids: `(batch, tokens)`; with a cache, the new tokens only.
-            pixel_values: `(images, 3, height, width)`, the images of all rows in order; only with the prompt.
-            attention_mask: `(batch, past + tokens)`, 0 for padding, which has no place in the row: what follows it is as near to
-                what is before it as if it were not there. All ones if not given.
-            past_key_values: what the last call returned, or [`new_cache`]; `None` begins a new batch in the model's own cache.
-            inputs_embeds: `(batch, tokens, d_model)`, instead of `input_ids` and images.
-            image_features: `(images, image_seq_length, d_model)`, instead of `pixel_values`.
-            position_ids: ignored, as ALiBi counts distances.
-            logits_to_keep: return logits of so many last positions only; 0 for all.
+            input_ids: `(batch, tokens)`. With a cache, the new tokens only.
+            pixel_values: `(images, 3, height, width)`, the images in `input_ids` in order.
+            attention_mask: `(batch, past + tokens)`, 0 for padding. Padding takes no position in its sequence: the
+                distance between the tokens before and after it is the same as without it. Default: all ones.
+            past_key_values: The cache that the last call returned, or [`new_cache`]. `None` begins a new batch in the
+                model's own cache.
+            inputs_embeds: `(batch, tokens, hidden_size)`, instead of `input_ids` and images.
+            image_features: `(images, image_seq_length, hidden_size)`, instead of `pixel_values`.
+            position_ids: Ignored, because ALiBi uses distances between tokens.
+            logits_to_keep: Number of last positions to compute logits for; 0 for all.
 
         Returns:
             `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32.
 
         Raises:
-            `ValueError`: an id is not in the table, or there is another number of images than `input_ids` has places for.
+            `ValueError`: An id is not in the embedding table, or the number of images differs from the number of
+                images in `input_ids`.
         """
         if inputs_embeds is None:
             check_token_ids(input_ids, self._num_embeddings)
@@ -214,7 +224,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
 
     @property
     def _num_embeddings(self) -> int:
-        """Rows of the embedding table. The last one is `<image>`, unless a table that somebody else made is larger."""
+        """Return the size of the embedding table. Its last token is `<image>`, unless the table was made larger."""
         return max(self.config.image_token_index + 1, self.config.text_config.vocab_size)
 
     def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
@@ -230,23 +240,25 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         return merge_image_features(input_ids, inputs_embeds, image_features, image_token_id)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(images, 3, height, width)` -> `(images, image_seq_length, d_model)` float32, borders included.
+        """Encode images `(images, 3, height, width)` to `(images, image_seq_length, hidden_size)` float32.
 
-        Images that are equal, as in a batch of questions about one picture, are encoded once.
+        Features of `<im_start>` and `<im_end>` are included. Equal images, as in a batch of questions about one image,
+        are encoded once.
         """
         pixel_values = pixel_values.float()
-        places: dict[bytes, list[int]] = {}
-        for place, image in enumerate(pixel_values):
-            places.setdefault(image.numpy().tobytes(), []).append(place)
+        indices_by_image: dict[bytes, list[int]] = {}
+        for index, image in enumerate(pixel_values):
+            indices_by_image.setdefault(image.numpy().tobytes(), []).append(index)
+        groups = list(indices_by_image.values())
         with self._parts_lock:
-            features = self.vision_embeddings(pixel_values[[same[0] for same in places.values()]]).last_hidden_state
+            features = self.vision_embeddings(pixel_values[[indices[0] for indices in groups]]).last_hidden_state
             repeated = np.empty((len(pixel_values), *features.shape[1:]), dtype=np.float32)
-            for same, image_features in zip(places.values(), features):
-                repeated[same] = image_features
+            for indices, image_features in zip(groups, features):
+                repeated[indices] = image_features
         return torch.from_numpy(repeated)
 
     def get_vision_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The host's name of [`get_image_features`]."""
+        """Call [`get_image_features`], by Optimum's name."""
         return self.get_image_features(torch.as_tensor(pixel_values))
 
     def prepare_inputs_for_generation(
@@ -265,8 +277,9 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             inputs["logits_to_keep"] = logits_to_keep
         if past_length and (input_ids.shape[1] == 0 or attention_mask.shape[1] <= past_length):
             raise ValueError(
-                f"past_key_values have {past_length} tokens, and no new ones follow: attention_mask has {attention_mask.shape[1]}, "
-                f"input_ids {input_ids.shape[1]}. Give input_ids and attention_mask of the whole conversation."
+                f"past_key_values has {past_length} tokens, and no new tokens follow: attention_mask has "
+                f"{attention_mask.shape[1]}, input_ids {input_ids.shape[1]}. Give input_ids and attention_mask of the "
+                "whole conversation."
             )
         if inputs_embeds is not None and not past_length:
             return {**inputs, "inputs_embeds": inputs_embeds}
@@ -281,7 +294,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
     def _images_of_new_tokens(
         self, images: torch.Tensor, input_ids: torch.LongTensor, num_new_tokens: int
     ) -> torch.Tensor:
-        """Leave out images whose tokens are in the cache, unless only the new images were given."""
+        """Leave out images whose tokens are in the cache, unless the caller gave the new images only."""
         is_image = input_ids == self.config.image_token_index
         totals = is_image.sum(dim=1) // self.config.image_seq_length
         if len(images) != totals.sum():
@@ -293,7 +306,10 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         return images[keep]
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        """Those of transformers. Guidance runs the model a second time at each step, so it gets a cache of its own."""
+        """Return the processors of transformers.
+
+        Classifier-free guidance runs the model a second time at each step, so it gets its own cache.
+        """
         processors = super()._get_logits_processor(*args, **kwargs)
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
@@ -301,22 +317,30 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         return processors
 
     @staticmethod
-    def preprocess_inputs(text: str, image=None, processor=None, tokenizer=None, config=None, video=None, audio=None):
-        """One user turn as model inputs, as the host's calibration and evaluation code asks for it."""
+    def preprocess_inputs(
+        text: str,
+        image=None,
+        processor=None,
+        tokenizer=None,  # noqa: ARG004  Optimum passes it
+        config=None,  # noqa: ARG004  Optimum passes it
+        video=None,
+        audio=None,
+    ):
+        """Return the model inputs of one user turn, for the calibration and evaluation code of Optimum."""
         if processor is None or video is not None or audio is not None:
-            raise ValueError("LLaVA-MPT takes text and pictures, and needs its processor for them.")
+            raise ValueError("LLaVA-MPT takes text and images, and needs its processor for them.")
         return question_inputs(processor, text, [] if image is None else [image])
 
 
 def _stack(images: Any) -> torch.Tensor:
-    """A list of image tensors, or one with a dimension for rows, as `(images, 3, height, width)`."""
+    """Return `(images, 3, height, width)` of a list of image tensors, or of a tensor with a batch dimension."""
     if isinstance(images, (list, tuple)):
         images = torch.stack([torch.as_tensor(image).squeeze(0) for image in images])
     return images.flatten(0, 1) if images.ndim == 5 else images
 
 
 def _with_prompt(output: Any, prompt: torch.LongTensor, length: int) -> Any:
-    """Put the caller's prompt back in front of what was generated; `length` is that of the canonical prompt."""
+    """Replace the canonical prompt, which has `length` tokens, by the caller's prompt."""
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     repeats = sequences.shape[0] // prompt.shape[0]
     sequences = torch.cat([prompt.repeat_interleave(repeats, dim=0), sequences[:, length:]], dim=1)

@@ -1,6 +1,9 @@
-"""Keys and values of any number of rows, in blocks of tokens. Rows that began alike share blocks, until one of them writes there.
+"""Keep keys and values of any number of sequences in blocks of tokens.
 
-Method: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", https://arxiv.org/abs/2309.06180.
+Sequences with the same beginning share blocks until one of them writes to a shared block.
+
+Method: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
+https://arxiv.org/abs/2309.06180.
 """
 
 from __future__ import annotations
@@ -12,58 +15,59 @@ import numpy as np
 import openvino
 
 
-BLOCK = 32  # tokens; OpenVINO's CPU plugin has no other
+BLOCK = 32  # tokens; OpenVINO's CPU plugin supports no other size
 _ALIGNMENT = 64  # bytes
 
 
 class PagedCache:
-    """
+    """Manage the blocks of a batch.
+
     Args:
-        request: of a graph with paged attention. The cache is a set of its inputs, which it writes into.
+        request: A request of a graph with paged attention. The cache is a set of its inputs, which it writes to.
 
     Attributes:
-        lengths: tokens of each row, `(rows,)` int32.
-        ref_counts: number of sequences that use each block, `(blocks,)` int64.
-        block_bytes: what a block takes in all layers, scales of its numbers included.
+        lengths: Number of tokens of each sequence, `(batch,)` int32.
+        ref_counts: Number of sequences that use each block, `(blocks,)` int64.
+        block_bytes: Size of a block in all layers, quantization scales included.
 
     Raises:
-        `RuntimeError`: the graph has blocks of another length.
+        `RuntimeError`: The graph has blocks of another length.
     """
 
     def __init__(self, request: openvino.InferRequest):
         self._request = request
         self._ports = [port for port in request.model_inputs if "_cache." in port.get_any_name()]
-        for port in self._ports:  # keys have more behind the tokens: the scales of 8 bits
+        for port in self._ports:  # blocks of keys are longer: the scales of 8-bit keys follow the tokens
             if port.get_any_name().startswith("value") and port.get_partial_shape()[2] != BLOCK:
                 raise RuntimeError(
-                    f"{port.get_any_name()} is {port.get_partial_shape()}, not in blocks of {BLOCK} tokens."
+                    f"{port.get_any_name()} has shape {port.get_partial_shape()}. Expected blocks of {BLOCK} tokens."
                 )
         self._shapes = [[side.get_length() for side in list(port.get_partial_shape())[1:]] for port in self._ports]
         self._sizes = [
             math.prod(shape) * port.get_element_type().bitwidth // 8 for port, shape in zip(self._ports, self._shapes)
         ]
         self.block_bytes = sum(self._sizes)
-        self._arrays: list[np.ndarray | None] = [None] * len(self._ports)  # (blocks, bytes)
+        self._arrays = [np.zeros((0, size), dtype=np.uint8) for size in self._sizes]  # (blocks, bytes)
         self.ref_counts = np.zeros(0, dtype=np.int64)
         self.begin(0)
 
-    def begin(self, rows: int) -> None:
-        """Forget all tokens. The memory is kept for what comes next."""
-        self._tables: list[list[int]] = [[] for _ in range(rows)]
-        self.lengths = np.zeros(rows, dtype=np.int32)
+    def begin(self, batch_size: int) -> None:
+        """Forget all tokens, and expect a new batch. Keep the memory for it."""
+        self._tables: list[list[int]] = [[] for _ in range(batch_size)]
+        self.lengths = np.zeros(batch_size, dtype=np.int32)
         self.ref_counts[:] = 0
 
     def free(self) -> None:
-        """Forget all tokens, and give the memory back."""
+        """Forget all tokens, and free their memory."""
         self.begin(0)
         self._allocate(1)
 
-    def reorder(self, rows: np.ndarray) -> None:
-        """Let row `i` go on from where row `rows[i]` is, for all `i`."""
-        if len(rows) == len(self._tables) and np.array_equal(rows, np.arange(len(rows))):
+    def reorder(self, beam_idx: np.ndarray) -> None:
+        """Continue sequence `beam_idx[i]` as sequence `i`, for all `i`."""
+        if len(beam_idx) == len(self._tables) and np.array_equal(beam_idx, np.arange(len(beam_idx))):
             return
-        self._tables = [list(self._tables[row]) for row in rows]
-        self.lengths = self.lengths[rows]
+        self._tables = [list(self._tables[index]) for index in beam_idx]
+        self.lengths = self.lengths[beam_idx]
         self._count_refs()
 
     def crop(self, tokens: int) -> None:
@@ -72,9 +76,9 @@ class PagedCache:
         self._tables = [table[: _blocks(length)] for table, length in zip(self._tables, self.lengths.tolist())]
         self._count_refs()
 
-    def extend(self, row: int, tokens: int) -> None:
-        """Make room for tokens behind a row's, in blocks that are this row's alone."""
-        table, length = self._tables[row], int(self.lengths[row])
+    def extend(self, index: int, tokens: int) -> None:
+        """Make room for `tokens` more tokens of a sequence, in blocks that no other sequence uses."""
+        table, length = self._tables[index], int(self.lengths[index])
         if length % BLOCK and self.ref_counts[table[-1]] > 1:
             shared, own = table[-1], self._take(1)[0]
             for array in self._arrays:
@@ -83,13 +87,17 @@ class PagedCache:
             table[-1] = own
         if missing := _blocks(length + tokens) - len(table):
             table += self._take(missing)
-        self.lengths[row] = length + tokens
+        self.lengths[index] = length + tokens
 
-    def blocks(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks of rows, one row behind the other, and where each begins and the last ends; int32."""
-        tables = [self._tables[row] for row in rows]
-        indices = np.fromiter((block for table in tables for block in table), dtype=np.int32)
-        return indices, np.cumsum([0, *map(len, tables)], dtype=np.int32)
+    def blocks(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the blocks of some sequences, concatenated.
+
+        Returns:
+            `(blocks,)` int32, the blocks, and `(sequences + 1,)` int32, where each sequence begins and the last ends.
+        """
+        tables = [self._tables[index] for index in indices]
+        blocks = np.fromiter((block for table in tables for block in table), dtype=np.int32)
+        return blocks, np.cumsum([0, *map(len, tables)], dtype=np.int32)
 
     def _take(self, count: int) -> list[int]:
         free = np.flatnonzero(self.ref_counts == 0)[:count]
@@ -100,11 +108,12 @@ class PagedCache:
         return free.tolist()
 
     def _allocate(self, blocks: int) -> None:
-        """Have so many blocks. One tensor at a time, so that there is not all of the cache twice."""
+        """Resize the cache, one tensor at a time, so that the whole cache is never in memory twice."""
         kept = np.flatnonzero(self.ref_counts[:blocks])
         ref_counts = np.zeros(blocks, dtype=np.int64)
         ref_counts[kept] = self.ref_counts[kept]
-        # The request does not hold the memory that it works on. If this is interrupted, all of it is made anew before the next call.
+        # The request does not own its tensors' memory. If this is interrupted, the next call allocates all of it
+        # again.
         self.ref_counts = ref_counts[:0]
         for number, port in enumerate(self._ports):
             array, shape = _zeros(blocks, self._sizes[number]), openvino.Shape([blocks, *self._shapes[number]])
@@ -124,8 +133,9 @@ def _blocks(tokens: int) -> int:
 
 
 def _zeros(blocks: int, size: int) -> np.ndarray:
-    """Memory that is zero until it is written, and takes none until then. OpenVINO multiplies what is behind the last token by zero,
-    which must not meet a NaN.
+    """Return aligned zeros `(blocks, size)` uint8, which the system provides only when they are written.
+
+    OpenVINO multiplies the values after the last token by zero, so there must not be a NaN.
     """
     buffer = np.zeros(blocks * size + _ALIGNMENT, dtype=np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT

@@ -1,6 +1,6 @@
-"""The language model as the bundle has it: one tensor of keys and one of values per layer, padding included, as the request's state.
+"""Run the language model with the attention of the bundle's graph. Every device of OpenVINO can run it.
 
-What every device of OpenVINO can run.
+The state of the request holds one tensor of keys and one of values for each layer, padding included.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS
 
 
 class StatefulDecoder:
-    """
+    """Compute logits with the attention of the bundle's graph. See [`Decoder`].
+
     Args:
-        compiled: of the bundle's graph, or of [`with_logit_positions`] of it along axis 1.
+        compiled: The bundle's graph, or what [`with_logit_positions`] along axis 1 makes of it.
     """
 
     attention_backend = "SDPA"  # GenAI's name
-    # Where there is a past, OpenVINO's attention takes one position after the other: a prompt of 2,000 tokens in pieces takes more
-    # than twice as long. So the first piece is long.
+    # After earlier tokens, OpenVINO's attention computes one position after the other: a prompt of 2,000 tokens in
+    # chunks takes more than twice as long. So the first chunk is long.
     first_chunk_size, chunk_size = 1024, 128
 
     def __init__(self, compiled: openvino.CompiledModel):
@@ -34,7 +35,7 @@ class StatefulDecoder:
 
     def crop(self, tokens: int) -> None:
         for state in self.request.query_state():
-            kept = state.state.data[:, :, :-tokens]  # of (batch, heads, tokens, head size)
+            kept = state.state.data[:, :, :-tokens]  # (batch, heads, tokens, head size)
             state.state = openvino.Tensor(np.ascontiguousarray(kept))
 
     def __call__(
@@ -48,9 +49,8 @@ class StatefulDecoder:
         }
         if LOGIT_POSITIONS in self._inputs:
             inputs[LOGIT_POSITIONS] = np.arange(length - logits_to_keep, length)
-        if "position_ids" in self._inputs:  # compiled elsewhere; nothing in the graph consumes it
+        if "position_ids" in self._inputs:  # the graph was compiled elsewhere; it does not use this input
             inputs["position_ids"] = np.zeros((batch_size, length), dtype=np.int64)
         self.request.infer(inputs, share_inputs=True, share_outputs=True)
-        return (
-            self.request.get_tensor("logits").data[:, -logits_to_keep:].copy()
-        )  # the request overwrites its output at the next step
+        # Copy, because the request overwrites its output in the next call
+        return self.request.get_tensor("logits").data[:, -logits_to_keep:].copy()

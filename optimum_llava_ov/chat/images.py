@@ -1,4 +1,4 @@
-"""Pictures from the web, and as text for JSON."""
+"""Fetch images from the web, compare them, and write them as text for JSON."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from optimum_llava_ov.images import DEFAULT_LIMITS, ImageLimits, open_image
 MAX_REDIRECTS = 5
 
 
-def fetch_picture(
+def fetch_image(
     url: str,
     max_bytes: int = DEFAULT_LIMITS.max_bytes,
     max_pixels: int = DEFAULT_LIMITS.max_pixels,
     hosts: Collection[str] | None = None,
     timeout: float = 20.0,
 ) -> Image.Image:
-    """Fetch a picture from the web, reading no more than `max_bytes`.
+    """Fetch an image from the web. Read up to `max_bytes`.
 
     Args:
-        hosts: the only ones that may be asked, redirects included, as `name` or `name:port`. Default: any.
-        timeout: seconds that all of it may take, redirects included.
+        hosts: The allowed hosts, as `name` or `name:port`. They also apply to redirects. Default: all hosts.
+        timeout: Maximum time in seconds, redirects included.
 
     Raises:
-        `ValueError`: it cannot be fetched, takes too long, is too large or compressed, or is no picture.
+        `ValueError`: The image cannot be fetched, takes too long, is too large or compressed, or is not an image.
     """
     import httpx
 
     try:
         data = asyncio.run(asyncio.wait_for(_fetch(url, max_bytes, hosts), timeout))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"The picture {url} cannot be fetched: {error}") from error
+        raise ValueError(f"The image {url} cannot be fetched: {error}") from error
     except asyncio.TimeoutError as error:
         raise ValueError(
-            f"The picture {url} cannot be fetched: it did not come within {timeout:g} seconds."
+            f"The image {url} cannot be fetched: it did not arrive within {timeout:g} seconds."
         ) from error
     return open_image(data, ImageLimits(max_bytes, max_pixels))
 
 
 async def _fetch(url: str, max_bytes: int, hosts: Collection[str] | None) -> bytes:
-    """The body of a response as it was sent. Asynchronous, because only so can a server that sends slowly be left at any time.
+    """Return the body of a response as it was sent. Asynchronous, so that a slow server can be abandoned at any time.
 
-    Nothing is decompressed: pictures are compressed already, and a decoder could make gigabytes of little. Of a redirect only
-    the head is read.
+    Nothing is decompressed: images are already compressed, and a small response could become gigabytes. Of a redirect,
+    only the headers are read.
     """
     import httpx
 
@@ -59,7 +59,7 @@ async def _fetch(url: str, max_bytes: int, hosts: Collection[str] | None) -> byt
         for _ in range(MAX_REDIRECTS + 1):
             if hosts is not None and not {request.url.host, request.url.netloc.decode()} & set(hosts):
                 allowed = ", ".join(sorted(hosts))
-                raise ValueError(f"Pictures from {request.url.host!r} are not fetched here, only from: {allowed}.")
+                raise ValueError(f"Images from {request.url.host!r} are not allowed. Allowed hosts: {allowed}.")
             response = await client.send(request, stream=True)
             try:
                 if response.next_request is not None:
@@ -68,30 +68,30 @@ async def _fetch(url: str, max_bytes: int, hosts: Collection[str] | None) -> byt
                 response.raise_for_status()
                 if (coding := response.headers.get("content-encoding", "identity").lower()) != "identity":
                     raise ValueError(
-                        f"The picture {url} is sent compressed ({coding}); only one that is sent as it is can be read."
+                        f"The image {url} is sent with content-encoding {coding}. Expected a file without it."
                     )
                 data = bytearray()
                 async for chunk in response.aiter_raw():
                     data += chunk
                     if len(data) > max_bytes:
-                        raise ValueError(f"The picture {url} has more than {max_bytes / 1e6:g} MB.")
+                        raise ValueError(f"The image {url} is larger than {max_bytes / 1e6:g} MB.")
                 return bytes(data)
             finally:
                 await response.aclose()
-    raise ValueError(f"The picture {url} cannot be fetched: it is redirected more than {MAX_REDIRECTS} times.")
+    raise ValueError(f"The image {url} cannot be fetched: it is redirected more than {MAX_REDIRECTS} times.")
 
 
 def is_url(text: str) -> bool:
     return urlsplit(text).scheme in ("http", "https")
 
 
-def digest(picture: Image.Image) -> str:
-    """The same for two pictures of equal size and pixels."""
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+def digest(image: Image.Image) -> str:
+    """Return a hash of an image's size and pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
-def to_base64(picture: Image.Image) -> str:
-    """As a PNG, which loses nothing."""
+def to_base64(image: Image.Image) -> str:
+    """Return an image as a PNG in base64, without loss."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
