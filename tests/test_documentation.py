@@ -1,4 +1,4 @@
-"""Every command and snippet of the README and of docs/ runs.
+"""Every command and snippet of the README, CONTRIBUTING.md and docs/ runs.
 
 In a folder with the repository's `examples`, offline, with the shapes model standing in for the one on the Hub.
 """
@@ -18,7 +18,7 @@ from optimum_llava_ov.bundle.layout import FILES
 
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
