@@ -170,11 +170,11 @@ def convert(checkpoint_name: str | Path, folder: Path, compression: bool = True,
     """
     checkpoint = OriginalCheckpoint.open(checkpoint_name)
     if (
-        checkpoint.config.padded_vocab_size != checkpoint.config.vocab_size
+        checkpoint.config.padded_vocab_size != checkpoint.config.image_token_id
         or checkpoint.config.image_aspect_ratio == "pad"
     ):
         raise ValueError(
-            "The notebook knows neither padded vocabularies nor padded pictures; it converts wrong models of such."
+            "The notebook knows neither padded vocabularies nor padded images; it converts wrong models of such."
         )
     model = LlavaMptForConditionalGeneration.from_checkpoint(checkpoint)
     del model.embed_tokens  # a copy with a row more, which the notebook has no use for

@@ -21,6 +21,9 @@ from optimum_llava_ov.chat.messages import pictures_of, text_of
 from optimum_llava_ov.system.peak_memory import AnonymousPeak, anonymous_memory, peak_rss
 
 
+pytestmark = pytest.mark.slow
+
+
 CHECKPOINT = EXAMPLES / "shapes" / "checkpoint"
 SHORT = ["--prompt-tokens", "60", "200", "--new-tokens", "5"]
 NUMBERS = {"time_to_first_token", "ms_per_token", "tokens_per_second"}

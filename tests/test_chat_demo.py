@@ -29,6 +29,9 @@ from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.demo.page import Demo, Limits, Turn, Visitors, build_page, run_demo
 
 
+pytestmark = pytest.mark.browser
+
+
 PICTURES = EXAMPLES / "shapes" / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [

@@ -13,6 +13,9 @@ from optimum_llava_ov.evaluation.metrics import first_difference
 from optimum_llava_ov.samples.shapes import built_in_samples
 
 
+pytestmark = pytest.mark.slow
+
+
 GOLDEN = Golden("linear_fp16_sharded")
 
 

@@ -19,6 +19,9 @@ from optimum_llava_ov import BundleError, OVModelForLlavaMPT, main_export
 from optimum_llava_ov.bundle.layout import FILES
 
 
+pytestmark = pytest.mark.slow
+
+
 SHARDED, SINGLE = GOLDENS
 EXPECTED_FILES = {
     "README.md",

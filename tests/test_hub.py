@@ -16,6 +16,9 @@ from hub_server import HubServer
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES
 
 
+pytestmark = pytest.mark.hub
+
+
 SOURCE, TOWER, PUBLISHED = (
     "liuhaotian/LLaVA-Lightning-MPT-7B-preview",
     "openai/clip-vit-large-patch14",

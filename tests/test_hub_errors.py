@@ -12,6 +12,9 @@ from optimum_llava_ov.errors import HubError
 from optimum_llava_ov.hub_errors import clean_token, redacted
 
 
+pytestmark = pytest.mark.hub
+
+
 # Evaluates the lines it is given. The client waits between its tries, which nobody needs to see here.
 USER = """
 import json, sys, time

@@ -17,6 +17,9 @@ from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.bundle.precision import weight_bytes
 
 
+pytestmark = pytest.mark.slow
+
+
 CHECKPOINT = GOLDENS[0].checkpoint
 
 

@@ -19,6 +19,9 @@ from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, check_bund
 from optimum_llava_ov.bundle.staging import complete_replacement, prepare_output, staged
 
 
+pytestmark = pytest.mark.slow
+
+
 LAST = PARTS["language_model"]
 
 
