@@ -21,9 +21,9 @@ original, folder = map(Path, sys.argv[1:])
 for name in ("checkpoint", "clip"):
     shutil.copytree(original / name, folder / name)
     for file in (folder / name).glob("*.bin"):
-        torch.save({name: tensor.float() for name, tensor in torch.load(file, weights_only=True).items()}, file)
+        torch.save({key: tensor.float() for key, tensor in torch.load(file, weights_only=True).items()}, file)
     for file in (folder / name).glob("*.safetensors"):
-        save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        save_file({key: tensor.float() for key, tensor in load_file(file).items()}, file, {"format": "pt"})
 
 main_export(folder / "checkpoint", folder / "fp32", ov_config=OVConfig(dtype="fp32"))
 for name in ("int8", "int4"):

@@ -320,8 +320,9 @@ holds checkouts of [openvino.genai](https://github.com/openvinotoolkit/openvino.
 - The samples are GenAI's for visual language models, as they are.
 - Tests of optimum-intel run with our checkpoint in the place of one of theirs.
 
-With {versions}, and checkouts of {commits}. On two cores, the checks take {round(seconds / 60)} minutes; the bundles, and in the first
-run an environment for the tools, are made before.
+With {versions}, and checkouts of {commits}.
+
+On two cores, the checks took {round(seconds / 60)} minutes. The bundles, and in the first run an environment for the tools, are made before.
 
 | | | why |
 | --- | --- | --- |
