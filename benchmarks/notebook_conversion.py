@@ -162,7 +162,7 @@ def convert(checkpoint_name: str | Path, folder: Path, compression: bool = True,
         stored_weights: do not convert the weights to float32 first.
     """
     checkpoint = OriginalCheckpoint.open(checkpoint_name)
-    if checkpoint.config.padded_vocab_size != checkpoint.config.vocab_size or checkpoint.config.image_aspect_ratio == "pad":
+    if checkpoint.config.padded_vocab_size != checkpoint.config.image_token_id or checkpoint.config.image_aspect_ratio == "pad":
         raise ValueError("The notebook knows neither padded vocabularies nor padded pictures; it converts wrong models of such.")
     model = load_model(checkpoint)
     del model.embed_tokens  # a copy with a row more, which the notebook has no use for

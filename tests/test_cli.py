@@ -102,7 +102,7 @@ DAMAGES = [
     (changed("config.json", text_config="mpt"), "eval", "around a None language model"),
     (changed("config.json", image_token_index="517"), "chat-genai", "image_token_index"),
     (changed("config.json", vision_config={"model_type": "clip_vision_model", "image_size": "x"}), "eval", "bundle"),
-    (changed("generation_config.json", eos_token_id=["x"]), "bench-genai", "eos_token_id=['x'], expected an integer"),
+    (changed("generation_config.json", eos_token_id=["x"]), "bench-genai", "eos_token_id=['x']"),
     (written("chat_template.jinja", b"{% if %}"), "chat", "chat_template.jinja is not a template"),
     (written("chat_template.jinja", b"\xff\xfe"), "bench", "chat_template.jinja is not a template"),
     (halved("openvino_language_model.xml"), "chat", "openvino_language_model.xml does not load"),
@@ -115,7 +115,7 @@ DAMAGES = [
         "chat",
         "openvino_language_model.xml has no input or output logits",
     ),
-    (written("README.md", b"\xff\xfe\xfa"), "push", "README.md is not YAML"),
+    (written("README.md", b"\xff\xfe\xfa"), "push", "README.md is not a text in UTF-8"),
     (written("README.md", b"---\n: [\n---\n"), "push", "The metadata of"),
 ]
 IDS = [f"{name}-{found[:30]}-{command}" for (name, _), command, found in DAMAGES]

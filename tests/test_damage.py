@@ -512,7 +512,7 @@ class TestNoNumbers:
         ("name", "named"),
         [
             ("transformer.mm_projector.weight", "image_encoder.projector.weight"),
-            (WQKV, "language_model.blocks.1.attn.Wqkv.weight"),
+            (WQKV, "language_model.transformer.blocks.1.attn.Wqkv.weight"),
         ],
     )
     def test_export_refuses(self, folder, tmp_path, name, named):

@@ -161,6 +161,23 @@ class TestPastKeyValues:
         assert lengths[0] == inputs["input_ids"].shape[1] - (inputs_of("image_start")["input_ids"].shape[1] + 15)
         assert tokens == new_tokens(model, inputs)
 
+    def test_a_cache_of_its_own_with_a_new_image(self, model, processor, inputs_of):
+        """All images of the conversation may be given, or the new one alone. Calls without the cache do not disturb it."""
+        images = [GOLDEN.image("img2_224x224"), GOLDEN.image("img0_300x200")]
+        text = GOLDEN.cases["image_start"]["prompt"]
+        cache = model.new_cache()
+        first = model.generate(**inputs_of("image_start"), **GREEDY, past_key_values=cache)
+        question = f"{self.QUESTION[:29]}<image>{self.QUESTION[29:]}"
+        second = processor(text=question, images=images[1:], return_tensors="pt")
+        inputs = {"input_ids": torch.cat([first, second["input_ids"]], dim=1)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        all_images = processor(text=text + question, images=images, return_tensors="pt")["pixel_values"]
+        expected = model.generate(**inputs, pixel_values=all_images, **GREEDY)
+        length = first.shape[1] - 1
+        for pixel_values in (all_images, second["pixel_values"]):
+            cache.crop(length)
+            assert torch.equal(model.generate(**inputs, pixel_values=pixel_values, **GREEDY, past_key_values=cache), expected)
+
     def test_of_an_earlier_call(self, model, first):
         past, inputs = first
         model.generate(torch.tensor([[5, 6]]), **GREEDY)
@@ -171,7 +188,7 @@ class TestPastKeyValues:
 
     def test_of_other_rows(self, model, first):
         past, inputs = first
-        with pytest.raises(ValueError, match=r"The cache has 1 row\(s\), but 3 row\(s\) of new tokens were given"):
+        with pytest.raises(ValueError, match=r"The cache has 1 sequence\(s\), but new tokens of 3 sequence\(s\)"):
             model.generate(**inputs, **{**GREEDY, "num_beams": 3}, past_key_values=past)
 
     def test_without_new_tokens(self, model, first):

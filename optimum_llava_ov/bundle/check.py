@@ -71,9 +71,7 @@ def check_readable(folder: Path, tokenizers: bool = False) -> None:
         [`BundleError`]: names the file.
     """
     check_bundle(folder, tokenizers, unneeded=_NOT_READ)
-    for name in FILES:
-        if name.endswith(".json") and (folder / name).exists():
-            read_settings(folder / name)
+    check_settings(folder)
     template = folder / "chat_template.jinja"
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.read_text(encoding="utf-8"))
@@ -81,18 +79,33 @@ def check_readable(folder: Path, tokenizers: bool = False) -> None:
         raise BundleError(f"{template} is not a template ({error}). {_AGAIN}") from error
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """Read one of the JSON files of a bundle.
+def check_settings(folder: Path) -> dict[str, Any]:
+    """Check the JSON files of a bundle, those that are there.
+
+    Returns:
+        The content of `config.json`.
 
     Raises:
-        [`BundleError`]: it is damaged, or not that of a bundle.
+        [`BundleError`]: One of them is damaged, or not that of a bundle.
     """
+    for name in FILES:
+        if name.endswith(".json") and (folder / name).exists():
+            _read_settings(folder / name)
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # damaged settings make transformers stumble anywhere
+        raise BundleError(f"{folder / 'config.json'} does not load: {_reason(error)}. {_AGAIN}") from error
+    return _read_settings(folder / "config.json")
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
     values = read_json(file, MAX_TOKENIZER_BYTES, BundleError)
+    if file.name == "config.json":
+        check_is_llava_mpt(file.parent, values)
     if not values:
         raise BundleError(f"{file} holds an empty object, expected one with settings. {_AGAIN}")
     problems = broken_rules(values, _RULES.get(file.name, {}))
     if file.name == "config.json" and not problems:
-        check_is_llava_mpt(file.parent, values)
         for part, rules in _RULES_OF_PARTS.items():
             problems += broken_rules(values[part], rules, f"{part}.")
     if problems:
@@ -122,10 +135,6 @@ def check_loads(folder: Path, tokenizers: bool = False) -> None:
         [`BundleError`]: names the file, and what its library says about it.
     """
     check_readable(folder, tokenizers)
-    try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # damaged settings make transformers stumble anywhere
-        raise BundleError(f"{folder / 'config.json'} does not load: {_reason(error)}. {_AGAIN}") from error
     load_processor(folder)
     for name in (*PARTS.values(), *TOKENIZERS):
         if (folder / name).exists():

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from optimum_llava_ov.bundle.check import read_graph, read_settings
+from optimum_llava_ov.bundle.check import check_settings, read_graph
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
 from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
 from optimum_llava_ov.bundle.weights import WeightShare, weight_shares
@@ -58,7 +58,7 @@ class BundleFacts:
         Raises:
             [`BundleError`]: a file does not hold what a bundle's does; names it.
         """
-        config, evaluation = read_settings(folder / "config.json"), folder / "eval.json"
+        config, evaluation = check_settings(folder), folder / "eval.json"
         return cls(
             config=config,
             openvino_config=read_json(folder / "openvino_config.json", error_class=BundleError),

@@ -1,8 +1,8 @@
 """Answers by this package's own model: `generate` of transformers, on a cache that follows the conversation.
 
-Before an answer, the cache is cropped to the longest prefix that it shares with the prompt, and only the rest of the prompt is processed.
-That one rule serves the next turn, undo, a cancelled answer, a changed system prompt and dropped turns alike. The result is that of the whole
-prompt.
+Before an answer, the cache is cropped to the longest prefix that it shares with the prompt, and only the rest of the prompt
+is processed. That one rule serves the next turn, undo, a cancelled answer, a changed system prompt and dropped turns alike. The
+result is that of the whole prompt.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class DecoderCache:
-    """The cache of one batch, inside a request of the compiled language model. Give it to `generate` or `forward` to continue after its tokens.
+    """The cache of one batch, inside a request of the compiled language model.
+
+    `generate` and `forward` take it as `past_key_values`, and continue after its tokens.
 
     It has the methods of [`~transformers.Cache`] that `generate` calls.
 
@@ -41,8 +43,8 @@ class DecoderCache:
         """
         if self._decoder is None:
             raise ValueError(
-                "past_key_values are of an earlier prompt, and the model has begun another one since. Leave past_key_values out and give the "
-                "whole prompt; or give each conversation a cache of its own, as model.new_cache() and model.chat() do."
+                "past_key_values are of an earlier prompt, and the model has begun another one since. Leave past_key_values out and "
+                "give the whole prompt; or give each conversation a cache of its own, as model.new_cache() and model.chat() do."
             )
         return self._decoder
 
@@ -58,7 +60,7 @@ class DecoderCache:
 
     @property
     def chunk_size(self) -> int:
-        """Number of tokens to give in the next call when a prompt is processed in chunks, so that it can be cancelled between two of them."""
+        """Number of tokens to give in the next call when a prompt is processed in chunks, with a chance to cancel in between."""
         return self.decoder.chunk_size if self._length else self.decoder.first_chunk_size
 
     def crop(self, max_length: int) -> None:

@@ -279,7 +279,8 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Example:
             cache = model.new_cache()
-            output = model.generate(**inputs, past_key_values=cache)  # the next call takes all of the conversation, and computes what is new
+            output = model.generate(**inputs, past_key_values=cache)
+            # The next call takes the whole conversation, and computes only what is new
         """
         return self.language_model.new_cache()
 
@@ -403,10 +404,23 @@ class OVModelForLlavaMPT(ImageGenerationMixin, OVModelForVisualCausalLM):
             )
         if inputs_embeds is not None and not past_length:
             return {**inputs, "inputs_embeds": inputs_embeds}
-        images = {}
+        num_new_tokens = attention_mask.shape[1] - past_length
         if is_first_iteration:
-            images = {name: kwargs[name] for name in ("pixel_values", "image_features") if kwargs.get(name) is not None}
-        return {**inputs, **images, "input_ids": input_ids[:, past_length - attention_mask.shape[1] :]}
+            for name in ("pixel_values", "image_features"):
+                if kwargs.get(name) is not None:
+                    images = self._images_of_new_tokens(kwargs[name], input_ids, num_new_tokens)
+                    inputs[name] = images if len(images) else None
+        return {**inputs, "input_ids": input_ids[:, -num_new_tokens:]}
+
+    def _images_of_new_tokens(self, images: torch.Tensor, input_ids: torch.LongTensor, num_new_tokens: int) -> torch.Tensor:
+        """Leave out images whose tokens are in the cache, unless only the new images were given."""
+        is_image = input_ids == self.config.image_token_index
+        totals = is_image.sum(dim=1) // self.config.image_seq_length
+        if len(images) != totals.sum():
+            return images
+        new = is_image[:, -num_new_tokens:].sum(dim=1) // self.config.image_seq_length
+        keep = [number >= total - count for total, count in zip(totals.tolist(), new.tolist()) for number in range(total)]
+        return images[keep]
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         """Those of transformers. Guidance runs the model a second time at each step, so it gets a cache of its own."""
