@@ -12,6 +12,7 @@ import inspect
 import logging
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -211,7 +212,40 @@ def hook_modeling() -> None:
 
     mapping = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING
     # The bundle's type and the checkpoint's
-    mapping["llava"] = mapping["llava_mpt"] = _llava_class(mapping["llava"])
+    llava = mapping["llava"] = mapping["llava_mpt"] = _llava_class(mapping["llava"])
+    visual = modeling_visual_language.OVModelForVisualCausalLM
+    visual.from_pretrained = classmethod(_from_pretrained_for_all(visual, llava))
+
+
+def _from_pretrained_for_all(visual: type, llava: type) -> Callable:
+    """Let our class load folders with a LLaVA-MPT. Without a network, the host looks for each folder in the Hub's cache."""
+    original = visual.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, **kwargs):
+        arguments = inspect.signature(original).bind(cls, *args, **kwargs).arguments
+        if cls is not visual or not _is_in_folder(Path(arguments["model_id"]) / (arguments.get("subfolder") or "")):
+            return original(cls, *args, **kwargs)
+        arguments.update(arguments.pop("kwargs", {}))
+        del arguments["cls"]
+        return _our_class(llava).from_pretrained(**arguments)
+
+    return from_pretrained
+
+
+def _is_in_folder(folder: Path) -> bool:
+    """Whether a folder has a LLaVA-MPT: a bundle, or an original checkpoint."""
+    from optimum_llava_ov.bundle.check import check_is_llava_mpt
+    from optimum_llava_ov.checkpoint.config import names_our_model
+    from optimum_llava_ov.checkpoint.options import read_json
+
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    with contextlib.suppress(ValueError):
+        check_is_llava_mpt(folder, read_json(file))
+        return True
+    return names_our_model(file)
 
 
 def _llava_class(stock: type) -> type:
@@ -221,13 +255,18 @@ def _llava_class(stock: type) -> type:
         def __new__(cls, language_model, text_embeddings, vision_embeddings, config=None, *args, **kwargs):
             if cls is not OVLlava or config.text_config.model_type != "mpt":
                 return super().__new__(cls)
-            from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
-
-            OVLlava.register(OVModelForLlavaMPT)  # whoever asks whether a model is of the class in the table
-            return OVModelForLlavaMPT(language_model, text_embeddings, vision_embeddings, config, *args, **kwargs)
+            return _our_class(OVLlava)(language_model, text_embeddings, vision_embeddings, config, *args, **kwargs)
 
     OVLlava.__name__, OVLlava.__qualname__, OVLlava.__module__ = stock.__name__, stock.__qualname__, stock.__module__
     return OVLlava
+
+
+def _our_class(llava: type) -> type:
+    """Our class. Whoever asks whether a model of it is of the class `llava` in the host's table is told so."""
+    from optimum_llava_ov.runtime.modeling import OVModelForLlavaMPT
+
+    llava.register(OVModelForLlavaMPT)
+    return OVModelForLlavaMPT
 
 
 def named_datasets() -> dict[str, dict]:

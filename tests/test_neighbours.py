@@ -97,7 +97,7 @@ def test_a_torch_model_can_be_exported(tmp_path, models):
     exported = OVModelForLlavaMPT.from_pretrained(tmp_path / "bundle", ov_config=EXACT)
     torch.testing.assert_close(exported(input_ids=ids).logits, expected, atol=5e-4, rtol=0)
 
-    model.language_model.norm_f.weight.mul_(2)
+    model.language_model.transformer.norm_f.weight.mul_(2)
     convert.export_from_model(model, tmp_path / "changed", ov_config=OVConfig(dtype="fp32"))
     changed = OVModelForLlavaMPT.from_pretrained(tmp_path / "changed", ov_config=EXACT)
     torch.testing.assert_close(changed(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3, rtol=0)
@@ -114,6 +114,24 @@ def test_the_hosts_class_compresses_as_ours(quantization_config):
     assert type(hosts) is OVModelForLlavaMPT
     for part, graph in ours.ov_models.items():
         assert weight_bytes(hosts.ov_models[part]) == weight_bytes(graph)
+
+
+OFFLINE = """
+import sys
+from pathlib import Path
+import optimum_llava_ov
+from optimum.intel import OVModelForVisualCausalLM
+
+for folder in (*sys.argv[1:], Path(sys.argv[1])):
+    print(type(OVModelForVisualCausalLM.from_pretrained(folder, compile=False)).__name__)
+"""
+
+
+def test_the_hosts_class_takes_folders_without_a_network(bundles):
+    """A bundle, and a checkpoint without `export=True`. The host would look for both in the Hub's cache."""
+    result = run(sys.executable, "-c", OFFLINE, bundles[GOLDENS[0].name], CHECKPOINT, env={"HF_HUB_OFFLINE": "1"})
+    assert result.stdout.split() == ["OVModelForLlavaMPT"] * 3
+    assert all("/3 [" in line for line in result.stderr.splitlines() if line.strip()), result.stderr  # no warnings, but progress
 
 
 def test_the_hosts_table_has_a_class(bundles):
