@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
 install: $(BIN)/optimum-cli
-$(BIN)/optimum-cli: pyproject.toml constraints.txt
+$(BIN)/optimum-cli: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"

@@ -74,7 +74,9 @@ def test_model_server_page():
 def test_make_targets_of_the_documents_exist():
     for document in DOCUMENTS:
         for target in re.findall(r"(?:`|^    )make\s([\w-]+)", document.read_text(), re.MULTILINE):
-            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{document.name}: {target}"
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
+                f"{document.name}: {target}"
+            )
 
 
 def test_wheel_holds_what_is_needed(tmp_path):
@@ -97,3 +99,13 @@ def test_wheel_holds_what_is_needed(tmp_path):
         assert name in names
     assert "optimum/commands/__init__.py" not in names
     assert "register/__init__.py" not in names
+
+    # Optimum's version is not looked up in this package, however it is installed
+    wheel, editable = next(tmp_path.glob("*.whl")), tmp_path / "editable"
+    build = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_editable({str(editable)!r})"
+    editable.mkdir()
+    run(sys.executable, "-c", build, cwd=source)
+    for installed in (wheel, editable):
+        look_up = "import importlib.metadata; print(*importlib.metadata.packages_distributions())"
+        found = run(sys.executable, "-S", "-c", look_up, env={"PYTHONPATH": str(installed)}, cwd=tmp_path).stdout
+        assert found.split() == ["optimum_llava_ov"]

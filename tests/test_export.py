@@ -203,7 +203,9 @@ class TestCommand:
         ids=["task", "stateful", "model-kwargs", "variant"],
     )
     def test_refusals(self, optimum_cli, tmp_path, options, message):
-        status, _, errors = optimum_cli("export", "openvino", "--model", SHARDED.checkpoint, *options, tmp_path / "out")
+        status, _, errors = optimum_cli(
+            "export", "openvino", "--model", SHARDED.checkpoint, *options, tmp_path / "out"
+        )
         assert status == 1
         assert message in errors
         assert files(tmp_path) == set()

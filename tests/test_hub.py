@@ -569,7 +569,10 @@ class TestExportFromTheHub:
         hub.add("me/towerless", checkpoint_files(SHAPES / "checkpoint", mm_vision_tower="me/no-such-tower"))
         start = len(hub.requests)
         message = client.error(self.export("me/towerless", tmp_path / "out"))
-        assert "The vision tower 'me/no-such-tower', mm_vision_tower in config.json of 'me/towerless', was not found" in message
+        assert (
+            "The vision tower 'me/no-such-tower', mm_vision_tower in config.json of 'me/towerless', was not found"
+            in message
+        )
         assert not [path for _, path, *_ in hub.requests[start:] if path.endswith("0002.bin")]
 
 

@@ -119,6 +119,26 @@ def test_the_hosts_class_compresses_as_ours(quantization_config):
         assert weight_bytes(hosts.ov_models[part]) == weight_bytes(graph)
 
 
+OFFLINE = """
+import sys
+from pathlib import Path
+import optimum_llava_ov
+from optimum.intel import OVModelForVisualCausalLM
+
+for folder in (*sys.argv[1:], Path(sys.argv[1])):
+    print(type(OVModelForVisualCausalLM.from_pretrained(folder, compile=False)).__name__)
+"""
+
+
+def test_the_hosts_class_takes_folders_without_a_network(bundles):
+    """A bundle, and a checkpoint without `export=True`. The host would look for both in the Hub's cache."""
+    result = run(sys.executable, "-c", OFFLINE, bundles[GOLDENS[0].name], CHECKPOINT, env={"HF_HUB_OFFLINE": "1"})
+    assert result.stdout.split() == ["OVModelForLlavaMPT"] * 3
+    assert all("/3 [" in line for line in result.stderr.splitlines() if line.strip()), (
+        result.stderr
+    )  # no warnings, but progress
+
+
 def test_the_hosts_table_has_a_class(bundles):
     """As the host's tests use it: to ask what a model is, and for what belongs to the class."""
     llava = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING["llava"]

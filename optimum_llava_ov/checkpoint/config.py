@@ -138,6 +138,8 @@ def mpt_config(config: PretrainedConfig) -> MptConfig:
 _REQUIRED = ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "expansion_ratio", "attn_config")
 _PROJECTORS = ("linear", "identity", *(f"mlp{depth}x_gelu" for depth in range(MAX_PROJECTOR_LAYERS + 1)))
 
+# What the Auto classes of transformers load, if they are not asked for another
+_DTYPE = one_of(None, "float16", "bfloat16", "float32")
 # All options that are read, and for which values our graph is the original's
 _OPTIONS = {
     "d_model": integer(1, MAX_WIDTH),
@@ -163,9 +165,8 @@ _OPTIONS = {
     "image_aspect_ratio": one_of(None, "square", "pad"),
     "tie_word_embeddings": one_of(None, True),
     "mm_use_im_start_end": one_of(None, False, True),
-    # What transformers' Auto classes convert the weights to, and newer versions' name of it
-    "torch_dtype": one_of(None, "float16", "bfloat16", "float32"),
-    "dtype": one_of(None, "float16", "bfloat16", "float32"),
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
 }
 _ATTENTION_OPTIONS = {
     "alibi": one_of(True),

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_llava_ov.host import is_supported
@@ -148,7 +149,40 @@ def hook_modeling() -> None:
 
     mapping = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING
     # The model types of the bundle and of the checkpoint
-    mapping["llava"] = mapping["llava_mpt"] = _llava_class(mapping["llava"])
+    llava = mapping["llava"] = mapping["llava_mpt"] = _llava_class(mapping["llava"])
+    visual = modeling_visual_language.OVModelForVisualCausalLM
+    visual.from_pretrained = classmethod(_from_pretrained_for_all(visual, llava))
+
+
+def _from_pretrained_for_all(visual: type, llava: type) -> Callable:
+    """Let our class load folders that hold a LLaVA-MPT. Without a network, the host looks for any folder in the Hub's cache."""
+    original = visual.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, **kwargs):
+        arguments = inspect.signature(original).bind(cls, *args, **kwargs).arguments
+        if cls is not visual or not _is_in_folder(Path(arguments["model_id"]) / (arguments.get("subfolder") or "")):
+            return original(cls, *args, **kwargs)
+        arguments.update(arguments.pop("kwargs", {}))
+        del arguments["cls"]
+        return _our_class(llava).from_pretrained(**arguments)
+
+    return from_pretrained
+
+
+def _is_in_folder(folder: Path) -> bool:
+    """Return whether a folder holds a LLaVA-MPT: a bundle or an original checkpoint."""
+    from optimum_llava_ov.bundle.check import check_is_llava_mpt
+    from optimum_llava_ov.checkpoint.config import names_our_model
+    from optimum_llava_ov.checkpoint.options import read_json
+
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    with contextlib.suppress(ValueError):
+        check_is_llava_mpt(folder, read_json(file))
+        return True
+    return names_our_model(file)
 
 
 def _llava_class(stock: type) -> type:
@@ -158,10 +192,15 @@ def _llava_class(stock: type) -> type:
         def __new__(cls, language_model, text_embeddings, vision_embeddings, config=None, *args, **kwargs):
             if cls is not OVLlava or config.text_config.model_type != "mpt":
                 return super().__new__(cls)
-            from optimum_llava_ov.modeling import OVModelForLlavaMPT
-
-            OVLlava.register(OVModelForLlavaMPT)  # so that `isinstance` with the class in the table is true
-            return OVModelForLlavaMPT(language_model, text_embeddings, vision_embeddings, config, *args, **kwargs)
+            return _our_class(OVLlava)(language_model, text_embeddings, vision_embeddings, config, *args, **kwargs)
 
     OVLlava.__name__, OVLlava.__qualname__, OVLlava.__module__ = stock.__name__, stock.__qualname__, stock.__module__
     return OVLlava
+
+
+def _our_class(llava: type) -> type:
+    """Return our class. `isinstance` with the class `llava` of the host's table is true for its models."""
+    from optimum_llava_ov.modeling import OVModelForLlavaMPT
+
+    llava.register(OVModelForLlavaMPT)
+    return OVModelForLlavaMPT
