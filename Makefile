@@ -20,7 +20,7 @@ quickstart: install
 
 # In parallel, but not beyond what a few large imports and models take of memory
 test: install
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 # Every public name of transformers, Optimum and optimum-intel as the first import, beside this package: half an hour.
 imports: install

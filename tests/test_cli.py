@@ -1,6 +1,5 @@
 """How commands end: what the user can mend is one sentence and status 1, Ctrl-C is status 130, a bug keeps its traceback."""
 
-import io
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ import openvino
 import pytest
 from conftest import EXAMPLES, fill_hub_cache, run
 from hub_server import HubServer
-from optimum.commands.optimum_cli import main
 from optimum.intel import OVWeightQuantizationConfig
 
 from optimum_llava_ov.cli.exit import exit_status
@@ -32,25 +30,6 @@ COMMANDS = {
     "eval": ("llava-ov", "eval", "{}", "--reference", "nowhere/at-all", "--num-samples", "1"),
     "push": ("llava-ov", "push", "{}", "me/model", "--dry-run"),
 }
-
-
-@pytest.fixture
-def optimum_cli(monkeypatch, capfd):
-    """Run the command in this process. Returns its exit status, and what it wrote to stdout and stderr."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?"))
-        capfd.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, *capfd.readouterr()
-
-    return command
 
 
 def on(name, bundle):
