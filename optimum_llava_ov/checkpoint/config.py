@@ -79,6 +79,8 @@ class LlavaMptConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> LlavaMptConfig:
         """Take the known options of a `config.json` and drop the rest, among which some choose code (`_attn_implementation`)."""
         known = {name: config_dict[name] for name in _OPTIONS if config_dict.get(name) is not None}
+        # What the Auto classes load, if they are not asked for another. Any other name would be looked up in torch.
+        known |= {name: config_dict[name] for name in ("dtype", "torch_dtype") if config_dict.get(name) in _DTYPES}
         if isinstance(known.get("attn_config"), dict):
             known["attn_config"] = {
                 name: value for name, value in known["attn_config"].items() if name in _ATTENTION_OPTIONS
@@ -137,9 +139,8 @@ def mpt_config(config: PretrainedConfig) -> MptConfig:
 
 _REQUIRED = ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "expansion_ratio", "attn_config")
 _PROJECTORS = ("linear", "identity", *(f"mlp{depth}x_gelu" for depth in range(MAX_PROJECTOR_LAYERS + 1)))
+_DTYPES = ("float16", "bfloat16", "float32")
 
-# What the Auto classes of transformers load, if they are not asked for another
-_DTYPE = one_of(None, "float16", "bfloat16", "float32")
 # All options that are read, and for which values our graph is the original's
 _OPTIONS = {
     "d_model": integer(1, MAX_WIDTH),
@@ -165,8 +166,6 @@ _OPTIONS = {
     "image_aspect_ratio": one_of(None, "square", "pad"),
     "tie_word_embeddings": one_of(None, True),
     "mm_use_im_start_end": one_of(None, False, True),
-    "dtype": _DTYPE,
-    "torch_dtype": _DTYPE,
 }
 _ATTENTION_OPTIONS = {
     "alibi": one_of(True),

@@ -5,6 +5,7 @@
 The checkpoint is the original one with weights in float32, so that what others compute in torch is computed in float32.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ for name in ("checkpoint", "clip"):
         torch.save({key: tensor.float() for key, tensor in torch.load(file, weights_only=True).items()}, file)
     for file in (folder / name).glob("*.safetensors"):
         save_file({key: tensor.float() for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+config = folder / "checkpoint" / "config.json"
+config.write_text(json.dumps({**json.loads(config.read_text()), "torch_dtype": "float32"}))
 
 main_export(folder / "checkpoint", folder / "fp32", ov_config=OVConfig(dtype="fp32"))
 for name in ("int8", "int4"):

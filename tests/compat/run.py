@@ -63,14 +63,9 @@ class Peers:
         return self.folder / "bundles" / name
 
     def run(
-        self,
-        *command: str | Path,
-        cwd: Path | None = None,
-        stdin: str | None = None,
-        seconds: int = 1800,
-        offline: str = "1",
+        self, *command: str | Path, cwd: Path | None = None, stdin: str | None = None, seconds: int = 1800
     ) -> Output:
-        environment = {**os.environ, "CI": "true", "HF_HUB_OFFLINE": offline, "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, "CI": "true", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(
             map(str, (self.genai / "tools" / "who_what_benchmark", self.genai / "tools" / "llm_bench", HERE))
         )
@@ -259,7 +254,6 @@ def hosts_tests(peers: Peers) -> Iterator[Verdict]:
         cwd=peers.optimum / "tests" / "openvino",
         stdin="\n".join(map(str, (peers.checkpoint, peers.bundle("fp32"), PICTURE, *wanted))),
         seconds=3600,
-        offline="0",  # or optimum-intel cannot tell whether a local folder has to be exported
     )
     ran = {}
     for case in ET.parse(report).iter("testcase") if report.exists() else ():
