@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test imports compat quality style clean
+.PHONY: install quickstart test test-fast coverage imports compat quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
@@ -20,7 +20,7 @@ quickstart: install
 
 # In parallel, but not beyond what a few large imports and models take of memory
 test: install
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 # Every public name of transformers, Optimum and optimum-intel as the first import, beside this package: half an hour.
 imports: install
@@ -30,13 +30,26 @@ imports: install
 compat: install
 	$(BIN)/python tests/compat/run.py $(PEERS)
 
-quality:
-	$(BIN)/python -m pip install --quiet "ruff==0.14.*"
+# The core, in two minutes on two cores: no programs, no browser, no other engines, no server.
+test-fast: install
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal -m "not slow and not browser and not genai and not hub"
+
+# What the tests in this process reach; programs that they start do not count. The share must not fall.
+coverage: install
+	$(BIN)/python -m pip install --quiet pytest-cov
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered
+
+$(BIN)/mypy: install
+	$(BIN)/python -m pip install --quiet --editable ".[quality]"
+
+quality: $(BIN)/mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
 
-style:
-	$(BIN)/python -m pip install --quiet "ruff==0.14.*"
+style: $(BIN)/mypy
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -174,7 +174,7 @@ def convert(checkpoint_name: str | Path, folder: Path, compression: bool = True,
     """
     checkpoint = OriginalCheckpoint.open(checkpoint_name)
     if (
-        checkpoint.config.padded_vocab_size != checkpoint.config.vocab_size
+        checkpoint.config.padded_vocab_size != checkpoint.config.image_token_id
         or checkpoint.config.image_aspect_ratio == "pad"
     ):
         raise ValueError(

@@ -1,12 +1,12 @@
-"""What this package raises when the user, not the code, has to do something.
+"""Errors that tell the user what to do.
 
-All derive from `ValueError`: Optimum retries a load that failed with `OSError` as if the weights were TensorFlow's, which
-would hide the reason.
+All derive from `ValueError`, not from `OSError`: Optimum retries a load that failed with `OSError` as if the weights
+were TensorFlow's, which hides the reason.
 """
 
 
 class UnsupportedCheckpointError(ValueError):
-    """The checkpoint asks for something this package does not compute. Nothing was downloaded but its configuration."""
+    """The checkpoint needs something that this package does not support. Only its configuration was downloaded."""
 
 
 class InvalidCheckpointError(ValueError):
@@ -18,12 +18,12 @@ class BundleError(ValueError):
 
 
 class HubError(ValueError):
-    """The Hub does not have what was asked for, refused, or could not be reached. Nothing was published."""
+    """The Hub does not have what was requested, refused the request, or cannot be reached. Nothing was published."""
 
 
 class HubUnreachableError(HubError):
-    """There is no connection to the Hub, and the cache does not have the file."""
+    """The Hub cannot be reached, and the cache does not have the file."""
 
 
 class ImageError(ValueError):
-    """An image cannot be read, or is more than is accepted. Nothing was computed with it."""
+    """An image cannot be read, or exceeds a limit. Nothing was computed with it."""

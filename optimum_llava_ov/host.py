@@ -1,6 +1,6 @@
-"""Adapters to names of Optimum and NNCF that are not public. `registration/hooks.py` has the rest: what replaces something there.
+"""Call private functions of Optimum and NNCF. Only this module and `registration/hooks.py` use private names.
 
-`tests/test_host.py` names each of these and fails with what to do when a new version of Optimum has moved one.
+`tests/test_host.py` lists these names. If a new version of Optimum moves one, the tests fail and say what to do.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ SUPPORTED_OPTIMUM_INTEL = ">=2.2,<2.3"
 
 
 def is_supported() -> bool:
-    """Whether this version of optimum-intel is one we know. Says what to install if not."""
+    """Return whether the installed version of optimum-intel is supported. Log what to install if it is not."""
     from packaging.specifiers import SpecifierSet
 
     found = version("optimum-intel")
     if SpecifierSet(SUPPORTED_OPTIMUM_INTEL).contains(found, prereleases=True):
         return True
     logger.warning(
-        "optimum-llava-ov %s does not know optimum-intel %s and stays out of its way: LLaVA-MPT checkpoints cannot be exported. "
-        'Install a version it knows: pip install "optimum-intel%s"',
+        "optimum-llava-ov %s does not support optimum-intel %s, so LLaVA-MPT checkpoints cannot be exported. "
+        'Install a supported version: pip install "optimum-intel%s"',
         version("optimum-llava-ov"),
         found,
         SUPPORTED_OPTIMUM_INTEL,
@@ -34,7 +34,7 @@ def is_supported() -> bool:
 
 
 def compress_weights(model, config, dataset=None):
-    """NNCF's weight compression as Optimum configures it, runtime options of the graph included."""
+    """Compress weights with NNCF as Optimum does. This also sets the runtime options of the graph."""
     from optimum.intel.openvino.quantization import _weight_only_quantization
 
     return _weight_only_quantization(model, config, dataset, verify_not_optimized=False)
@@ -42,7 +42,7 @@ def compress_weights(model, config, dataset=None):
 
 @contextlib.contextmanager
 def compressing(keep):
-    """While NNCF compresses, put each constant it makes through `keep`, which takes and returns an OpenVINO `Constant`."""
+    """Pass each constant that NNCF makes in this context to `keep`, which takes and returns an OpenVINO `Constant`."""
     from nncf.quantization.algorithms.weight_compression import openvino_backend as backend
 
     original = backend.create_ov_const_from_tensor
@@ -55,13 +55,14 @@ def compressing(keep):
 
 @contextlib.contextmanager
 def exporting(transform=None, save_model=None):
-    """While Optimum exports, skip the second trace and give each graph to `transform` before it is written.
+    """Let Optimum skip the second trace and pass each graph to `transform` before it writes the graph.
 
-    The second trace compares with the first: half of the export's time at 7B, and for graphs without branches no news.
+    Optimum traces twice to compare both graphs. This takes half of the export's time at 7B, and graphs without
+    branches are always equal.
 
     Args:
-        transform: takes and returns an `openvino.Model`.
-        save_model: writes it, in place of `openvino.save_model`.
+        transform: function that takes and returns an `openvino.Model`.
+        save_model: function that writes the graph, instead of `openvino.save_model`.
     """
     from optimum.exporters.openvino import convert
 
@@ -80,7 +81,7 @@ def exporting(transform=None, save_model=None):
 
 
 def named_datasets() -> dict[str, dict]:
-    """Data sets for vision-language models that Optimum knows by name: for each `id`, `split`, and `inputs` with its columns."""
+    """Return Optimum's data sets for vision-language models: name -> `id`, `split` and `inputs` (columns)."""
     from optimum.intel.openvino.utils import PREDEFINED_VISUAL_LM_DATASETS
 
     return PREDEFINED_VISUAL_LM_DATASETS

@@ -1,7 +1,7 @@
-"""Images from outside: opened within limits, and made as small as the model sees them.
+"""Open images within limits, and reduce them to the size that the model sees.
 
-Whatever the sides of an image are, opening and preparing it takes at most about 5 bytes for each of `ImageLimits.max_pixels`, and one
-image is opened at a time. What stays in memory is what the model sees.
+Opening and preparing an image takes at most about 5 bytes for each of `ImageLimits.max_pixels`, whatever its width and
+height are. One image is opened at a time. Only the reduced image stays in memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from optimum_llava_ov.errors import ImageError
 
@@ -24,11 +26,11 @@ from optimum_llava_ov.errors import ImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _JPEGS = ("JPEG", "MPO")  # Pillow calls a JPEG of several images "MPO"
 
-# A larger image is reduced by a whole factor before it is resampled; up to here, pixels are those of the original code.
+# Larger images are reduced by a whole factor before they are resampled. Smaller ones give the original code's pixels.
 _LARGE = 4096 * 4096
-_STRIP = 1024 * 1024  # pixels that are converted at a time
-_BYTES_PER_PIXEL = 5  # of `ImageLimits.max_pixels`, that decoding may take
-_MAX_SCANS = 100  # of a JPEG. Usual are 1 to 10, and each takes the time of a whole image, even if it is empty.
+_STRIP = 1024 * 1024  # pixels to convert at a time
+_BYTES_PER_PIXEL = 5  # limit of the memory for decoding, per pixel of `ImageLimits.max_pixels`
+_MAX_SCANS = 100  # of a JPEG. 1 to 10 are usual. Each takes the time of a whole image, even if it is empty.
 _START_OF_SCAN = b"\xff\xda"
 
 _one_at_a_time = threading.RLock()
@@ -36,12 +38,13 @@ _one_at_a_time = threading.RLock()
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """
+    """Limit the images that users may give.
+
     Attributes:
-        max_bytes (`int`): of an image's file.
-        max_pixels (`int`): width times height. Formats whose decoders need several copies of an image may have fewer.
-        max_aspect_ratio (`float`): the longer side divided by the shorter one.
-        max_images (`int`): in one question.
+        max_bytes (`int`): maximum size of the file, in bytes.
+        max_pixels (`int`): maximum of width times height. It is lower for formats whose decoders copy the image.
+        max_aspect_ratio (`float`): maximum of the longer side divided by the shorter side.
+        max_images (`int`): maximum number of images in one question.
     """
 
     max_bytes: int = 20_000_000
@@ -54,30 +57,31 @@ DEFAULT_LIMITS = ImageLimits()
 
 
 def see_image(source: Any, image_processor: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """What the model sees of an image: [`open_image`], then [`fit_to_model`].
+    """Open an image and reduce it to what the model sees: [`open_image`], then [`fit_to_model`].
 
     Args:
         source: a `PIL.Image`, a path, or the bytes of a file.
-        image_processor: the bundle's.
+        image_processor: image processor of the bundle.
 
     Raises:
-        [`ImageError`]: it is not an image of a format that is read here, or is more than `limits` allow.
+        [`ImageError`]: `source` is not an image of a supported format, or exceeds `limits`.
     """
     with _one_at_a_time:
         return fit_to_model(open_image(source, limits), image_processor)
 
 
 def open_image(source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """
+    """Open an image and convert it to RGB.
+
     Args:
-        source: a `PIL.Image`, a path, or the bytes of a file. Of a file of several images, the first one is taken.
+        source: a `PIL.Image`, a path, or the bytes of a file. If a file holds several images, the first one is opened.
 
     Returns:
-        The image in RGB of 8 bits, turned as its EXIF orientation says. Deeper images are scaled to 8 bits, and transparency is left
-        out. Images of more than 4096 x 4096 pixels are reduced to fewer.
+        The image in RGB with 8 bits per channel, rotated as its EXIF orientation says. Deeper images are scaled to 8
+        bits. Transparency is dropped. Images of more than 4096 x 4096 pixels are reduced.
 
     Raises:
-        [`ImageError`]: it is not an image of a format that is read here, or is more than `limits` allow.
+        [`ImageError`]: `source` is not an image of a supported format, or exceeds `limits`.
     """
     if isinstance(source, Image.Image):
         name = "The image"
@@ -91,35 +95,37 @@ def open_image(source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image
         with _one_at_a_time:
             if isinstance(source, Image.Image):
                 _check(source, name, limits)
-                return _decoded(source, name)
+                return _decode(source, name)
             data = source if isinstance(source, bytes) else _read(Path(source), name, limits.max_bytes)
             _check_bytes(len(data), name, limits.max_bytes)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check(image, name, limits)
-                factor = _factor(image.width * image.height)
+                factor = _reduction_factor(image.width * image.height)
                 image.draft(None, (image.width // factor, image.height // factor))  # a JPEG is decoded at reduced size
-                return _decoded(image, name)
+                return _decode(image, name)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} cannot be read: it is not one of {', '.join(FORMATS)}.") from error
-    except Exception as error:  # decoders raise anything when a file is damaged
+    except Exception as error:  # decoders raise errors of any kind for a damaged file
         raise ImageError(f"{name} cannot be read: {error or type(error).__name__}") from error
 
 
 def fit_to_model(image: Image.Image, image_processor: Any) -> Image.Image:
-    """Make an image as small as the model sees it, in steps that stay small.
+    """Reduce an image to the size that the model sees.
 
-    The image processor makes the same `pixel_values` of the result as of `image`, so it takes the place of `image` everywhere.
-    Only if the square around it has more than 4096 x 4096 pixels, an image that the model sees in a square is reduced first.
+    The image processor makes the same `pixel_values` from the result as from `image`, so the result can replace
+    `image`. There is one exception: if the processor pads to a square and that square has more than 4096 x 4096
+    pixels, the image is reduced by a whole factor first.
 
     Args:
-        image: in RGB.
-        image_processor: the bundle's. One that resizes in another way than CLIP's or LLaVA's gets the image as it is.
+        image: an image in RGB.
+        image_processor: image processor of the bundle. If it resizes differently from CLIP's and LLaVA's, the image is
+            returned unchanged.
     """
     if getattr(image_processor, "do_pad", None) and hasattr(image_processor, "pad_to_square"):
-        factor = _factor(max(image.size) ** 2)
-        image = _padded(image.reduce(factor) if factor > 1 else image, image_processor.image_mean)
+        factor = _reduction_factor(max(image.size) ** 2)
+        image = _pad_to_square(image.reduce(factor) if factor > 1 else image, image_processor.image_mean)
     if not image_processor.do_resize:
         return image
     size = image_processor.size
@@ -129,22 +135,23 @@ def fit_to_model(image: Image.Image, image_processor: Any) -> Image.Image:
     if not edge or size.get("longest_edge"):
         return image
     image = image.resize([int(edge * side / min(image.size)) for side in image.size], image_processor.resample)
-    return _cropped(image, image_processor.crop_size, edge) if image_processor.do_center_crop else image
+    return _crop_center(image, image_processor.crop_size, edge) if image_processor.do_center_crop else image
 
 
 def check_number_of_images(number: int, limits: ImageLimits = DEFAULT_LIMITS) -> None:
-    """
+    """Check that a question does not have too many images.
+
     Raises:
-        [`ImageError`]: these are too many for one question.
+        [`ImageError`]: `number` exceeds `limits`.
     """
     if number > limits.max_images:
         raise ImageError(
-            f"The question comes with {number} images, and at most {limits.max_images} are accepted. Leave some out."
+            f"The question has {number} images, but at most {limits.max_images} are accepted. Leave some out."
         )
 
 
 def _read(path: Path, name: str, max_bytes: int) -> bytes:
-    with open(path, "rb", opener=_open_at_once) as file:
+    with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(f"{name} cannot be read: it is not a file.")
@@ -152,67 +159,67 @@ def _read(path: Path, name: str, max_bytes: int) -> bytes:
         return file.read(max_bytes + 1)
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for somebody who writes
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for a writer
 
 
 def _check_bytes(size: int, name: str, max_bytes: int) -> None:
     if size > max_bytes:
-        raise ImageError(f"{name} has {size / 1e6:.1f} MB, and at most {max_bytes / 1e6:g} MB are accepted.")
+        raise ImageError(f"{name} has {size / 1e6:.1f} MB, but at most {max_bytes / 1e6:g} MB are accepted.")
 
 
 def _check(image: Image.Image, name: str, limits: ImageLimits) -> None:
-    """Before anything is decoded."""
+    """Check an image before it is decoded."""
     if image.format not in (None, *FORMATS, *_JPEGS):
         raise ImageError(
-            f"{name} cannot be read: it is {image.format}, not one of {', '.join(FORMATS)}. Convert it first."
+            f"{name} cannot be read: its format is {image.format}, not one of {', '.join(FORMATS)}. Convert it first."
         )
     width, height = image.size
     found = f"{name} has {width} x {height} pixels"
     if min(image.size) < 1:
-        raise ImageError(f"{found}; at least 1 x 1 are expected.")
+        raise ImageError(f"{found}, but at least 1 x 1 is expected.")
     if width * height > limits.max_pixels:
         raise ImageError(
-            f"{found}, and at most {limits.max_pixels / 1e6:g} million are accepted. "
-            "Make it smaller; the model itself sees a few hundred pixels a side."
+            f"{found}, but at most {limits.max_pixels / 1e6:g} million are accepted. "
+            "Make it smaller: the model sees only a few hundred pixels per side."
         )
     if max(image.size) > limits.max_aspect_ratio * min(image.size):
         raise ImageError(
-            f"{found}: one side is {max(image.size) / min(image.size):.0f} times the other, and at most "
-            f"{limits.max_aspect_ratio:g} times is accepted. Cut out what the question is about."
+            f"{found}: one side is {max(image.size) / min(image.size):.0f} times the other, but at most "
+            f"{limits.max_aspect_ratio:g} times is accepted. Crop it to what the question is about."
         )
-    scans = _scans(image) if image.format in _JPEGS else 1
+    scans = _count_scans(image) if image.format in _JPEGS else 1
     if scans > _MAX_SCANS:
-        raise ImageError(f"{name} has {scans} scans, and at most {_MAX_SCANS} are accepted. Save it again as a JPEG.")
+        raise ImageError(f"{name} has {scans} scans, but at most {_MAX_SCANS} are accepted. Save it again as a JPEG.")
     needed, allowed = _decoding_bytes(image, scans), _BYTES_PER_PIXEL * limits.max_pixels
     if needed > allowed:
         raise ImageError(
-            f"{found}, and as this kind of {image.format} takes {needed / 1e6:.0f} MB to decode; at most {allowed / 1e6:.0f} MB are "
-            "accepted. Make it smaller, or save it as PNG."
+            f"{found}. Decoding this kind of {image.format} needs {needed / 1e6:.0f} MB of memory, but at most "
+            f"{allowed / 1e6:.0f} MB are accepted. Make it smaller, or save it as PNG."
         )
 
 
-def _scans(image: Image.Image) -> int:
-    """How many times a JPEG goes through its image; several with a progressive one. Not too few."""
+def _count_scans(image: Image.Image) -> int:
+    """Count the scans of a JPEG. A progressive JPEG has several. The count may be too high, but not too low."""
     file = getattr(image, "fp", None)
     if file is None:  # decoded already
         return 1
-    place = file.tell()  # behind the start of the first one
+    position = file.tell()  # after the start of the first scan
     scans = 1 + file.read().count(_START_OF_SCAN)
-    file.seek(place)
+    file.seek(position)
     return scans
 
 
 def _decoding_bytes(image: Image.Image, scans: int) -> int:
-    """Memory that Pillow takes to decode an image, at its peak. Each number was measured."""
+    """Return the peak memory that Pillow needs to decode an image, in bytes. Each factor was measured."""
     pixels = image.width * image.height
     if image.format == "WEBP":
         return 16 * pixels
-    if image.format in _JPEGS and scans > 1:  # libjpeg keeps the coefficients of all scans, in 16 bits
+    if isinstance(image, JpegImageFile) and scans > 1:  # libjpeg keeps the coefficients of all scans, in 16 bits
         samples = sum(across * down for _, across, down, _ in image.layer)
         most = max(across for _, across, *_ in image.layer) * max(down for _, _, down, _ in image.layer)
-        return 2 * pixels * samples // most + 4 * pixels // _factor(pixels) ** 2
-    if image.format == "TIFF":  # libtiff holds a strip or tile, as large as the file says
+        return 2 * pixels * samples // most + 4 * pixels // _reduction_factor(pixels) ** 2
+    if isinstance(image, TiffImageFile):  # libtiff holds a strip or tile, as large as the file says
         tags = image.tag_v2
         bits = max(tags.get(ExifTags.Base.BitsPerSample, (1,))) * tags.get(ExifTags.Base.SamplesPerPixel, 1)
         rows = min(tags.get(ExifTags.Base.RowsPerStrip, image.height), image.height)
@@ -221,25 +228,25 @@ def _decoding_bytes(image: Image.Image, scans: int) -> int:
     return 4 * pixels
 
 
-def _factor(pixels: int) -> int:
-    """By how much to reduce the sides of an image that is large."""
+def _reduction_factor(pixels: int) -> int:
+    """Return the factor to divide both sides of an image with `pixels` pixels by; 1 if the image is not large."""
     return math.ceil(math.sqrt(pixels / _LARGE))
 
 
-def _decoded(image: Image.Image, name: str) -> Image.Image:
-    """In RGB, the right way up, with nothing of the file's but its pixels. Large ones are never there twice at full size."""
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    """Decode an image to upright RGB without metadata. A large image is never in memory twice at full size."""
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation)
-    scale = _scale(image, name)
-    factor = _factor(image.width * image.height)
+    scale = _scale_to_8_bits(image, name)
+    factor = _reduction_factor(image.width * image.height)
     if factor == 1:
-        rgb = _in_rgb(image, scale)
+        rgb = _convert_to_rgb(image, scale)
     else:
         rgb = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
         rows = factor * max(1, _STRIP // (factor * image.width))
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-            rgb.paste(_in_rgb(strip, scale).reduce(factor), (0, top // factor))
+            rgb.paste(_convert_to_rgb(strip, scale).reduce(factor), (0, top // factor))
     rgb.info = {}
     if orientation is not None:
         rgb.getexif()[ExifTags.Base.Orientation] = orientation
@@ -247,42 +254,46 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     return rgb
 
 
-def _scale(image: Image.Image, name: str) -> float | None:
-    """What brings the values of a deep image to 0 ... 255; `None` for one of 8 bits.
+def _scale_to_8_bits(image: Image.Image, name: str) -> float | None:
+    """Return the factor that scales the values of a deep image to 0 ... 255; `None` for an image with 8 bits.
 
-    Values of 32 bits have no range of their own: integers are taken as 8 bits if all of them are up to 255, else as 16 bits; fractions
-    as shares if all are up to 1. If there are larger ones, the largest is white.
+    Values with 32 bits have no fixed range, so the largest value decides which value is white: 255 or 65535 for
+    integers, 1, 255 or 65535 for floats. The smallest that is not exceeded is taken. If all are exceeded, the largest
+    value is white.
     """
     if image.mode.startswith("I;16"):
         return 255 / 65535
     if image.mode not in ("I", "F"):
         return None
-    lowest, highest = image.getextrema()
+    lowest, highest = cast("tuple[float, float]", image.getextrema())  # not a pair per band: there is one band
     if not math.isfinite(highest - lowest):
         raise ImageError(f"{name} has values that are not finite numbers.")
     whites = (255, 65535) if image.mode == "I" else (1, 255, 65535)
     return 255 / next((white for white in whites if highest <= white), highest)
 
 
-def _in_rgb(image: Image.Image, scale: float | None) -> Image.Image:
+def _convert_to_rgb(image: Image.Image, scale: float | None) -> Image.Image:
     if scale is not None:
         image = image if image.mode in ("I;16", "F") else image.convert("I")
         image = image.point(lambda value: value * scale + 0.5).convert("L")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns of the direct way, which gives the same
+        image = image.convert("RGBA")  # the direct conversion gives the same, with a warning from Pillow
     return image.convert("RGB")
 
 
-def _padded(image: Image.Image, image_mean: list[float]) -> Image.Image:
-    """In the middle of a square of the mean colour, as `LlavaImageProcessor.pad_to_square`."""
+def _pad_to_square(image: Image.Image, image_mean: list[float]) -> Image.Image:
+    """Center an image on a square of the mean color, as `LlavaImageProcessor.pad_to_square` does."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in image_mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
-def _cropped(image: Image.Image, crop_size: Any, edge: int) -> Image.Image:
-    """The middle that the processor's own crop is cut from. It stays in the middle to the pixel: as many go on the left as on the right."""
+def _crop_center(image: Image.Image, crop_size: Any, edge: int) -> Image.Image:
+    """Crop an image to the part that the image processor's own crop needs.
+
+    The same number of pixels is removed on opposite sides, so that the processor crops the same pixels as before.
+    """
     left, top = (
         max(0, side - max(edge, crop_size.get(name))) // 2 for side, name in zip(image.size, ("width", "height"))
     )

@@ -1,4 +1,4 @@
-"""Options that functions take as `**kwargs`: a misspelt one is an error, as it is for Python where all of them have names."""
+"""Check options that functions take as `**kwargs`, so that a misspelt option raises an error."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from difflib import get_close_matches
 
 
 def check_options(function: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Check that there are no unknown names among the options of a function.
+    """Check that a function knows all options that it is given.
 
     Raises:
-        `TypeError`: there is one; suggests the nearest.
+        `TypeError`: a name is unknown; suggests the nearest known name.
     """
     known = sorted(known)
     for name in given:
@@ -22,7 +22,7 @@ def check_options(function: str, given: Iterable[str], known: Iterable[str]) -> 
 
 
 def names_of(function: Callable) -> set[str]:
-    """Names of the options that a function takes, those of its `**kwargs` left out."""
+    """Return the names of the options that a function takes, without those in its `**kwargs`."""
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {
         name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind not in kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import shutil
@@ -116,6 +117,17 @@ def fill_hub_cache(cache: Path, repositories: dict[str, Path]) -> None:
             (snapshot / "config.json").write_text(json.dumps({**config, "mm_vision_tower": tower}))
 
 
+SHARE_NOTHING = ("test_documentation",)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of a file share what they have set up. Where tests run in parallel, they stay in one process."""
+    for item in items:
+        if item.path.stem not in SHARE_NOTHING:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def frozen_heap():
     """Each export collects garbage several times. What the imports have left need not be looked through again each time."""
@@ -168,6 +180,27 @@ def processors(bundles):
 def shapes_bundle(export_once) -> Path:
     """A bundle of the model that answers about coloured shapes."""
     return export_once("shapes-ov", EXAMPLES / "shapes" / "checkpoint")
+
+
+@pytest.fixture
+def optimum_cli(monkeypatch, capfd):
+    """Run the command in this process. Returns its exit status, and what it wrote to stdout and stderr."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    from optimum.commands.optimum_cli import main
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?"))
+        capfd.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capfd.readouterr()
+
+    return command
 
 
 class _Pictures(SimpleHTTPRequestHandler):

@@ -108,30 +108,30 @@ SEEN = {
 REFUSED = {
     "1 x 10000.png": (
         lambda: png(1, 10_000),
-        "1 x 10000 pixels: one side is 10000 times the other, and at most 100 times",
+        "1 x 10000 pixels: one side is 10000 times the other, but at most 100 times",
     ),
     "10000 x 1.png": (lambda: png(10_000, 1), "10000 x 1 pixels: one side is 10000 times the other"),
     "1 x 65000.png": (lambda: png(1, 65_000), "one side is 65000 times the other"),
     "64 million.png": (
         lambda: png(8000, 8000, channels=1, depth=1),
-        "8000 x 8000 pixels, and at most 50 million are accepted",
+        "8000 x 8000 pixels, but at most 50 million are accepted",
     ),
     "bomb.png": (lambda: patched(png(1, 1), b"IHDR", 4, ">2I", 60_000, 60_000), "cannot be read"),
     "49 million, progressive.jpg": (
         lambda: progressive_jpeg(7000, 7000),
-        "kind of JPEG takes 343 MB to decode; at most 250 MB",
+        "kind of JPEG needs 343 MB of memory, but at most 250 MB",
     ),
     "huge.jpg": (lambda: progressive_jpeg(65_000, 65_000), "cannot be read: Image size .* exceeds limit"),
-    "49 million.webp": (lambda: lossless_webp(7000, 7000), "this kind of WEBP takes 784 MB to decode"),
+    "49 million.webp": (lambda: lossless_webp(7000, 7000), "this kind of WEBP needs 784 MB of memory"),
     "49 million in one strip.tiff": (
         lambda: tiff(**{"256": 7000, "257": 7000, "278": 7000}),
-        "kind of TIFF takes 392 MB to decode",
+        "kind of TIFF needs 392 MB of memory",
     ),
     "large tile.tiff": (
         lambda: tiff(**{"256": 64, "257": 64, "322": 60_000, "323": 60_000}),
-        "TIFF takes 14400 MB to decode",
+        "TIFF needs 14400 MB of memory",
     ),
-    "many scans.jpg": (lambda: jpeg_of_many_scans(1000), "has 1009 scans, and at most 100 are accepted"),
+    "many scans.jpg": (lambda: jpeg_of_many_scans(1000), "has 1009 scans, but at most 100 are accepted"),
     "cut.png": (lambda: saved(noise(), "PNG")[:-2000], "cannot be read: .*truncated"),
     "cut.jpg": (lambda: saved(noise(), "JPEG")[:-2000], "cannot be read: .*truncated"),
     "long text.png": (lambda: text_png(5_000_000), "cannot be read: .*too large"),
@@ -141,5 +141,5 @@ REFUSED = {
     "old.ppm": (lambda: saved(noise(), "PPM"), "it is not one of"),
     "archive.png": (zip_file, "it is not one of"),
     "empty.png": (lambda: b"", "it is not one of"),
-    "21 MB.png": (lambda: bytes(21_000_000), "has 21.0 MB, and at most 20 MB are accepted"),
+    "21 MB.png": (lambda: bytes(21_000_000), "has 21.0 MB, but at most 20 MB are accepted"),
 }

@@ -21,6 +21,9 @@ from optimum_llava_ov.chat.messages import images_of, text_of
 from optimum_llava_ov.system.peak_memory import AnonymousPeak, anonymous_memory, peak_rss
 
 
+pytestmark = pytest.mark.slow
+
+
 CHECKPOINT = EXAMPLES / "shapes" / "checkpoint"
 SHORT = ["--prompt-tokens", "60", "200", "--new-tokens", "5"]
 NUMBERS = {"time_to_first_token", "ms_per_token", "tokens_per_second"}
@@ -174,7 +177,7 @@ def test_too_short_for_a_picture(shapes_bundle):
         ({"rounds": 0}, "rounds is 0. Expected 1 or more."),
         ({"batch_size": 0}, "batch_size is 0. Expected 1 or more."),
         ({"engine": "vllm"}, "engine is 'vllm'. Expected one of auto, openvino, genai."),
-        ({"device": "NPU7"}, "There is no device 'NPU7' here."),
+        ({"device": "NPU7"}, "OpenVINO does not find the device 'NPU7'."),
     ],
 )
 def test_bad_options(shapes_bundle, options, message):

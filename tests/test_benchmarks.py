@@ -10,6 +10,9 @@ import torch
 from conftest import EXACT, Golden, run
 
 
+pytestmark = pytest.mark.slow
+
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 

@@ -16,6 +16,9 @@ from optimum_llava_ov.loading import GENAI, OPENVINO, choose_engine, session_fac
 from optimum_llava_ov.samples.shapes import held_out
 
 
+pytestmark = pytest.mark.genai
+
+
 PICTURES = EXAMPLES / "shapes" / "pictures"
 A, B = (Image.open(PICTURES / name).convert("RGB") for name in ("a.png", "b.png"))
 STAR = "The star is at the top right."

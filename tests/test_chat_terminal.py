@@ -31,6 +31,9 @@ from optimum_llava_ov.images import ImageLimits, open_image
 from optimum_llava_ov.system.devices import check_device
 
 
+pytestmark = pytest.mark.slow
+
+
 PICTURES = EXAMPLES / "shapes" / "pictures"
 
 
@@ -190,6 +193,7 @@ def test_a_picture_waits_for_a_question_that_is_kept(shapes):
     with pytest.raises(ValueError, match="nonsense"):
         terminal.ask("Where is the star?")
     del chat.options["nonsense"]
+    chat.processor.handler = signal.getsignal(signal.SIGINT)
     chat.processor.pressed = True
     terminal.ask("Where is the star?")
     assert output.getvalue().endswith("[stopped before the first word; the conversation is unchanged]\n")
@@ -203,11 +207,12 @@ class CtrlC(SlowProcessor):
     """A processor, and somebody who presses Ctrl-C before the first word."""
 
     pressed = False
+    handler = None  # what the test's process does with Ctrl-C
 
     @property
     def tokenizer(self):
         if self.pressed and threading.current_thread().name == "answer":
-            while signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # the answer is not shown yet
+            while signal.getsignal(signal.SIGINT) is self.handler:  # the answer is not shown yet
                 time.sleep(0.01)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             time.sleep(0.2)
@@ -226,10 +231,10 @@ def test_pictures_from_outside(website, tmp_path):
     for address in (f"{website}/elsewhere", f"{website}/a.png".replace("127.0.0.1", "localhost")):
         with pytest.raises(ValueError, match=r"from 'localhost' are not allowed\. Allowed hosts: 127\.0\.0\.1:"):
             fetch_image(address, hosts=hosts)
-    with pytest.raises(ValueError, match=r"has 0\.0 MB, and at most 1e-05 MB"):
+    with pytest.raises(ValueError, match=r"has 0\.0 MB, but at most 1e-05 MB"):
         open_image(PICTURES / "a.png", ImageLimits(max_bytes=10))
     Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
-    with pytest.raises(ValueError, match="9000 x 9000 pixels, and at most 50 million"):
+    with pytest.raises(ValueError, match="9000 x 9000 pixels, but at most 50 million"):
         open_image(tmp_path / "bomb.png")
 
 
@@ -290,5 +295,5 @@ def test_addresses_that_would_take_time_or_memory():
 def test_devices():
     check_device("AUTO")
     check_device("cpu")
-    with pytest.raises(ValueError, match="OpenVINO finds: CPU"):
+    with pytest.raises(ValueError, match="Choose one of CPU"):
         check_device("GPU.7")

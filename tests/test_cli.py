@@ -1,6 +1,5 @@
 """How commands end: what the user can mend is one sentence and status 1, Ctrl-C is status 130, a bug keeps its traceback."""
 
-import io
 import json
 import os
 import shutil
@@ -14,11 +13,13 @@ import openvino
 import pytest
 from conftest import EXAMPLES, fill_hub_cache, run
 from hub_server import HubServer
-from optimum.commands.optimum_cli import main
 from optimum.intel import OVWeightQuantizationConfig
 
 from optimum_llava_ov.cli.exit import exit_status
 from optimum_llava_ov.export.compression import compress
+
+
+pytestmark = pytest.mark.slow
 
 
 CHECKPOINT = EXAMPLES / "shapes" / "checkpoint"
@@ -32,25 +33,6 @@ COMMANDS = {
     "eval": ("llava-ov", "eval", "{}", "--reference", "nowhere/at-all", "--num-samples", "1"),
     "push": ("llava-ov", "push", "{}", "me/model", "--dry-run"),
 }
-
-
-@pytest.fixture
-def optimum_cli(monkeypatch, capfd):
-    """Run the command in this process. Returns its exit status, and what it wrote to stdout and stderr."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?"))
-        capfd.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, *capfd.readouterr()
-
-    return command
 
 
 def on(name, bundle):
@@ -98,11 +80,11 @@ DAMAGES = [
     (written("special_tokens_map.json", b"7"), "push", "special_tokens_map.json"),
     (written("config.json", b"[" * 100_000), "chat", "config.json"),
     (written("config.json", b'"llava"'), "push", "config.json"),
-    (changed("config.json", model_type="llama"), "bench", "is a 'llama' model around a 'mpt' language model"),
-    (changed("config.json", text_config="mpt"), "eval", "around a None language model"),
+    (changed("config.json", model_type="llama"), "bench", "is a 'llama' model with a 'mpt' language model"),
+    (changed("config.json", text_config="mpt"), "eval", "with a None language model"),
     (changed("config.json", image_token_index="517"), "chat-genai", "image_token_index"),
     (changed("config.json", vision_config={"model_type": "clip_vision_model", "image_size": "x"}), "eval", "bundle"),
-    (changed("generation_config.json", eos_token_id=["x"]), "bench-genai", "eos_token_id=['x'], expected an integer"),
+    (changed("generation_config.json", eos_token_id=["x"]), "bench-genai", "eos_token_id=['x']"),
     (written("chat_template.jinja", b"{% if %}"), "chat", "chat_template.jinja is not a template"),
     (written("chat_template.jinja", b"\xff\xfe"), "bench", "chat_template.jinja is not a template"),
     (halved("openvino_language_model.xml"), "chat", "openvino_language_model.xml does not load"),
@@ -119,7 +101,7 @@ DAMAGES = [
         "chat",
         "openvino_language_model.xml has no input or output logits",
     ),
-    (written("README.md", b"\xff\xfe\xfa"), "push", "README.md is not YAML"),
+    (written("README.md", b"\xff\xfe\xfa"), "push", "README.md is not a text in UTF-8"),
     (written("README.md", b"---\n: [\n---\n"), "push", "The metadata of"),
 ]
 IDS = [f"{name}-{found[:30]}-{command}" for (name, _), command, found in DAMAGES]
@@ -195,8 +177,8 @@ class TestExport:
             (["--weight-format", "fp16", "--ratio", "0.5"], "need a compressed format"),
             (["--quant-mode", "int8"], "quantizes activations"),
             (["--task", "text-generation"], "is exported for the task"),
-            (["--disable-stateful"], "not available for LLaVA-MPT"),
-            (["--model-kwargs", '{"tower": "x"}'], "knows only `vision_tower`"),
+            (["--disable-stateful"], "not supported for LLaVA-MPT"),
+            (["--model-kwargs", '{"tower": "x"}'], "supports only `vision_tower`"),
             (["--dataset", "/no/such/file"], "/no/such/file"),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -224,7 +206,7 @@ class TestExport:
         status, _, errors = optimum_cli("export", "openvino", "--model", name, tmp_path / "out")
         assert status == 1
         assert errors.strip().splitlines()[-1] == (
-            f"error: There is no folder {name!r}, and no model id on the Hub is written so: expected `owner/name`."
+            f"error: There is no folder {name!r}, and this name is not a model id of the Hub: expected `owner/name`."
         )
 
     def test_other_peoples_model_keeps_optimums_errors(self, optimum_cli, tmp_path):

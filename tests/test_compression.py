@@ -319,7 +319,7 @@ class TestDataSets:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "holds no pictures and no prompts"),
+            ("", "has no images and no prompts"),
             ("{", "Line 1 of .* is not a JSON object"),
             ('{"prompt": "a"}\n{"image": "x.png"}', "Line 2 of .* has no prompt"),
         ],

@@ -1,4 +1,4 @@
-"""Every command and snippet of the README and of docs/ runs.
+"""Every command and snippet of the README, CONTRIBUTING.md and docs/ runs.
 
 In a folder with the repository's `examples`, offline, with the shapes model standing in for the one on the Hub.
 """
@@ -17,8 +17,11 @@ from conftest import EXAMPLES, fill_hub_cache, run
 from optimum_llava_ov.bundle.layout import FILES
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -68,9 +71,10 @@ def test_model_server_page():
     assert {mount["name"] for mount in template["spec"]["containers"][0]["volumeMounts"]} <= volumes
 
 
-def test_make_targets_of_the_readme_exist():
-    for target in re.findall(r"(?:`|^    )make\s(\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+def test_make_targets_of_the_documents_exist():
+    for document in DOCUMENTS:
+        for target in re.findall(r"(?:`|^    )make\s([\w-]+)", document.read_text(), re.MULTILINE):
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{document.name}: {target}"
 
 
 def test_wheel_holds_what_is_needed(tmp_path):

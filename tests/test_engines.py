@@ -18,6 +18,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 
+pytestmark = pytest.mark.genai
+
+
 GOLDEN = Golden("linear_fp16_sharded")
 MAX_NEW_TOKENS = 24
 WIDE, TALL, SQUARE = "wide_300x200", "tall_56x420", "square_224x224"

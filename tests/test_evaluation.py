@@ -13,6 +13,9 @@ from optimum_llava_ov.evaluation.metrics import first_difference
 from optimum_llava_ov.samples.shapes import built_in_samples
 
 
+pytestmark = pytest.mark.slow
+
+
 GOLDEN = Golden("linear_fp16_sharded")
 
 
@@ -87,7 +90,7 @@ def test_settings_that_change_start_anew(int8, tmp_path):
 
 
 def test_what_is_no_bundle(tmp_path):
-    with pytest.raises(BundleError, match="is not a whole bundle: it lacks openvino_language_model.xml"):
+    with pytest.raises(BundleError, match="is not a complete bundle: it lacks openvino_language_model.xml"):
         evaluate([tmp_path], GOLDEN.checkpoint)
 
 

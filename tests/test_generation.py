@@ -174,7 +174,7 @@ class TestPastKeyValues:
 
     def test_a_cache_of_its_own_with_a_new_image(self, model, processor, inputs_of):
         """All images of the conversation may be given, or the new one alone. Calls without the cache do not disturb it."""
-        images = [GOLDEN.image("img2_224x224"), GOLDEN.image("img0_300x200")]
+        images = [GOLDEN.image("img1_64x480"), GOLDEN.image("img0_300x200")]
         text = GOLDEN.cases["image_start"]["prompt"]
         cache = model.new_cache()
         first = model.generate(**inputs_of("image_start"), **GREEDY, past_key_values=cache)

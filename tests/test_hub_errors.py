@@ -12,6 +12,9 @@ from optimum_llava_ov.errors import HubError
 from optimum_llava_ov.hub_errors import clean_token, redacted
 
 
+pytestmark = pytest.mark.hub
+
+
 # Evaluates the lines it is given. The client waits between its tries, which nobody needs to see here.
 USER = """
 import json, sys, time
@@ -97,8 +100,8 @@ def test_answers_that_say_no(hub, tmp_path):
         404: "does not know config.json of 'me/model' (HTTP 404)",
         418: "refused config.json of 'me/model' (HTTP 418)",
         429: "too many requests (HTTP 429). Wait a few minutes",
-        500: "has a problem of its own (HTTP 500). Run it again later",
-        503: "has a problem of its own (HTTP 503). Run it again later",
+        500: "has an internal problem (HTTP 500). Run it again later",
+        503: "has an internal problem (HTTP 503). Run it again later",
     }
     env = hub.env(tmp_path)
     for status, sentence in expected.items():
@@ -133,7 +136,7 @@ def test_names_that_cannot_be_on_the_hub(hub, tmp_path):
     ):
         assert (error, message) == (
             "InvalidCheckpointError",
-            f"There is no folder {name!r}, and no model id on the Hub is written so: expected `owner/name`.",
+            f"There is no folder {name!r}, and this name is not a model id of the Hub: expected `owner/name`.",
         )
     assert len(hub.requests) == before
 

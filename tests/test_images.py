@@ -228,7 +228,7 @@ class TestCost:
         assert peak_above_idle(lambda: chat.send("What is this?", [upload] * 16).result()) < 300
         kept = [item["image"].size for item in chat.messages[0]["content"] if item["type"] == "image"]
         assert kept == [(SIDE, SIDE)] * 16
-        with pytest.raises(ImageError, match="comes with 17 images, and at most 16 are accepted"):
+        with pytest.raises(ImageError, match="has 17 images, but at most 16 are accepted"):
             chat.send("And these?", [upload] * 17)
         with pytest.raises(ImageError, match="one side is 10000 times the other"):
             chat.send("And this?", png(1, 10_000))

@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from optimum_llava_ov import OVModelForLlavaMPT
 
 
+pytestmark = pytest.mark.genai
+
+
 GOLDEN = Golden("linear_fp16_sharded")
 RANK, ALPHA = 4, 2.0
 QUESTION = "What is in the picture?"

@@ -88,11 +88,11 @@ def test_graph_that_is_not_understood(tmp_path, monkeypatch, change):
 
 def test_weights_that_went_elsewhere(tmp_path, monkeypatch):
     """What was written is looked at once more."""
-    original = spill.ElementTree.tostring
+    original = spill.ET.tostring
 
     def tostring(*args, **kwargs):
         return original(*args, **kwargs).replace('offset="16384"', 'offset="0"')
 
-    monkeypatch.setattr(spill.ElementTree, "tostring", tostring)
+    monkeypatch.setattr(spill.ET, "tostring", tostring)
     with pytest.raises(BundleError, match=r'model.xml does not hold the weights that were written \(weight & "1"'):
         save(tmp_path)

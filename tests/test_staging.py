@@ -19,6 +19,9 @@ from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, check_bund
 from optimum_llava_ov.bundle.staging import complete_replacement, prepare_output, staged
 
 
+pytestmark = pytest.mark.slow
+
+
 LAST = PARTS["language_model"]
 
 
@@ -259,7 +262,7 @@ class TestFullDisk:
             (output.parent / "more").write_bytes(bytes(2 << 20))
 
         with pytest.raises(
-            BundleError, match="failed: No space left on device. What was there is unchanged. Make room"
+            BundleError, match="failed: No space left on device. The folder is unchanged. Free some space"
         ):
             export(output, "new", fill)
         assert version_of(output) == "old"
@@ -309,7 +312,7 @@ class TestWhatMayBeReplaced:
             (tmp_path / name).write_text(
                 '{"model_type": "llava", "converted_from": "x", "versions": ["optimum-llava-ov"]}'
             )
-        with pytest.raises(BundleError, match=r"holds something else than a bundle \("):
+        with pytest.raises(BundleError, match=r"contains files that are not part of a bundle \("):
             export(tmp_path, "new")
         assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == set(names)
 
@@ -327,14 +330,14 @@ class TestWhatMayBeReplaced:
     def test_bundle_with_something_of_the_users(self, tmp_path, name):
         export(tmp_path, "old")
         (tmp_path / name).write_text("ten years of work")
-        with pytest.raises(BundleError, match=rf"holds something else than a bundle \({name}\)"):
+        with pytest.raises(BundleError, match=rf"contains files that are not part of a bundle \({name}\)"):
             export(tmp_path, "new")
         assert version_of(tmp_path) == "old"
 
     def test_folder_with_the_name_of_a_file(self, tmp_path):
         export(tmp_path, "old")
         (tmp_path / "eval.json").mkdir()
-        with pytest.raises(BundleError, match=r"holds something else than a bundle \(eval.json\)"):
+        with pytest.raises(BundleError, match=r"contains files that are not part of a bundle \(eval.json\)"):
             export(tmp_path, "new")
 
     def test_cache_of_the_old_weights(self, tmp_path):
@@ -351,10 +354,10 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("/", "^/ holds something else than a bundle"),
+            ("/", "^/ contains files that are not part of a bundle"),
             ("x" * 300, "cannot be a folder: File name too long. Choose another name"),
             ("a\0b", "cannot be a folder: .* Choose another name"),
-            ("file/out", "cannot be made, because .*/file is a file"),
+            ("file/out", "cannot be created, because .*/file is a file"),
         ],
         ids=["root", "too long", "null", "below a file"],
     )

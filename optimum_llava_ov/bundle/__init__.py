@@ -1,1 +1,1 @@
-"""Stage 3: the folder that is the product: which files it has, what is in those that are not weights, how it gets to its place."""
+"""Describe, check and write a bundle: the folder that an export makes."""

@@ -1,11 +1,11 @@
-"""The model card, `README.md`: data and a template. What users write into it stays.
+"""Write the model card, `README.md`, from data and a template, and keep what users change in it.
 
-The card consists of sections between comments, `<!-- optimum-llava-ov: run 1a2b3c4d -->` and `<!-- /optimum-llava-ov: run -->`. The
-number is a hash of the section as it was written. When a card is written again, over one that is there,
+The card has sections between the comments `<!-- optimum-llava-ov: run 1a2b3c4d -->` and `<!-- /optimum-llava-ov: run
+-->`. The number is a hash of the section as this package wrote it. When an existing card is updated:
 
-- a section that is as it was written is brought up to date; one that somebody changed or removed stays changed or removed;
-- what is between and around the sections stays;
-- so with the metadata: a value that was changed stays, keys and tags that were added stay.
+- A section is updated if nobody changed it. Sections that users changed or removed stay changed or removed.
+- Text between and around the sections stays.
+- Metadata values that users changed stay. Keys and tags that users added stay.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
-THIS_MODEL = "<this model>"  # until it has an id
-UNKNOWN_LICENSE = "unknown"  # the Hub's own word for it
+THIS_MODEL = "<this model>"  # placeholder until the model has an id
+UNKNOWN_LICENSE = "unknown"  # as the Hub calls it
 REQUIRED_METADATA = ("license", "library_name", "pipeline_tag", "tags")
-# The one everybody means, should its card be out of reach
+# For the best-known checkpoint, if its card cannot be read
 _KNOWN_LICENSES = {"liuhaotian/LLaVA-Lightning-MPT-7B-preview": "cc-by-nc-sa-4.0"}
 
 _SECTION = re.compile(
@@ -44,32 +44,33 @@ _METADATA = re.compile(r"<!-- optimum-llava-ov metadata: (\{.*?\}) -->\n?")
 
 
 def source_license(checkpoint: OriginalCheckpoint) -> str:
-    """License of the checkpoint, from its own card. A conversion inherits it.
+    """Return the license of a checkpoint from its card. The bundle inherits it.
 
-    The card is searched, not parsed: whatever is wrong with the rest of it must not stop an export.
+    The card is searched, not parsed, because an error elsewhere in it must not stop an export.
     """
     readme = checkpoint.repository.get(CARD)
-    license = _LICENSE.search(_metadata_lines(readme)) if readme else None
-    return (license and license[1]) or _KNOWN_LICENSES.get(checkpoint.repository.name) or UNKNOWN_LICENSE
+    match = _LICENSE.search(_metadata_lines(readme)) if readme else None
+    return (match and match[1]) or _KNOWN_LICENSES.get(checkpoint.repository.name) or UNKNOWN_LICENSE
 
 
 def _metadata_lines(readme: Path) -> str:
-    """What is between the first two lines of `---`; empty if the file cannot be read or does not begin with one."""
+    """Return the text between the first two lines of `---`; empty if the file has none or cannot be read."""
     try:
         with readme.open(encoding="utf-8", errors="replace") as file:
             text = file.read(1 << 20)
     except OSError as error:
-        logger.warning("%s cannot be read, so it names no license. (%s)", readme, error)
+        logger.warning("%s cannot be read, so the license is unknown. (%s)", readme, error)
         return ""
     match = _FRONT_MATTER.match(text)
     return match[1] if match else ""
 
 
 def read_card(file: Path) -> str | None:
-    """A card that is there already; `None` if there is none.
+    """Read an existing card; return `None` if there is none.
 
     Raises:
-        [`BundleError`]: it is not UTF-8, or its metadata is not YAML, so nobody can tell what to keep.
+        [`BundleError`]: the card is not UTF-8, or its metadata is not YAML, so that an update could lose changes of
+            users.
     """
     if not file.is_file():
         return None
@@ -77,7 +78,7 @@ def read_card(file: Path) -> str | None:
         text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise BundleError(
-            f"{file} is not a text in UTF-8. Save it as UTF-8, or delete the file to get a new one. ({error})"
+            f"{file} is not UTF-8. Save it as UTF-8, or delete the file to get a new one. ({error})"
         ) from error
     try:
         _split(text)
@@ -88,55 +89,60 @@ def read_card(file: Path) -> str | None:
     return text
 
 
-def write_card(folder: Path, license: str, previous: str | None = None) -> None:
+def write_card(folder: Path, license_id: str, previous: str | None = None) -> None:
     """Write the card of the bundle in `folder`.
 
     Args:
-        license: of the checkpoint.
-        previous: text of the card this one takes the place of.
+        folder: folder of the bundle.
+        license_id: license of the checkpoint.
+        previous: text of the card that is replaced.
     """
-    (folder / CARD).write_text(card_text(folder, license, previous), encoding="utf-8")
+    (folder / CARD).write_text(card_text(folder, license_id, previous), encoding="utf-8")
 
 
 def update_card(folder: Path) -> None:
-    """Bring the card of a bundle up to date with its files, if it has one. What users wrote into it is not lost on a full disk."""
+    """Update the card of a bundle to its files, if it has a card. If the disk is full, the old card stays."""
     if (previous := read_card(folder / CARD)) is not None:
-        beside = folder / f".{CARD}.optimum-llava-ov"
+        temporary = folder / f".{CARD}.optimum-llava-ov"
         try:
-            beside.write_text(card_text(folder, None, previous), encoding="utf-8")
-            beside.replace(folder / CARD)
+            temporary.write_text(card_text(folder, None, previous), encoding="utf-8")
+            temporary.replace(folder / CARD)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def card_text(
-    folder: Path, license: str | None = None, previous: str | None = None, model_id: str | None = None
+    folder: Path, license_id: str | None = None, previous: str | None = None, model_id: str | None = None
 ) -> str:
-    """The card of the bundle in `folder` as it is now, measured quality included if there is an `eval.json`.
+    """Return the text of a card for the bundle in `folder`, with measured quality if there is an `eval.json`.
 
     Args:
-        license: of the checkpoint; if not given, what `previous` says.
-        previous: text of a card whose changes by users are kept.
-        model_id: what the snippets load. If not given, as in `previous`, or a placeholder.
+        folder: folder of the bundle.
+        license_id: license of the checkpoint; by default, the license in `previous`.
+        previous: text of the existing card. Changes by users are kept.
+        model_id: model id in the snippets; by default, the model id in `previous`, or a placeholder.
+
+    Raises:
+        [`BundleError`]: a settings file of the bundle lacks data for the card.
     """
     metadata, body = _split(previous) if previous else ({}, "")
     written = _written(body)
     model_id = model_id or written.get("model_id") or THIS_MODEL
     facts = BundleFacts.read(folder)
-    source, license = license, _license(license, metadata, written)
+    card_license = _choose_license(license_id, metadata, written)
     try:
         card = ModelCard.from_template(
-            _card_data(facts, license, model_id),
+            _card_data(facts, card_license, model_id),
             template_path=str(TEMPLATE),
             model_id=model_id,
-            license=license,
+            license=card_license,
             title=_title(facts, model_id),
             **facts.values(),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(
-            f"config.json, openvino_config.json or eval.json in {folder} does not hold what a bundle's does ({error!r}), so there is "
-            "nothing to write its card from. Export it again."
+            f"config.json, openvino_config.json or eval.json in {folder} lacks data for the card ({error!r}). Export "
+            "the bundle again."
         ) from error
     new_metadata = card.data.to_dict()
     sections = {match[1]: _seal(match) for match in _SECTION.finditer(card.text)}
@@ -147,32 +153,33 @@ def card_text(
         body = body.replace(THIS_MODEL, model_id)
     metadata = _merge(metadata, new_metadata, written)
     hashes = {key: _hash(value) for key, value in new_metadata.items()} | {"model_id": model_id}
-    # Of the source's license, so that another one is known to be the user's
-    hashes["license"] = _hash(source) if source else written.get("license", hashes["license"])
+    # Record the hash of the source's license, so that a different license is recognized as a change by the user
+    hashes["license"] = _hash(license_id) if license_id else written.get("license", hashes["license"])
     body = _METADATA.sub("", body).strip("\n")
     note = f"<!-- optimum-llava-ov metadata: {json.dumps(hashes, sort_keys=True)} -->"
     return _join(metadata, f"{body}\n\n{note}\n")
 
 
 def is_untouched(folder: Path, text: str) -> bool:
-    """Whether nobody has changed anything in the card `text` of the bundle in `folder` since it was written."""
+    """Return whether the card `text` of the bundle in `folder` is unchanged since this package wrote it."""
     metadata, body = _split(text)
     written = _written(body)
     return card_text(folder, metadata.get("license"), None, written.get("model_id")) == card_text(folder, None, text)
 
 
 def missing_metadata(text: str) -> list[str]:
-    """Names of the metadata that a card must have to be found on the Hub, and this one lacks."""
+    """Return the names of the required metadata that a card lacks. The Hub needs them to find the model."""
     metadata, _ = _split(text)
     return [name for name in REQUIRED_METADATA if not metadata.get(name)]
 
 
 def license_of(text: str) -> str | None:
+    """Return the license in the metadata of a card; `None` if there is none."""
     return _split(text)[0].get("license")
 
 
 def add_tags(text: str, tags: list[str] | None) -> str:
-    """A card with more tags."""
+    """Return the card with additional tags."""
     metadata, body = _split(text)
     metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), *(tags or [])]))
     return _join(metadata, body) if tags else text
@@ -191,7 +198,7 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     except Exception as error:  # not only YAMLError: `!!int ""` is an IndexError
         raise ValueError(str(error)) from error
     if not isinstance(metadata, dict):
-        raise ValueError("expected `key: value` lines between the two `---`")
+        raise ValueError("expected `key: value` lines between the two `---`")  # noqa: TRY004  callers catch ValueError
     return metadata, match[2].strip("\n") + "\n"
 
 
@@ -203,16 +210,18 @@ def _title(facts: BundleFacts, model_id: str) -> str:
     )
 
 
-def _license(source: str | None, metadata: dict[str, Any], written: dict[str, str]) -> str:
-    """The source's, unless the card says something else than what was written."""
-    there = metadata.get("license")
-    return there if there and (source is None or _hash(there) != written.get("license")) else source or UNKNOWN_LICENSE
+def _choose_license(source: str | None, metadata: dict[str, Any], written: dict[str, str]) -> str:
+    """Return the license of the source, unless a user changed the license in the card."""
+    current = metadata.get("license")
+    if current and (source is None or _hash(current) != written.get("license")):
+        return current
+    return source or UNKNOWN_LICENSE
 
 
-def _card_data(facts: BundleFacts, license: str, model_id: str) -> ModelCardData:
+def _card_data(facts: BundleFacts, license_id: str, model_id: str) -> ModelCardData:
     eval_results = facts.eval_results()
     return ModelCardData(
-        license=license,
+        license=license_id,
         base_model=facts.source if facts.source_url else None,
         base_model_relation="quantized" if facts.source_url and facts.compressed else None,
         library_name="openvino",
@@ -223,12 +232,12 @@ def _card_data(facts: BundleFacts, license: str, model_id: str) -> ModelCardData
     )
 
 
-def _merge(there: dict[str, Any], new: dict[str, Any], written: dict[str, str]) -> dict[str, Any]:
-    """New metadata, and of those that are there what is not as it was written."""
-    merged = {name: value for name, value in new.items() if name in there or name not in written}
-    for name, value in there.items():
+def _merge(existing: dict[str, Any], new: dict[str, Any], written: dict[str, str]) -> dict[str, Any]:
+    """Merge metadata: take the existing values that users changed, and the new values of the others."""
+    merged = {name: value for name, value in new.items() if name in existing or name not in written}
+    for name, value in existing.items():
         if _hash(value) == written.get(name):
-            continue  # as it was written: the new value, or none
+            continue  # unchanged by users: the new value is used, if there is one
         if name == "tags" and isinstance(value, list):
             merged[name] = list(dict.fromkeys([*new["tags"], *(tag for tag in value if not _is_precision(tag))]))
         else:
@@ -249,7 +258,7 @@ def _is_ours(match: re.Match) -> bool:
 
 
 def _written(body: str) -> dict[str, str]:
-    """What the card says of its metadata as it was written."""
+    """Return the hashes of the metadata as this package wrote it, from the comment in the card."""
     match = _METADATA.search(body)
     try:
         return json.loads(match[1]) if match else {}

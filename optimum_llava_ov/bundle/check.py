@@ -1,4 +1,4 @@
-"""Whether the files of a bundle can be read: what is damaged is named, whichever library stumbles over it."""
+"""Check that the files of a bundle can be read. Errors name the damaged file, whichever library reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 import openvino
-import openvino_tokenizers  # noqa: F401  lets OpenVINO read tokenizers
+import openvino_tokenizers  # noqa: F401  registers the operations of tokenizers with OpenVINO
 from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
 from optimum_llava_ov.bundle.layout import FILES, PARTS, TOKENIZERS, check_bundle
@@ -30,7 +30,7 @@ from optimum_llava_ov.errors import BundleError
 
 
 _AGAIN = "Export it again, or download it again."
-# Names of what goes in and comes out of each part
+# Names of the inputs and outputs of each part
 _PORTS = {
     PARTS["language_model"]: ({"inputs_embeds", "attention_mask", "beam_idx"}, {"logits"}),
     PARTS["text_embeddings_model"]: ({"input"}, {"inputs_embeds"}),
@@ -38,7 +38,7 @@ _PORTS = {
 }
 _OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
 _TOKEN = integer(0, MAX_VOCABULARY)
-# Settings without which a bundle would answer something else, or fail only when it answers. transformers checks the rest.
+# Settings that would cause wrong answers or late errors if they were missing. transformers checks the others.
 _RULES = {
     "config.json": {
         "text_config": _OBJECT,
@@ -58,22 +58,21 @@ _RULES_OF_PARTS = {
     "text_config": {"n_layers": integer(1, MAX_LAYERS), "d_model": integer(1, MAX_WIDTH)},
     "vision_config": {"image_size": integer(1, MAX_SIDE)},
 }
-_NOT_READ = ("README.md", "openvino_config.json")  # by nothing that runs a bundle
+_NOT_READ = ("README.md", "openvino_config.json")  # files that are not needed to run a bundle
 
 
 def check_readable(folder: Path, tokenizers: bool = False) -> None:
-    """Check what costs next to nothing: the files are there, and the settings are JSON objects of a LLaVA-MPT.
+    """Check that the files exist and that the settings are those of a LLaVA-MPT bundle. This is fast.
 
     Args:
-        tokenizers: whether the tokenizers' OpenVINO models, which only GenAI needs, must be there.
+        folder: folder of the bundle.
+        tokenizers: whether the OpenVINO models of the tokenizer, which only GenAI needs, must exist.
 
     Raises:
-        [`BundleError`]: names the file.
+        [`BundleError`]: a file is missing or damaged; names it.
     """
     check_bundle(folder, tokenizers, unneeded=_NOT_READ)
-    for name in FILES:
-        if name.endswith(".json") and (folder / name).exists():
-            read_settings(folder / name)
+    check_settings(folder)
     template = folder / "chat_template.jinja"
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.read_text(encoding="utf-8"))
@@ -81,22 +80,37 @@ def check_readable(folder: Path, tokenizers: bool = False) -> None:
         raise BundleError(f"{template} is not a template ({error}). {_AGAIN}") from error
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """Read one of the JSON files of a bundle.
+def check_settings(folder: Path) -> dict[str, Any]:
+    """Check the JSON files of a bundle, those that are there.
+
+    Returns:
+        The content of `config.json`.
 
     Raises:
-        [`BundleError`]: it is damaged, or not that of a bundle.
+        [`BundleError`]: a file is damaged, or does not belong to a bundle; names it.
     """
+    for name in FILES:
+        if name.endswith(".json") and (folder / name).exists():
+            _read_settings(folder / name)
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # damaged settings make transformers stumble anywhere
+        raise BundleError(f"{folder / 'config.json'} does not load: {_reason(error)}. {_AGAIN}") from error
+    return _read_settings(folder / "config.json")
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
     values = read_json(file, MAX_TOKENIZER_BYTES, BundleError)
+    if file.name == "config.json":
+        check_is_llava_mpt(file.parent, values)
     if not values:
-        raise BundleError(f"{file} holds an empty object, expected one with settings. {_AGAIN}")
+        raise BundleError(f"{file} holds an empty object, expected settings. {_AGAIN}")
     problems = broken_rules(values, _RULES.get(file.name, {}))
     if file.name == "config.json" and not problems:
-        check_is_llava_mpt(file.parent, values)
         for part, rules in _RULES_OF_PARTS.items():
             problems += broken_rules(values[part], rules, f"{part}.")
     if problems:
-        raise BundleError(f"{file} is not that of a bundle: {'; '.join(problems)}. {_AGAIN}")
+        raise BundleError(f"{file} does not belong to a bundle: {'; '.join(problems)}. {_AGAIN}")
     return values
 
 
@@ -104,28 +118,24 @@ def check_is_llava_mpt(name: str | Path, config: dict[str, Any]) -> None:
     """Check that a configuration is that of a LLaVA-MPT bundle.
 
     Raises:
-        [`BundleError`]: it is another model's.
+        [`BundleError`]: it is the configuration of another model.
     """
     text_config = config.get("text_config")
     text_model_type = text_config.get("model_type") if isinstance(text_config, dict) else None
     if (config.get("model_type"), text_model_type) != ("llava", "mpt"):
         raise BundleError(
-            f"{name} is a {config.get('model_type')!r} model around a {text_model_type!r} language model, not a LLaVA-MPT bundle. Load it "
-            "with optimum.intel.OVModelForVisualCausalLM."
+            f"{name} is a {config.get('model_type')!r} model with a {text_model_type!r} language model, not a "
+            "LLaVA-MPT bundle. Load it with optimum.intel.OVModelForVisualCausalLM."
         )
 
 
 def check_loads(folder: Path, tokenizers: bool = False) -> None:
-    """Check that every library reads its files.
+    """Check that every file of a bundle loads with the library that uses it.
 
     Raises:
-        [`BundleError`]: names the file, and what its library says about it.
+        [`BundleError`]: a file does not load; names it and the reason.
     """
     check_readable(folder, tokenizers)
-    try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # damaged settings make transformers stumble anywhere
-        raise BundleError(f"{folder / 'config.json'} does not load: {_reason(error)}. {_AGAIN}") from error
     load_processor(folder)
     for name in (*PARTS.values(), *TOKENIZERS):
         if (folder / name).exists():
@@ -133,10 +143,10 @@ def check_loads(folder: Path, tokenizers: bool = False) -> None:
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:
-    """Load tokenizer and image processor of a bundle. Its settings may not name code.
+    """Load tokenizer and image processor of a bundle. Code that its settings name is not run.
 
     Raises:
-        [`BundleError`]: they do not load.
+        [`BundleError`]: the processor or the tokenizer does not load.
     """
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -150,10 +160,10 @@ def read_graph(file: Path) -> openvino.Model:
     """Read a graph of a bundle. Its weights are mapped.
 
     Raises:
-        [`BundleError`]: it does not load, or is another graph than its name says.
+        [`BundleError`]: the graph does not load, or lacks the inputs and outputs of its part.
     """
     try:
-        model = openvino.Core().read_model(file)  # maps the weights, and checks that they are all there
+        model = openvino.Core().read_model(file)  # maps the weights and checks their size
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"{file} does not load ({reason}). {_AGAIN}") from error
@@ -172,7 +182,10 @@ def _names(ports: list[openvino.Output]) -> set[str]:
 
 @contextmanager
 def naming_damage(folder: Path, tokenizers: bool = False) -> Iterator[None]:
-    """Load a bundle in it: if that fails, a [`BundleError`] names the file that is damaged. Other errors stay as they are."""
+    """Raise a [`BundleError`] that names the damaged file if loading a bundle in this context fails.
+
+    If no file is damaged, the original error is raised.
+    """
     try:
         yield
     except BundleError:

@@ -1,4 +1,4 @@
-"""What a bundle can tell about itself, read from its files: the data of its card."""
+"""Read the data of a bundle's card from the files of the bundle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from optimum_llava_ov.bundle.check import read_graph, read_settings
+from optimum_llava_ov.bundle.check import check_settings, read_graph
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
 from optimum_llava_ov.bundle.precision import WeightShare, weight_shares
 from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
@@ -23,7 +23,7 @@ _TITLES = {
     "vision_embeddings_model": "image encoder",
 }
 _RECIPE_PARTS = {"lm_model": "language model", **_TITLES}
-# name in eval.json: title, format, the Hub's name of the metric
+# Name in eval.json -> title, format, name of the metric on the Hub
 _METRICS = {
     "kl_mean": ("KL divergence from the reference, mean, nats per token", "{:.5f}", "kl_divergence"),
     "kl_p95": ("KL divergence, 95th percentile", "{:.5f}", None),
@@ -37,12 +37,14 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """
+    """Hold the data of a bundle's card.
+
     Attributes:
         config, openvino_config (`dict`): content of these files.
         evaluation (`dict` or `None`): content of `eval.json`, if quality was measured.
-        shares (`dict[str, list[WeightShare]]`): weights by precision, for each part.
+        shares (`dict[str, list[WeightShare]]`): weights of each part by precision.
         sizes (`dict[str, int]`): bytes of each part's weights.
+        has_chart (`bool`): whether the bundle has `eval.png`.
     """
 
     config: dict[str, Any]
@@ -50,22 +52,23 @@ class BundleFacts:
     evaluation: dict[str, Any] | None
     shares: dict[str, list[WeightShare]]
     sizes: dict[str, int]
-    has_picture: bool
+    has_chart: bool
 
     @classmethod
     def read(cls, folder: Path) -> BundleFacts:
-        """
+        """Read the facts from the files of a bundle.
+
         Raises:
-            [`BundleError`]: a file does not hold what a bundle's does; names it.
+            [`BundleError`]: a file is damaged or does not belong to a bundle; names it.
         """
-        config, evaluation = read_settings(folder / "config.json"), folder / "eval.json"
+        config, evaluation = check_settings(folder), folder / "eval.json"
         return cls(
             config=config,
             openvino_config=read_json(folder / "openvino_config.json", error_class=BundleError),
             evaluation=read_json(evaluation, error_class=BundleError) if evaluation.is_file() else None,
             shares={part: weight_shares(read_graph(folder / file)) for part, file in PARTS.items()},
             sizes=part_sizes(folder),
-            has_picture=(folder / "eval.png").is_file(),
+            has_chart=(folder / "eval.png").is_file(),
         )
 
     @property
@@ -74,20 +77,22 @@ class BundleFacts:
 
     @property
     def source(self) -> str:
-        """Model id of the checkpoint; of a folder, its name."""
+        """Return the model id of the checkpoint, or the name of its folder."""
         return self._converted_from["model"]
 
     @property
     def source_url(self) -> str | None:
+        """Return the address of the checkpoint on the Hub; `None` if it is a local folder."""
         return f"https://huggingface.co/{self.source}" if self._converted_from.get("revision") else None
 
     @property
     def compressed(self) -> bool:
+        """Return whether any weights are compressed."""
         return any(not share.mode.startswith(("fp", "bf")) for shares in self.shares.values() for share in shares)
 
     @property
     def precision(self) -> str:
-        """Of most of the language model's layers that are compressed at all: `int4`, `int8`, `fp16`, ..."""
+        """Return the 4-bit precision of the language model if it has one, else the precision of most weights."""
         modes = [share.mode for share in self.shares["language_model"]]
         narrow = [mode for mode in modes if mode.startswith(("int4", "nf4", "mxfp4"))]
         return (narrow or modes or ["fp32"])[0].split(",")[0].split("_")[0]
@@ -97,7 +102,7 @@ class BundleFacts:
         return sum(share.parameters for share in self.shares["language_model"])
 
     def values(self) -> dict[str, Any]:
-        """What the template of the card asks for."""
+        """Return the variables of the card's template."""
         config, converted_from = self.config, self._converted_from
         recipes = part_recipes(self.openvino_config)
         recorded = {**self.openvino_config, "converted_from": converted_from}
@@ -162,11 +167,11 @@ class BundleFacts:
             "num_tokens": self.evaluation["num_tokens"],
             "versions": versions,
             "rows": rows,
-            "picture": self.has_picture,
+            "chart": self.has_chart,
         }
 
     def eval_results(self) -> list[EvalResult] | None:
-        """Measured quality as the Hub's `model-index` has it; `None` if there is none."""
+        """Return the measured quality for the Hub's `model-index`; `None` if it was not measured."""
         if self.evaluation is None:
             return None
         dataset = self.evaluation.get("settings", {}).get("dataset", "samples")

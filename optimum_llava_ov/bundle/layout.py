@@ -1,4 +1,4 @@
-"""The files of a bundle."""
+"""List the files of a bundle."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PARTS = {
     "text_embeddings_model": "openvino_text_embeddings_model.xml",
     "vision_embeddings_model": "openvino_vision_embeddings_model.xml",
 }
-# Optimum's names of the same parts, where recipes speak of them
+# Optimum's names of these parts in recipes
 LANGUAGE_MODEL = "lm_model"
 SMALL_PARTS = ("text_embeddings_model", "vision_embeddings_model")
-# A language model of so many parameters is compressed to 8 bits unless told otherwise, as all models are by Optimum
+# Language models with this number of parameters or more are compressed to 8 bits by default, as in Optimum
 ONE_BILLION = 1_000_000_000
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
 SETTINGS = (
@@ -39,35 +39,38 @@ FILES = (
     + SETTINGS
 )
 
-# Belong to a bundle where they are there: measured quality, tokens of fine-tuned checkpoints
+# Optional files of a bundle: measured quality, additional tokens of fine-tuned checkpoints
 EXTRA_FILES = ("added_tokens.json", "eval.json", "eval.png")
 
 
 def weights_file(folder: str | Path, part: str) -> Path:
+    """Return the path of a part's weights."""
     return (Path(folder) / PARTS[part]).with_suffix(".bin")
 
 
 def part_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each part's weights."""
+    """Return the size of each part's weights, in bytes."""
     return {part: weights_file(folder, part).stat().st_size for part in PARTS}
 
 
 def check_bundle(folder: Path, tokenizers: bool = True, unneeded: Collection[str] = ()) -> None:
-    """
+    """Check that the files of a bundle exist.
+
     Args:
-        tokenizers: whether the tokenizers' OpenVINO models, which only GenAI needs, must be there.
-        unneeded: names of more files that need not be there.
+        folder: folder of the bundle.
+        tokenizers: whether the OpenVINO models of the tokenizer, which only GenAI needs, must exist.
+        unneeded: names of other files that may be missing.
 
     Raises:
-        [`BundleError`]: `folder` lacks files, or has empty ones; names them.
+        [`BundleError`]: files are missing or empty; names them.
     """
     optional = (
         () if tokenizers else tuple(name for name in FILES if "tokenizer." in name and name.startswith("openvino_"))
     )
-    missing = [name for name in FILES if name not in (*optional, *unneeded) and not _is_whole(folder / name)]
+    missing = [name for name in FILES if name not in (*optional, *unneeded) and not _has_content(folder / name)]
     if missing:
-        raise BundleError(f"{folder} is not a whole bundle: it lacks {', '.join(missing)}. Export it again.")
+        raise BundleError(f"{folder} is not a complete bundle: it lacks {', '.join(missing)}. Export it again.")
 
 
-def _is_whole(file: Path) -> bool:
+def _has_content(file: Path) -> bool:
     return file.is_file() and file.stat().st_size > 0

@@ -1,4 +1,4 @@
-"""What precision the weights in a graph have: in bytes, and as NNCF's table of the bit width distribution counts them."""
+"""Find the precisions of the weights in a graph, in bytes and as NNCF counts them in its bit width distribution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import openvino
 
 
-# Of the layers NNCF compresses; its names of the precisions, for weights with and without a zero point
+# Types of the layers that NNCF compresses, and its names of precisions with and without a zero point
 _LAYERS = ("MatMul", "Gather", "Convolution")
 _ON_THE_WAY = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose")
 _NNCF_NAMES = {"u8": "int8_asym", "i8": "int8_sym", "u4": "int4_asym", "i4": "int4_sym", "f4e2m1": "mxfp4"}
@@ -19,9 +19,11 @@ _COMPRESSED = (*_NNCF_NAMES, "nf4", "f8e4m3", "f8e5m2")
 
 @dataclass(frozen=True)
 class WeightShare:
-    """
+    """Count the weights of one precision.
+
     Attributes:
-        mode (`str`): such as `int4_asym, group size 128`, as NNCF spells it; `fp16` for what is not compressed.
+        mode (`str`): precision as NNCF names it, such as `int4_asym, group size 128`; `fp16` for weights that are not
+            compressed.
         parameters (`int`): number of weights.
         layers (`int`): number of layers.
     """
@@ -32,8 +34,13 @@ class WeightShare:
 
 
 def weight_shares(model: openvino.Model) -> list[WeightShare]:
-    """The weights of matrix multiplications, convolutions and embedding tables by precision, the largest share first."""
-    parameters, layers = Counter(), Counter()
+    """Count the weights of matrix multiplications, convolutions and embedding tables by precision.
+
+    Returns:
+        The shares, the largest first.
+    """
+    parameters: Counter[str] = Counter()
+    layers: Counter[str] = Counter()
     for constant, precision in _weights(model):
         if sum(side > 1 for side in constant.shape) >= 2 and _is_weight(constant):
             mode = _mode(precision, list(constant.shape))
@@ -43,7 +50,10 @@ def weight_shares(model: openvino.Model) -> list[WeightShare]:
 
 
 def weight_bytes(model: openvino.Model) -> dict[str, int]:
-    """Bytes of weights by precision, such as `{"u4": 1234, "u8": 567}`. Scales, zero points and small constants are left out."""
+    """Return the bytes of weights by precision, such as `{"u4": 1234, "u8": 567}`.
+
+    Scales, zero points and small constants are not counted.
+    """
     sizes: Counter[str] = Counter()
     for constant, precision in _weights(model):
         if constant.get_byte_size() >= 256:
@@ -52,7 +62,10 @@ def weight_bytes(model: openvino.Model) -> dict[str, int]:
 
 
 def matmul_groups(model: openvino.Model) -> set[int]:
-    """How many compressed weights of a matrix multiplication share a scale: group sizes, and row lengths where a row is a group."""
+    """Return the group sizes of compressed matrix multiplications: numbers of weights that share a scale.
+
+    Without groups, this is the length of a row.
+    """
     return {
         constant.shape[-1]
         for constant, precision in _weights(model)
@@ -61,7 +74,7 @@ def matmul_groups(model: openvino.Model) -> set[int]:
 
 
 def _weights(model: openvino.Model) -> Iterator[tuple[openvino.Node, str]]:
-    """Constants that may be weights, and their precisions: none that are scales or zero points."""
+    """Yield constants that may be weights, with their precisions. Scales and zero points are skipped."""
     for op in model.get_ops():
         if op.get_type_name() == "Constant" and len(op.shape) >= 2 and not _is_scale(op):
             precision = op.get_element_type().get_type_name()
@@ -72,7 +85,7 @@ def _weights(model: openvino.Model) -> Iterator[tuple[openvino.Node, str]]:
 def _mode(precision: str, shape: list[int]) -> str:
     if precision in _FLOATS:
         return _FLOATS[precision]
-    # groups are a dimension of their own: (rows, groups, columns of a group)
+    # With groups, the shape is (rows, groups, columns of a group)
     grouping = f"group size {shape[-1]}" if len(shape) == 3 else "per-channel"
     return f"{_NNCF_NAMES.get(precision, precision)}, {grouping}"
 
@@ -85,12 +98,12 @@ def _size(constant: openvino.Node) -> int:
 
 
 def _is_scale(constant: openvino.Node) -> bool:
-    """Scales and zero points have a last dimension of 1."""
+    """Return whether a constant is a scale or a zero point: their last dimension is 1."""
     return constant.shape[-1] == 1
 
 
 def _is_weight(node: openvino.Node, layers: tuple[str, ...] = _LAYERS) -> bool:
-    """Whether what a constant holds goes, unpacked, into a layer."""
+    """Return whether a node is the weight of a layer, directly or through operations that decompress it."""
     for target in node.output(0).get_target_inputs():
         consumer = target.get_node()
         if consumer.get_type_name() in layers or (

@@ -1,4 +1,4 @@
-"""What a bundle says about how it was made: `openvino_config.json`. Optimum reads it, people too."""
+"""Record how a bundle was made in `openvino_config.json`, for Optimum and for people."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ TOOLS = ("optimum-llava-ov", "optimum", "optimum-intel", "openvino", "nncf", "to
 def openvino_config(
     ov_config: OVConfig | None, recipe: OVPipelineQuantizationConfig | None, converted_from: dict[str, Any]
 ) -> OVConfig:
-    """
+    """Make the content of `openvino_config.json`.
+
     Args:
-        ov_config: what was asked for; its precision counts where there is no recipe.
-        recipe: what was done to each part. Of the user's own files, only the names are kept.
-        converted_from: of the bundle's `config.json`.
+        ov_config: requested configuration. Its dtype is used if there is no recipe.
+        recipe: compression of each part. Only the names of the user's files are recorded, not their paths.
+        converted_from: `converted_from` of the bundle's `config.json`.
     """
     config = (
         OVConfig(quantization_config=_without_paths(recipe))
@@ -33,7 +34,7 @@ def openvino_config(
 
 
 def _without_paths(recipe: OVPipelineQuantizationConfig) -> OVPipelineQuantizationConfig:
-    """A path tells strangers nothing but about its owner."""
+    """Replace paths by file names: a path is useless to others, and tells them about its owner."""
     recipe = recipe.clone()
     for config in filter(None, (*recipe.quantization_configs.values(), recipe.default_config)):
         if isinstance(config.dataset, list):

@@ -1,4 +1,4 @@
-"""The command, or the lines of Python, that make a bundle again, from what its `openvino_config.json` records."""
+"""Write the command or the Python code that makes a bundle again, from its `openvino_config.json`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, SMALL_PARTS
 
 
-# What Optimum records about tools and defaults, not about the recipe
+# Entries about tools and defaults, which are not options of the recipe
 _NOT_OPTIONS = (
     "_dataset_kwargs",
     "processor",
@@ -32,16 +32,16 @@ _VALUES |= {
 
 
 def part_recipes(openvino_config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each compressed part the options that say something: those that are set. Empty if nothing is compressed."""
+    """Return the options that are set, for each compressed part. Empty if no part is compressed."""
     recipe = openvino_config.get("quantization_config") or {}
     configs = recipe.get("quantization_configs") or {}
-    return {part: _said(config) for part, config in configs.items() if config}
+    return {part: _set_options(config) for part, config in configs.items() if config}
 
 
-def _said(config: dict[str, Any]) -> dict[str, Any]:
-    said = {name: config[name] for name in ("dtype", "sym") if config.get(name) is not None}
+def _set_options(config: dict[str, Any]) -> dict[str, Any]:
+    options = {name: config[name] for name in ("dtype", "sym") if config.get(name) is not None}
     if config.get("quant_method") not in (None, "default"):
-        said["quant_method"] = config["quant_method"]
+        options["quant_method"] = config["quant_method"]
     more = {
         name: value
         for name, value in config.items()
@@ -50,22 +50,23 @@ def _said(config: dict[str, Any]) -> dict[str, Any]:
         and not (config["bits"] == 8 and name in ("group_size", "ratio"))
     }
     return (
-        said
+        options
         | dict(sorted(more.items()))
         | ({"statistics_path": config["statistics_path"]} if config.get("statistics_path") else {})
     )
 
 
 def export_command(openvino_config: dict[str, Any], parameters: int, output: str) -> str | None:
-    """The export's command line, with every option spelled out.
+    """Return the command line of the export, with all options.
 
     Args:
         openvino_config: content of the bundle's `openvino_config.json`.
-        parameters: of the language model; from a billion on, the export compresses to 8 bits without being asked.
-        output: folder to write to.
+        parameters: number of parameters of the language model. From a billion on, the export compresses to 8 bits by
+            default.
+        output: folder of the bundle in the command.
 
     Returns:
-        `None` if no command line says what was done; see [`export_snippet`].
+        `None` if no command line describes the export; see [`export_snippet`].
     """
     recipes, dtype = part_recipes(openvino_config), openvino_config.get("dtype")
     command = ["optimum-cli", "export", "openvino", "--model", openvino_config["converted_from"]["model"]]
@@ -101,18 +102,22 @@ def _options(recipes: dict[str, dict[str, Any]]) -> list[str] | None:
 
 
 def export_snippet(openvino_config: dict[str, Any], output: str) -> str:
-    """Python that makes the bundle again, part by part."""
-    recipes = part_recipes(openvino_config)
+    """Return Python code that makes the bundle again, with a recipe for each part."""
+    recipes, model = part_recipes(openvino_config), openvino_config["converted_from"]["model"]
     parts = "\n".join(
-        f'        "{part}": OVWeightQuantizationConfig(bits={4 if "4" in str(recipe["dtype"]) else 8}, {_arguments(recipe)}),'
+        f'        "{part}": OVWeightQuantizationConfig(bits={_bits(recipe)}, {_arguments(recipe)}),'
         for part, recipe in recipes.items()
     )
     return (
         "from optimum.intel import OVConfig, OVPipelineQuantizationConfig, OVWeightQuantizationConfig\n"
         "from optimum_llava_ov import main_export\n\n"
         f"recipe = OVPipelineQuantizationConfig(\n    {{\n{parts}\n    }}\n)\n"
-        f'main_export("{openvino_config["converted_from"]["model"]}", "{output}", ov_config=OVConfig(quantization_config=recipe))'
+        f'main_export("{model}", "{output}", ov_config=OVConfig(quantization_config=recipe))'
     )
+
+
+def _bits(recipe: dict[str, Any]) -> int:
+    return 4 if "4" in str(recipe["dtype"]) else 8
 
 
 def _arguments(recipe: dict[str, Any]) -> str:

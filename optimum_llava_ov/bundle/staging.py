@@ -1,12 +1,16 @@
-"""Writing a bundle so that whatever happens, the output is the old one or the new one, and nothing of the user's is touched.
+"""Write a bundle so that, after any failure, the output is either the old or the new bundle.
 
-A bundle is written into a workspace: a new folder, hidden inside the output, or beside it if there is no output yet. A file of the same
-name, the marker, says that this package made it. Nothing of the user's is ever moved there, so it can be deleted at any time.
+Files of the user are never changed.
 
-An output that does not exist appears with one rename. In one that exists, which may be a mount point or a repository of git, the files
-are renamed one by one. That they all are there is written into the marker first. From then on the new bundle counts: who uses the
-folder next completes a replacement that was interrupted, with [`complete_replacement`]. Until it is complete, the folder has no
-`openvino_language_model.xml`, so that other engines do not take a mixture of two bundles for one.
+A bundle is written into a workspace: a new hidden folder inside the output, or beside it if the output does not exist.
+A marker file of the same name says that this package made the workspace. Files of the user are never moved there, so
+it can be deleted at any time.
+
+If the output does not exist, the workspace is renamed to it. If the output exists, which may be a mount point or a git
+repository, the files are renamed one by one. Before that, the marker records that the new bundle is complete. From
+then on, the new bundle is valid: if the replacement is interrupted, the next program that uses the folder completes it
+with [`complete_replacement`]. Until then, the folder has no `openvino_language_model.xml`, so that other engines do
+not load a mixture of two bundles.
 """
 
 from __future__ import annotations
@@ -28,39 +32,40 @@ from optimum_llava_ov.errors import BundleError
 
 
 _PARTIAL, _WHOLE = ".partial", ".whole"
-_LAST = PARTS["language_model"]  # of the files that are renamed: no engine loads a bundle without it
-_SECONDS_TO_REPLACE = 10  # how long to wait for another process that renames files
+_LAST = PARTS["language_model"]  # file to rename last, because no engine loads a bundle without it
+_SECONDS_TO_REPLACE = 10  # maximum time to wait for another process that renames files
 
 
 @contextmanager
 def staged(output: str | Path, tokenizers: bool = True) -> Iterator[Path]:
-    """Give a new folder to write a bundle into. It takes the place of what is in `output` when it is whole.
+    """Yield a new folder for a bundle. At the end of the context, the bundle replaces the content of `output`.
 
-    Hidden files in `output`, such as `.git`, stay where they are. If something fails, `output` is as it was.
+    Hidden files in `output`, such as `.git`, stay. If something fails, `output` is unchanged.
 
     Args:
         output: folder of the bundle, which may be a link or a mount point.
-        tokenizers: whether the bundle must have the tokenizers' OpenVINO models.
+        tokenizers: whether the bundle must have the OpenVINO models of the tokenizer.
 
     Raises:
-        [`BundleError`]: `output` holds something else, is being written by another process, or its disk is full.
+        [`BundleError`]: `output` contains other files, another process is writing to it, or its disk is full.
     """
     output = prepare_output(output)
     home = _Home.of(output)
-    with home.locked(f"Another process is exporting to {output} right now. Wait for it, or choose another folder."):
+    with home.locked(f"Another process is exporting to {output}. Wait until it ends, or choose another folder."):
         _clear_beside(output)
         home.clear(output)
         workspace = home.new_workspace()
         try:
             yield workspace.folder
             check_bundle(workspace.folder, tokenizers)
-            _take_place(workspace, output)
+            _replace_output(workspace, output)
         except Exception as error:
             reason = None if workspace.is_whole else _why_not_written(error)
             if reason is None:
                 raise
             raise BundleError(
-                f"Writing the bundle to {output} failed: {reason}. What was there is unchanged. Make room, or write to another disk."
+                f"Writing the bundle to {output} failed: {reason}. The folder is unchanged. Free some space, or write "
+                "to another disk."
             ) from error
         finally:
             if not workspace.is_whole:
@@ -68,10 +73,10 @@ def staged(output: str | Path, tokenizers: bool = True) -> Iterator[Path]:
 
 
 def prepare_output(output: str | Path) -> Path:
-    """Check that a bundle may be written to `output`, as early as possible. Links are followed.
+    """Check early that a bundle may be written to `output`, and return its real path. Links are followed.
 
     Raises:
-        [`BundleError`]: it may not, or cannot; says why.
+        [`BundleError`]: a bundle may not or cannot be written there; says why.
     """
     try:
         output = Path(os.path.realpath(output))
@@ -83,27 +88,27 @@ def prepare_output(output: str | Path) -> Path:
 
 
 def complete_replacement(folder: str | Path) -> None:
-    """Complete a replacement of the bundle in `folder` that was interrupted when the new one was whole already.
+    """Complete an interrupted replacement of the bundle in `folder`.
 
-    For all that reads bundles. It is a look into the folder if there is nothing to do, and also if there is no such folder.
+    All functions that read bundles call this first. It is fast if there is nothing to do. The folder need not exist.
 
     Raises:
-        [`BundleError`]: the files cannot be renamed, or another process takes longer for that than it can take.
+        [`BundleError`]: the files cannot be renamed, or another process does not finish renaming them in time.
     """
     home = _Home(Path(os.path.realpath(folder)) / OURS)
     if not any(workspace.is_whole for workspace in home.workspaces()):
         return
-    with home.locked(f"Another process is replacing {folder} right now. Wait for it.", _SECONDS_TO_REPLACE):
+    with home.locked(f"Another process is replacing {folder}. Wait until it ends.", _SECONDS_TO_REPLACE):
         home.clear(home.folder.parent)
 
 
 @dataclass(frozen=True)
 class _Workspace:
-    """A folder that an export made for itself, and may delete.
+    """Manage a folder that an export made, and may delete.
 
     Args:
-        name: path of the folder. Beside it is its marker: `<name>.partial`, made before the folder, which becomes `<name>.whole` with the
-            names of the bundle's files.
+        name: path of the folder. Its marker is `<name>.partial`, which is made before the folder. When the bundle is
+            complete, the marker gets the names of the bundle's files and is renamed to `<name>.whole`.
     """
 
     name: str
@@ -122,21 +127,26 @@ class _Workspace:
 
     @property
     def is_whole(self) -> bool:
+        """Return whether the bundle in the workspace is complete."""
         return self._whole.exists()
 
     def names(self) -> list[str]:
-        """The bundle's files, with those that were renamed into the output already. Nothing else that a marker may say counts."""
+        """Read the names of the bundle's files from the marker, with files that are already in the output.
+
+        Other names in the marker are ignored.
+        """
         return [
             name for name in self._whole.read_text(encoding="utf-8").splitlines() if name in (*FILES, *EXTRA_FILES)
         ]
 
     def declare_whole(self) -> None:
+        """Record in the marker that the bundle is complete."""
         names = sorted(file.name for file in self.folder.iterdir())
         self._partial.write_text("\n".join(names), encoding="utf-8")
         self._partial.rename(self._whole)
 
     def delete(self) -> None:
-        """Delete what is left of it; the marker last, so that an interrupted deletion can be continued."""
+        """Delete the workspace. The marker is deleted last, so that an interrupted deletion can be continued."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self.folder.exists():
             with suppress(OSError):
@@ -146,21 +156,24 @@ class _Workspace:
 
 @dataclass(frozen=True)
 class _Home:
-    """The hidden folder, in an output or beside it, for the lock and the workspaces. It is there only while they are."""
+    """Manage the hidden folder of the lock and the workspaces, in an output or beside it."""
 
     folder: Path
 
     @classmethod
     def of(cls, output: Path) -> _Home:
+        """Return the folder in an existing output, or beside a new one."""
         return cls(output / OURS) if output.is_dir() else cls.beside(output)
 
     @classmethod
     def beside(cls, output: Path) -> _Home:
-        return cls(output.parent / f".{output.name[:50]}{OURS}")  # so short that the file system takes it
+        """Return the folder beside an output."""
+        # Shortened, because file systems limit the length of a name
+        return cls(output.parent / f".{output.name[:50]}{OURS}")
 
     @contextmanager
     def locked(self, message: str, timeout: float = 0) -> Iterator[None]:
-        """Hold the lock of the output; `message` is for who cannot have it within `timeout` seconds."""
+        """Hold the lock of the output. If it is not free within `timeout` seconds, raise an error with `message`."""
         lock = FileLock(self.folder / "optimum-llava-ov.lock", timeout=timeout)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -172,27 +185,29 @@ class _Home:
         try:
             yield
         finally:
-            # While it is held: nobody else can have the file then, and who has opened it looks whether it still has a name
-            with suppress(OSError):  # Windows deletes no file that is open
+            # Delete the file while the lock is held. A process that has opened it checks afterwards that it still
+            # exists.
+            with suppress(OSError):  # Windows cannot delete an open file
                 Path(lock.lock_file).unlink()
             lock.release()
-            with suppress(OSError):  # something is left in it
+            with suppress(OSError):  # the folder is not empty
                 self.folder.rmdir()
 
     def workspaces(self) -> list[_Workspace]:
-        """All that exports have left here. A folder without a marker is not ours, whatever its name is, nor is what a link leads to."""
+        """Return the workspaces that exports have left here. Folders without a marker and links are not workspaces."""
         try:
             markers = (
                 []
                 if self.folder.is_symlink()
                 else [entry for entry in self.folder.iterdir() if entry.suffix in (_PARTIAL, _WHOLE)]
             )
-        except OSError:  # no such folder, or not readable
+        except OSError:  # the folder does not exist or is not readable
             return []
         workspaces = [_Workspace(str(marker.with_suffix(""))) for marker in sorted(markers)]
         return [workspace for workspace in workspaces if not workspace.folder.is_symlink()]
 
     def new_workspace(self) -> _Workspace:
+        """Make a workspace and its marker."""
         try:
             descriptor, marker = tempfile.mkstemp(suffix=_PARTIAL, dir=self.folder)
             os.close(descriptor)
@@ -203,14 +218,14 @@ class _Home:
         return workspace
 
     def clear(self, output: Path) -> None:
-        """Complete or delete what killed processes have left. For who holds the lock."""
+        """Complete or delete the workspaces of killed processes. The caller must hold the lock."""
         for workspace in self.workspaces():
             if workspace.is_whole:
                 _move_files(workspace, output)
             workspace.delete()
 
 
-def _take_place(workspace: _Workspace, output: Path) -> None:
+def _replace_output(workspace: _Workspace, output: Path) -> None:
     if not output.exists():
         workspace.folder.rename(output)
         workspace.delete()
@@ -220,12 +235,12 @@ def _take_place(workspace: _Workspace, output: Path) -> None:
 
 
 def _move_files(workspace: _Workspace, output: Path) -> None:
-    """Replace the bundle in `output` by the one in the workspace; goes on where an earlier call was interrupted."""
+    """Replace the bundle in `output` by the bundle in the workspace, or continue an interrupted replacement."""
     try:
         names = workspace.names()
         if (workspace.folder / _LAST).exists():
             (output / _LAST).unlink(missing_ok=True)
-        for name in {*FILES, *EXTRA_FILES}.difference(names):  # of the old bundle, and not true of the new one
+        for name in {*FILES, *EXTRA_FILES}.difference(names):  # files of the old bundle that the new one does not have
             (output / name).unlink(missing_ok=True)
         for name in sorted(names, key=_LAST.__eq__):
             if (workspace.folder / name).exists():
@@ -236,23 +251,23 @@ def _move_files(workspace: _Workspace, output: Path) -> None:
         workspace.delete()
     except OSError as error:
         raise BundleError(
-            f"The new bundle is whole, but its files could not be moved into {output} ({error}). Correct that, then load the bundle or "
-            "export again: this completes it."
+            f"The new bundle is complete, but its files could not be moved into {output} ({error}). Fix this, then "
+            "load the bundle or export again: both finish the move."
         ) from error
 
 
 def _why_not_written(error: Exception) -> str | None:
-    """What the disk has against a file; `None` for any other error."""
+    """Return why the disk cannot hold a file; `None` for any other error."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
-    # How OpenVINO and the tokenizers say it
+    # Messages of OpenVINO and the tokenizers
     if any(words in str(error) for words in ("iostream error", "No space left on device")):
-        return "the disk is full, or takes no files of this size"
+        return "the disk is full, or does not allow files of this size"
     return None
 
 
 def _clear_beside(output: Path) -> None:
-    """Delete what a process has left that was killed when it wrote `output` for the first time."""
+    """Delete the workspaces of a process that was killed while it wrote `output` for the first time."""
     beside = _Home.beside(output)
     if output.is_dir() and beside.workspaces():
         with suppress(BundleError), beside.locked(""):

@@ -163,6 +163,9 @@ _OPTIONS = {
     "image_aspect_ratio": one_of(None, "square", "pad"),
     "tie_word_embeddings": one_of(None, True),
     "mm_use_im_start_end": one_of(None, False, True),
+    # What transformers' Auto classes convert the weights to, and newer versions' name of it
+    "torch_dtype": one_of(None, "float16", "bfloat16", "float32"),
+    "dtype": one_of(None, "float16", "bfloat16", "float32"),
 }
 _ATTENTION_OPTIONS = {
     "alibi": one_of(True),

@@ -1,4 +1,4 @@
-"""How images are prepared for the vision tower: `preprocessor_config.json`, checked against the tower."""
+"""Read `preprocessor_config.json`, and check that its images fit the vision tower."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from optimum_llava_ov.checkpoint.options import (
 from optimum_llava_ov.errors import UnsupportedCheckpointError
 
 
-MAX_SIDE = 2048  # pixels; published towers see up to 448
+MAX_SIDE = 2048  # pixels; published towers use up to 448
 
 _SIDE = integer(1, MAX_SIDE)
 _SQUARE = ("height", "width")
 
 
 def _sizes(*forms: tuple[str, ...]) -> Rule:
-    """Objects with just the keys of one of `forms`, and sides as values."""
+    """Make a rule for objects that have exactly the keys of one of `forms`, with numbers of pixels as values."""
     return Rule(
         lambda value: isinstance(value, dict)
         and tuple(sorted(value)) in forms
@@ -48,39 +48,40 @@ _OPTIONS = {
     "image_mean": numbers(3, number(-1000, 1000)),
     "image_std": numbers(3, positive(1000)),
 }
-_DEFAULT_SIDE = 224  # CLIP's, where the file names no size
+_DEFAULT_SIDE = 224  # pixels; CLIP's default for absent sizes
 
 
 def read_image_processor(file: Path, image_size: int, pads: bool) -> dict[str, Any]:
-    """Options of the image processor, those that we know, with sizes as transformers spells them today.
+    """Read the known options of an image processor, with sizes in the format of transformers 5.
 
     Args:
-        image_size: side of the images that the tower takes, in pixels.
-        pads: whether images are made square first (`image_aspect_ratio: pad`).
+        file: path of `preprocessor_config.json`.
+        image_size: height and width of the tower's images, in pixels.
+        pads: whether images are padded to squares first (`image_aspect_ratio: pad`).
 
     Raises:
         [`InvalidCheckpointError`]: the file is not a JSON object.
-        [`UnsupportedCheckpointError`]: an option has no meaning, or the images that come out are not what the tower takes.
+        [`UnsupportedCheckpointError`]: an option has an invalid value, or the processed images do not fit the tower.
     """
     values = read_json(file)
     settings = {name: values[name] for name in _OPTIONS if values.get(name) is not None}
     if problems := broken_rules(settings, {name: _OPTIONS[name] for name in settings}):
-        raise UnsupportedCheckpointError(f"{file} does not say how images are prepared: {'; '.join(problems)}.")
-    for name in ("size", "crop_size"):  # CLIP's own repositories still have plain numbers
+        raise UnsupportedCheckpointError(f"{file} has invalid options: {'; '.join(problems)}.")
+    for name in ("size", "crop_size"):  # CLIP's own repositories still use plain numbers
         if isinstance(side := settings.get(name), int):
             settings[name] = {"shortest_edge": side} if name == "size" else {"height": side, "width": side}
     output = _output_size(settings, pads)
     if output != (image_size, image_size):
         found = "of any size" if output is None else f"of {output[1]} x {output[0]} pixels"
         raise UnsupportedCheckpointError(
-            f"{file} prepares images {found} (do_resize, size, do_center_crop, crop_size), but the vision tower takes "
+            f"{file} makes images {found} (do_resize, size, do_center_crop, crop_size), but the vision tower expects "
             f"{image_size} x {image_size} (image_size). Take both files from the same repository."
         )
     return settings
 
 
 def _output_size(settings: dict[str, Any], pads: bool) -> tuple[int, int] | None:
-    """Height and width of every image that comes out; `None` if it depends on the image."""
+    """Return height and width of the processed images, in pixels; `None` if they depend on the image."""
     if settings.get("do_center_crop", True):
         size = settings.get("crop_size", {"height": _DEFAULT_SIDE, "width": _DEFAULT_SIDE})
     elif settings.get("do_resize", True):

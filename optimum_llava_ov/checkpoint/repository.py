@@ -1,4 +1,4 @@
-"""Files of a model repository, wherever it is: a local folder or the Hub, online or from the cache."""
+"""Find files of a model repository: in a local folder, on the Hub, or in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -37,21 +37,20 @@ from optimum_llava_ov.hub_errors import clean_token, is_unreachable, redacted, r
 
 logger = logging.getLogger(__name__)
 
-# What everybody who takes a model id takes besides, as in transformers
+# Options that go with a model id, as in transformers
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A folder on disk or a model id on the Hub.
+    """Find files in a folder on disk, or of a model id on the Hub.
 
     Args:
-        name (`str`): path of a folder, or `owner/name`.
-        subfolder (`str`): where in it the files are.
+        name (`str`): path of a folder, or model id `owner/name`.
+        subfolder (`str`): folder of the files in the repository.
         revision, cache_dir, token, local_files_only, force_download: as for [`~huggingface_hub.hf_hub_download`].
-        any_name (`bool`): whether a name without an owner may be on the Hub. Only old models of other people have such names.
-        on_hub (`bool`): whether `name` is a model id even if there is a folder of that name.
-        any_name (`bool`): whether a name without an owner may be on the Hub. Only old models of other people have such names.
+        on_hub (`bool`): whether `name` is a model id even if a folder of this name exists.
+        any_name (`bool`): whether a model id may have no owner. Only old models of other people have such ids.
     """
 
     name: str
@@ -69,33 +68,34 @@ class Repository:
 
     @property
     def is_local(self) -> bool:
+        """Return whether the repository is a folder on disk."""
         return not self.on_hub and Path(self.name).is_dir()
 
     @property
     def folder(self) -> Path:
-        """Of a local repository, the folder that holds its files."""
+        """Return the folder of the files of a local repository."""
         return Path(self.name) / self.subfolder
 
     def get(self, filename: str) -> Path | None:
-        """Path of a file, downloaded if need be, or `None` if the repository has no such file.
+        """Return the path of a file; `None` if the repository does not have it. Download the file if necessary.
 
-        Without a connection, what the cache has of the repository is all there is, as in offline mode.
+        Without a connection, only files in the cache are found, as in offline mode.
 
         Raises:
-            [`InvalidCheckpointError`]: the name is neither a folder nor a model id, or the file arrives damaged.
-            [`HubUnreachableError`]: there is no connection, and the cache has nothing of the repository.
-            [`HubError`]: the Hub does not know the repository or refuses it; says what to do.
+            [`InvalidCheckpointError`]: the name is neither a folder nor a model id, or the downloaded file is damaged.
+            [`HubUnreachableError`]: the Hub cannot be reached, and the cache has no file of the repository.
+            [`HubError`]: the Hub does not know the repository or refuses access; says what to do.
         """
         try:
             return self._find(filename)
         except HubUnreachableError as error:
             if not self._is_cached:
                 raise
-            logger.warning("%s Only what is in the cache is used.", error)
+            logger.warning("%s Only files in the cache are used.", error)
             return None
 
     def _find(self, filename: str) -> Path | None:
-        """Like [`get`], but a missing connection is always an error if the cache does not have the file."""
+        """Like [`get`], but always raise an error if there is no connection and the file is not in the cache."""
         if self.is_local:
             path = self.folder / filename
             return path if path.is_file() else None
@@ -107,26 +107,26 @@ class Repository:
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             if self.offline:
                 return None
-            raise self._explained(filename, error) from error
+            raise self._explain(filename, error) from error
         except EntryNotFoundError:
             return None
         except InvalidCheckpointError:
             raise
         except (HfHubHTTPError, httpx.TransportError, OSError, RuntimeError, ValueError) as error:
-            raise self._explained(filename, error) from error
+            raise self._explain(filename, error) from error
 
     def _fetch(self, filename: str) -> Path:
         for _ in range(2):
-            there = self._blobs()
+            cached_blobs = self._cached_blobs()
             path = self._download(filename)
-            if path.resolve().name in there or _is_intact(path):
+            if path.resolve().name in cached_blobs or _is_intact(path):
                 return path
-            logger.warning("%s of %s arrived damaged. Downloading it again.", filename, self.name)
+            logger.warning("The downloaded %s of %s is damaged. Downloading it again.", filename, self.name)
             path.resolve().unlink()
             path.unlink(missing_ok=True)
         raise InvalidCheckpointError(
-            f"{filename} of {self.name!r} arrived damaged twice: its content is not what its SHA-256 says. Something between here and the "
-            "Hub changes it (HF_ENDPOINT, proxy). It was deleted; try again."
+            f"{filename} of {self.name!r} was downloaded twice, and its content does not match its SHA-256. A server "
+            "between here and the Hub changes it (HF_ENDPOINT, proxy). The file was deleted. Try again."
         )
 
     def _download(self, filename: str) -> Path:
@@ -145,34 +145,38 @@ class Repository:
                 )
             )
         except (httpx.TransportError, RuntimeError):
-            # A connection that breaks in a way the client does not expect: the cache is not asked then
+            # The client does not look into the cache after these errors of the connection
             cached = None if self.force_download else self._cached(filename)
             if isinstance(cached, str):
                 return Path(cached)
-            # huggingface_hub 1.21 says only "the client has been closed" when it has tried twice. Ask once more for the reason
+            # After two tries, huggingface_hub 1.21 only says "the client has been closed". Ask again for the reason.
             url = hf_hub_url(self.name, filename, subfolder=self.subfolder or None, revision=self.revision)
             get_hf_file_metadata(url, token=self.token, library_name="optimum-llava-ov")
             raise
 
     def _cached(self, filename: str):
-        """Path of a file in the cache, `_CACHED_NO_EXIST` if it is known that the repository has none, `None` if neither is known."""
+        """Return the path of a file in the cache.
+
+        Returns:
+            `_CACHED_NO_EXIST` if the cache knows that the repository does not have it, `None` if it does not know.
+        """
         path = f"{self.subfolder}/{filename}" if self.subfolder else filename
         return try_to_load_from_cache(self.name, path, cache_dir=self._cache_dir, revision=self.revision)
 
     @property
     def _storage(self) -> Path:
-        """Folder of the cache for this repository."""
+        """Return the folder of this repository in the cache."""
         return Path(self._cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model")
 
     @property
     def _is_cached(self) -> bool:
-        """Whether the cache has files of this revision."""
+        """Return whether the cache has files of this revision."""
         reference = self._storage / "refs" / (self.revision or constants.DEFAULT_REVISION)
         revision = reference.read_text() if reference.is_file() else self.revision
         return revision is not None and (self._storage / "snapshots" / revision).is_dir()
 
     def _check_name(self) -> None:
-        """Refuse what is a path or a misspelt id, before the Hub is asked."""
+        """Check that the name is a model id, before a request is sent to the Hub."""
         try:
             validate_repo_id(self.name)
             is_id = self.any_name or "/" in self.name
@@ -184,78 +188,87 @@ class Repository:
                 if Path(self.name).is_file()
                 else f"There is no folder {self.name!r}"
             )
-            raise InvalidCheckpointError(f"{what}, and no model id on the Hub is written so: expected `owner/name`.")
+            raise InvalidCheckpointError(f"{what}, and this name is not a model id of the Hub: expected `owner/name`.")
 
-    def _blobs(self) -> set[str]:
-        """Names of the files that the cache has and that will not be downloaded."""
+    def _cached_blobs(self) -> set[str]:
+        """Return the names of the cached files that will not be downloaded again."""
         folder = self._storage / "blobs"
         return {file.name for file in folder.iterdir()} if folder.is_dir() and not self.force_download else set()
 
-    def _explained(self, filename: str, error: Exception) -> HubError:
-        """The client's error as one that says what to do."""
+    def _explain(self, filename: str, error: Exception) -> HubError:
+        """Convert an error of the Hub's client to an error that says what to do."""
         asked, cause = f"{filename} of {self.name!r}", root_cause(error)
         if isinstance(cause, GatedRepoError):
-            message = f"{self.name!r} is gated. Accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN."
+            message = (
+                f"{self.name!r} is gated. Accept its terms on its page, then log in with `hf auth login` or set "
+                "HF_TOKEN."
+            )
         elif isinstance(cause, RepositoryNotFoundError):
             message = (
-                f"{self.name!r} is neither a folder here nor a model on the Hub. If it is private, log in with `hf auth login` or set "
-                "HF_TOKEN."
+                f"{self.name!r} is neither a folder here nor a model on the Hub. If it is private, log in with "
+                "`hf auth login` or set HF_TOKEN."
             )
         elif isinstance(cause, RevisionNotFoundError):
             message = f"{self.name!r} has no revision {self.revision!r}."
         elif isinstance(cause, HfHubHTTPError):
             message = status_meaning(cause, asked)
         elif is_unreachable(cause):
-            advice = f"where there is a connection, `hf download {self.name}` gets a copy, whose folder can be given instead."
-            message = f"{unreachable(cause)} {asked} is neither in a folder here nor in the cache; {advice}"
+            advice = (
+                f"Or run `hf download {self.name}` on a machine with a connection, and give the folder of this copy."
+            )
+            message = f"{unreachable(cause)} {asked} is neither in a folder here nor in the cache. {advice}"
             return HubUnreachableError(redacted(message, self.token))
         else:
-            message = f"{asked} did not arrive. Run it again: whole files stay in the cache. ({cause})"
+            message = f"The download of {asked} failed. Run it again: complete files stay in the cache. ({cause})"
         return HubError(redacted(message, self.token))
 
     @property
     def _cache_dir(self) -> str | Path | None:
-        """Optimum's default is what HF_HUB_CACHE says only under its old name, HUGGINGFACE_HUB_CACHE; the Hub client knows better."""
+        """Return `cache_dir`; `None` for Optimum's default, which ignores HF_HUB_CACHE.
+
+        With `None`, the Hub's client uses HF_HUB_CACHE.
+        """
         return None if str(self.cache_dir) == constants.HUGGINGFACE_HUB_CACHE else self.cache_dir
 
     def download(self, filenames: Iterable[str]) -> Path:
-        """Folder of the cache with these files, those that the repository has.
+        """Download those of these files that the repository has, all at one commit, and return their folder.
 
         Raises:
-            [`InvalidCheckpointError`]: it has none of them.
+            [`InvalidCheckpointError`]: the repository has none of them.
             [`InvalidCheckpointError`], [`HubError`]: see [`get`].
         """
         repository, folder = self, None
-        for filename in sorted(filenames, key=lambda name: name.endswith(".bin")):  # what is large comes last
+        for filename in sorted(filenames, key=lambda name: name.endswith(".bin")):  # large files last
             if (path := repository.get(filename)) is not None:
                 repository, folder = repository.pinned(path), path.parent
         if folder is None:
-            raise InvalidCheckpointError(f"{self.name!r} has none of the files that are needed.")
+            raise InvalidCheckpointError(f"{self.name!r} has none of the required files.")
         return folder
 
     def require(self, filename: str, why: str) -> Path:
-        """Like [`get`], but a missing file is an error that says what it is needed for."""
+        """Return the path of a file as [`get`] does. If it is missing, raise an error that says why it is needed."""
         path = self._find(filename)
         if path is None:
-            place = "in the cache (offline mode)" if not self.is_local and self.offline else "there"
-            raise InvalidCheckpointError(f"{self.name!r} has no {filename} {place}. It is needed: {why}.")
+            place = " in the cache (offline mode)" if not self.is_local and self.offline else ""
+            raise InvalidCheckpointError(f"{self.name!r} has no {filename}{place}. It is needed: {why}.")
         return path
 
     @property
     def offline(self) -> bool:
+        """Return whether requests to the Hub are switched off."""
         from huggingface_hub import is_offline_mode
 
         return self.local_files_only or is_offline_mode()
 
     def pinned(self, path: Path) -> Repository:
-        """The same repository at the commit `path` was downloaded from, so that all files are of one version."""
+        """Return this repository at the commit of the downloaded file `path`, so that all files have one version."""
         if self.is_local or "snapshots" not in path.parts:
             return self
         return replace(self, revision=path.parts[path.parts.index("snapshots") + 1])
 
 
 def repository_of_snapshot(folder: Path) -> Repository | None:
-    """The repository that a folder of the Hub's cache is from; `None` for another folder."""
+    """Return the repository of a folder in the Hub's cache; `None` for any other folder."""
     match = re.fullmatch(r"(.*)/models--([^/]+)/snapshots/([^/]+)(?:/(.+))?", folder.absolute().as_posix())
     if match is None:
         return None
@@ -264,14 +277,14 @@ def repository_of_snapshot(folder: Path) -> Repository | None:
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a file that was downloaded is what the Hub says it is. The client looks only at its size.
+    """Return whether a downloaded file matches its SHA-256. The client checks only its size.
 
-    The cache names large files by their SHA-256.
+    The cache names large files by their SHA-256. Other files are not checked.
     """
     if not re.fullmatch("[0-9a-f]{64}", path.resolve().name):
         return True
     sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             sha256.update(chunk)
     return sha256.hexdigest() == path.resolve().name

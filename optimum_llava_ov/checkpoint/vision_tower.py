@@ -1,4 +1,4 @@
-"""The vision tower of a checkpoint: where it is, for LLaVA keeps it in a repository of its own, and what it is."""
+"""Find the vision tower of a checkpoint, which has its own repository, and read its configuration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from optimum_llava_ov.errors import HubError, InvalidCheckpointError, Unsupporte
 
 
 _OVERRIDE = (
-    'Say where it is: `--model-kwargs \'{"vision_tower": "<folder or model id>"}\'` on the command line, '
+    'Name its location: `--model-kwargs \'{"vision_tower": "<folder or model id>"}\'` on the command line, '
     '`model_kwargs={"vision_tower": ...}` in `main_export`, `vision_tower=` in `from_pretrained`.'
 )
 
 
-# What is read of the tower's configuration. The last four have no effect, and go into the bundle as they are.
+# Options that are read from the tower's configuration. The last four have no effect, and are copied into the bundle.
 _OPTIONS = {
     "hidden_size": integer(1, MAX_WIDTH),
     "intermediate_size": integer(1, MAX_WIDTH),
@@ -40,28 +40,31 @@ _OPTIONS = {
 
 
 def find_vision_tower(repository: Repository, named: str | None, chosen: str | None = None) -> Repository:
-    """Repository of the vision tower.
+    """Return the repository of the vision tower.
 
-    A folder wins over a model id, and a path relative to the checkpoint over one relative to the working directory: the
-    former is what a checkpoint that was copied elsewhere means. What a checkpoint on the Hub names is always a model id: it has
-    no say about folders of this machine.
+    A folder is preferred to a model id. A path relative to the checkpoint is preferred to a path relative to the
+    working directory, so that a checkpoint with its tower can be copied elsewhere. A checkpoint on the Hub can only
+    name a model id: it must not choose folders of this machine.
 
     Args:
-        repository: the checkpoint's.
-        named: absolute path, path relative to the checkpoint, or model id, as the checkpoint's configuration says.
-        chosen: the same, from the user; takes the place of `named`.
+        repository: repository of the checkpoint.
+        named: absolute path, path relative to the checkpoint, or model id, from the checkpoint's configuration.
+        chosen: the same from the user. It replaces `named`.
+
+    Raises:
+        [`InvalidCheckpointError`]: no vision tower is named, or it is not found.
     """
     vision_tower = chosen or named
     if not vision_tower:
         raise InvalidCheckpointError(
-            f"config.json of {repository.name!r} names no vision tower (mm_vision_tower). {_OVERRIDE}"
+            f"config.json of {repository.name!r} does not name a vision tower (mm_vision_tower). {_OVERRIDE}"
         )
 
     candidates = [Path(vision_tower)] if chosen or repository.is_local else []
     if repository.is_local:
         candidates.insert(0, repository.folder / vision_tower)
     for folder in candidates:
-        if os.path.isdir(folder):  # unlike Path.is_dir, never raises
+        if os.path.isdir(folder):  # noqa: PTH112  unlike Path.is_dir, it never raises
             return Repository(os.path.normpath(folder))
 
     what = f"The vision tower {shown(vision_tower)}" + (
@@ -71,9 +74,7 @@ def find_vision_tower(repository: Repository, named: str | None, chosen: str | N
     if not looks_like_id:
         tried = " and ".join(shown(str(folder)) for folder in candidates)
         reason = (
-            f"{tried} is no folder"
-            if tried
-            else f"{repository.name!r} is on the Hub, so it must name a model id there"
+            f"{tried} is not a folder" if tried else f"{repository.name!r} is on the Hub, so it must name a model id"
         )
         raise InvalidCheckpointError(f"{what} was not found: {reason}. {_OVERRIDE}")
 
@@ -86,13 +87,13 @@ def find_vision_tower(repository: Repository, named: str | None, chosen: str | N
 
 
 def read_vision_config(file: Path) -> CLIPVisionConfig:
-    """Configuration of a CLIP tower, from its `config.json`: that of the tower alone, or of a whole CLIP.
+    """Read the configuration of a CLIP tower from the `config.json` of the tower or of a whole CLIP model.
 
-    Only what we know is taken. Old configurations also hold every default of that time's transformers.
+    Only known options are read. Old configurations also hold all defaults of old versions of transformers.
 
     Raises:
         [`InvalidCheckpointError`]: the file is not a JSON object.
-        [`UnsupportedCheckpointError`]: it describes another kind of model, or one that cannot be.
+        [`UnsupportedCheckpointError`]: it describes another kind of model, or a model that cannot be built.
     """
     values = read_json(file)
     if values.get("model_type") not in ("clip", "clip_vision_model"):
@@ -105,10 +106,10 @@ def read_vision_config(file: Path) -> CLIPVisionConfig:
             raise InvalidCheckpointError(
                 f"{file} has vision_config={shown(values)}, expected an object. Download it again."
             )
-    # What is absent is the class's default, for CLIP's first towers were published so
+    # Absent options have the defaults of the class: CLIP's first towers were published like this
     known = {name: values[name] for name in _OPTIONS if values.get(name) is not None}
     problems = broken_rules(known, {name: _OPTIONS[name] for name in known})
-    if not problems:  # each value makes sense; do they together?
+    if not problems:  # each value is valid; check combinations of values
         size, heads, image_size, patch_size = (
             known.get(name, getattr(CLIPVisionConfig, name))
             for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size")

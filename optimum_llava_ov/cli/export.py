@@ -14,7 +14,7 @@ from optimum_llava_ov.checkpoint.config import read_config
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.export.pipeline import main_export
 from optimum_llava_ov.export.recipes import default_recipe
-from optimum_llava_ov.export.report import closing_words
+from optimum_llava_ov.export.report import summarize
 from optimum_llava_ov.system.memory import restart_with_huge_pages, return_what_is_freed
 
 
@@ -48,7 +48,7 @@ def run_export(args: Namespace) -> None:
         variant=args.variant,
         **hub_options,
     )
-    print(closing_words(Path(args.output)))
+    print(summarize(Path(args.output)))
 
 
 def _is_large(repository: Repository) -> bool:

@@ -1,1 +1,1 @@
-"""Stage 4: from the torch model to OpenVINO IR, through Optimum."""
+"""Export the torch model to OpenVINO IR with Optimum."""

@@ -1,4 +1,4 @@
-"""Inputs of the language model for data-aware compression, from pictures and prompts of the user's."""
+"""Prepare inputs of the language model for data-aware compression, from images and prompts."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ DEFAULT_NUM_SAMPLES = 32
 def calibration_dataset(
     dataset: str | list[str], num_samples: int | None, processor: LlavaProcessor, folder: Path
 ) -> nncf.Dataset:
-    """Inputs of the language model for the samples of a data set.
+    """Compute inputs of the language model for the samples of a data set.
 
-    They are computed by the other parts as they were just written to `folder`, so that the language model sees in calibration what
-    it will see in use.
+    The exported parts in `folder` compute them, so that the language model gets the same inputs as in use.
 
     Args:
-        dataset: a name Optimum knows (downloaded), or `[path]` of a folder or JSONL file.
-        num_samples: at most so many, drawn with a fixed seed.
+        dataset: name of a data set that Optimum knows and downloads, or `[path]` of a folder or JSONL file.
+        num_samples: maximum number of samples, drawn with a fixed seed.
+        processor: processor of the bundle.
+        folder: folder with the text embeddings model and the vision embeddings model.
     """
     samples = _named_samples(dataset) if isinstance(dataset, str) else read_samples(dataset[0])
     samples = random.Random(0).sample(samples, min(len(samples), num_samples or DEFAULT_NUM_SAMPLES))
@@ -63,20 +64,20 @@ def _inputs(sample: Sample, processor: LlavaProcessor, table: Any, encoder: Any)
 
 
 def _named_samples(name: str) -> list[Sample]:
-    """Beginning of a data set that Optimum knows by name. Needs the `datasets` package and the network."""
+    """Download the first samples of a data set that Optimum knows. This needs the `datasets` package."""
     known = host.named_datasets()
     if name not in known:
         raise ValueError(
-            f"{name!r} is no data set for vision-language models. Expected {', '.join(known)}, a folder of pictures, or a JSONL file of "
-            "{image, prompt}."
+            f"{name!r} is not a data set for vision-language models. Expected {', '.join(known)}, a folder of images, "
+            "or a JSONL file of {image, prompt}."
         )
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(f"The data set {name!r} is loaded with `datasets`: pip install datasets") from error
+        raise ImportError(f"The data set {name!r} needs the package `datasets`: pip install datasets") from error
     columns = known[name]["inputs"]
     stream = load_dataset(known[name]["id"], split=known[name]["split"], streaming=True).take(512)
     return [
         Sample(item[columns["instruction"]], (item[columns["image"]],))
-        for item in tqdm(stream, desc="Downloading calibration data", unit="picture")
+        for item in tqdm(stream, desc="Downloading calibration data", unit="image")
     ]

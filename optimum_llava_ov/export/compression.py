@@ -1,4 +1,4 @@
-"""One part, from the traced graph to compressed weights, through NNCF."""
+"""Compress the weights of one part with NNCF."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from optimum.intel import OVWeightQuantizationConfig
 
 
-# How many numbers of a layer's input share a scale when OpenVINO multiplies them, as integers, with compressed weights. Its own
-# choice on CPU is 32. Larger groups are up to 1.4 times as fast, and what they lose is far less than what the weights have lost
-# (docs/performance.md). Groups that do not divide those of the weights are worse than none: OpenVINO then computes in floats.
+# Group sizes for dynamic quantization: OpenVINO quantizes a layer's input to integers, and each group has one scale.
+# The default on CPU is 32. Larger groups are up to 1.4 times as fast, and their error is far smaller than the error of
+# compressed weights (docs/performance.md). The size must divide the group size of the weights, or else OpenVINO
+# computes in floats.
 ACTIVATION_GROUPS = (128, 64)
 
 
@@ -28,16 +29,19 @@ def compress(
     """Compress the weights of one part, in place.
 
     Args:
-        dataset: inputs of this part, for methods that look at activations.
+        model: graph of the part.
+        config: options of the compression.
+        dataset: inputs of the part, for data-aware methods.
 
     Raises:
         [`BundleError`]: the weights are compressed already.
-        `ValueError`: NNCF cannot compress this model so, such as in groups of a size that does not divide its layers' inputs.
+        `ValueError`: NNCF cannot compress the model with these options. For example, the group size does not divide
+            the width of a layer.
     """
     if has_compressed_weights(model):
         raise BundleError(
-            "These weights are compressed already, and compressing them again would lose quality without saving space. Start from the "
-            "original checkpoint, or from a bundle exported with --weight-format fp16."
+            "These weights are compressed already. Compressing them again would lose quality without saving space. "
+            "Start from the original checkpoint, or from a bundle exported with --weight-format fp16."
         )
     if dataset is not None:
         config = config.clone()
@@ -52,7 +56,7 @@ def compress(
 
 
 def _choose_activation_groups(model: openvino.Model) -> None:
-    """Written into the graph, so that every engine profits. Who loads it can choose otherwise, in `ov_config`."""
+    """Write the largest fitting group size into the graph, for every engine. `ov_config` overrides it at load time."""
     groups = matmul_groups(model)
     fitting = [size for size in ACTIVATION_GROUPS if all(group % size == 0 for group in groups)]
     if groups and fitting:
@@ -60,7 +64,7 @@ def _choose_activation_groups(model: openvino.Model) -> None:
 
 
 def has_compressed_weights(model: openvino.Model) -> bool:
-    """Whether NNCF, or another tool, has compressed this model's weights."""
+    """Return whether NNCF or another tool has compressed the weights of a model."""
     return model.has_rt_info(["nncf", "weight_compression"]) or any(
         name not in ("f32", "f16", "bf16") for name in weight_bytes(model)
     )

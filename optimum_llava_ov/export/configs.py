@@ -1,4 +1,4 @@
-"""Export configurations: the three parts of LLaVA-MPT, their inputs and outputs, as Optimum wants them described."""
+"""Describe the three parts of LLaVA-MPT, with their inputs and outputs, as Optimum's export configurations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NormalizedMptConfig = NormalizedTextConfig.with_args(
 
 
 class DummyInputsEmbedsGenerator(DummyTextInputGenerator):
-    """`inputs_embeds`: `(batch, tokens, d_model)` float."""
+    """Generate `inputs_embeds`: float `(batch_size, sequence_length, d_model)`."""
 
     SUPPORTED_INPUT_NAMES = ("inputs_embeds",)
 
@@ -32,15 +32,15 @@ class DummyInputsEmbedsGenerator(DummyTextInputGenerator):
 
 
 class MptLanguageOpenVINOConfig(TextDecoderWithPositionIdsOpenVINOConfig):
-    """Decoder: `inputs_embeds`, `attention_mask`, `position_ids`, past keys and values -> `logits`, present ones."""
+    """Describe the decoder: `inputs_embeds`, `attention_mask`, `position_ids`, past -> `logits`, present."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedMptConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyInputsEmbedsGenerator, DummyTextInputGenerator, DummyPastKeyValuesGenerator)
 
     def __init__(self, config: PretrainedConfig, **kwargs):
         super().__init__(config, task="text-generation", use_past=True, use_past_in_inputs=True, **kwargs)
-        # As Optimum sets them for every language model: head-room for f16 on GPU, and, unless the weights are compressed, a cache that
-        # does not lose more than they do.
+        # As Optimum sets them for every language model: activations are scaled down to fit into f16 on GPU, and the
+        # cache is f16 unless the weights are compressed.
         self.runtime_options = {"ACTIVATIONS_SCALE_FACTOR": "8.0", "KV_CACHE_PRECISION": "f16"}
 
     @property
@@ -50,11 +50,11 @@ class MptLanguageOpenVINOConfig(TextDecoderWithPositionIdsOpenVINOConfig):
 
 
 class TextEmbeddingsOpenVINOConfig(OpenVINOConfig):
-    """Embedding table: token ids, named `input` as in every bundle of Optimum's, -> `inputs_embeds`."""
+    """Describe the embedding table: `input` (token ids; Optimum's bundles use this name) -> `inputs_embeds`."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedMptConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator,)
-    values_override = None  # the table is a plain `nn.Embedding` without a configuration
+    values_override = None  # the table is an `nn.Embedding`, which has no configuration
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -69,7 +69,7 @@ class TextEmbeddingsOpenVINOConfig(OpenVINOConfig):
 
 
 class ImageEncoderOpenVINOConfig(OpenVINOConfig):
-    """Tower, projector and borders: `pixel_values` -> `last_hidden_state`, in the language model's space."""
+    """Describe vision tower, projector and image borders: `pixel_values` -> `last_hidden_state`."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
@@ -85,7 +85,7 @@ class ImageEncoderOpenVINOConfig(OpenVINOConfig):
 
 @register_for_openvino("llava_mpt", "image-text-to-text", library_name="transformers")
 class LlavaMptOpenVINOConfig(BaseVLMOpenVINOConfig):
-    """The whole model, which is exported in parts; see [`with_behavior`] and [`get_model_for_behavior`]."""
+    """Describe the whole model, which is exported in parts. See [`with_behavior`] and [`get_model_for_behavior`]."""
 
     def with_behavior(self, behavior: str | VLMConfigBehavior) -> OpenVINOConfig:
         behavior = VLMConfigBehavior(behavior)

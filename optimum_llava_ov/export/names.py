@@ -1,21 +1,23 @@
-"""Names of the graph's nodes. GenAI looks for them when it applies a LoRA adapter."""
+"""Name the nodes of a graph, so that GenAI finds them when it applies a LoRA adapter."""
 
 from __future__ import annotations
 
 import openvino
 
 
-_TRACED = "__module."  # the traced module, in names that OpenVINO's frontend gives
+_TRACED = "__module."  # prefix for the traced module, in names from OpenVINO's frontend
 
 
 def name_after_module(graph: openvino.Model, module: str) -> None:
-    """Let nodes tell that the traced module is a submodule of the whole model.
+    """Add the name of the traced submodule to the names of its nodes.
 
-    GenAI applies an adapter's tensor to a matrix multiplication whose name contains the name of the tensor. PEFT names a tensor
-    `transformer.blocks.0.attn.Wqkv` for the original code's class and for transformers' MPT, and
-    `language_model.transformer.blocks.0.attn.Wqkv` for [`LlavaMptForConditionalGeneration`]. Both are in the new name.
+    GenAI applies a tensor of an adapter to a matrix multiplication whose name contains the name of the tensor. PEFT
+    names a tensor `transformer.blocks.0.attn.Wqkv` for the original code's class and for transformers' MPT, and
+    `language_model.transformer.blocks.0.attn.Wqkv` for [`LlavaMptForConditionalGeneration`]. The new name contains
+    both.
 
     Args:
+        graph: graph of the submodule.
         module: name of the submodule, such as `language_model`.
     """
     for node in graph.get_ops():

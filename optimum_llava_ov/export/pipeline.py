@@ -1,4 +1,4 @@
-"""The export as a whole: checkpoint -> torch model -> parts -> bundle."""
+"""Run the whole export: checkpoint -> torch model -> parts -> bundle."""
 
 from __future__ import annotations
 
@@ -67,28 +67,31 @@ def main_export(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs,
 ) -> None:
-    """Export an original LLaVA-MPT checkpoint to a bundle. Takes Optimum's `main_export` arguments.
+    """Export an original LLaVA-MPT checkpoint to a bundle. Takes the arguments of Optimum's `main_export`.
 
-    Nothing of the checkpoint is executed, so `trust_remote_code` has no effect.
+    No code of the checkpoint is executed, so `trust_remote_code` has no effect.
 
     Args:
         model_name_or_path: folder or model id of the checkpoint.
-        output: folder of the bundle. A bundle that is there stays whole until the new one is.
-        task: `auto` or `image-text-to-text`, which is the only one there is.
-        ov_config: `OVConfig(dtype="fp16")` or `"fp32"`, or `OVConfig(quantization_config=...)`. If not given, weights keep the
-            checkpoint's precision, but those of a language model of a billion parameters or more are compressed to 8 bits: this is
-            Optimum's rule for all models.
-        convert_tokenizer: also write the tokenizer as OpenVINO models, which GenAI needs.
+        output: folder of the bundle. An existing bundle is replaced when the new one is complete.
+        task: `auto` or `image-text-to-text`, the only supported task.
+        ov_config: `OVConfig(dtype="fp16")` or `"fp32"`, or `OVConfig(quantization_config=...)`. If not given, weights
+            keep the precision of the checkpoint. Language models of a billion parameters or more are compressed to 8
+            bits, as Optimum does with all models.
+        stateful: whether the language model keeps its cache inside. Only `True` is supported.
+        convert_tokenizer: whether to write the tokenizer as OpenVINO models, which GenAI needs.
         model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint.
-        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. What else Optimum's `main_export`
-            takes, such as `trust_remote_code` and shapes to trace with, is accepted and has no effect.
+        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. Other options of
+            Optimum's `main_export`, such as `trust_remote_code` and shapes for tracing, are accepted and have no
+            effect.
 
     Raises:
-        `TypeError`: there is no such option; suggests the nearest.
-        [`UnsupportedCheckpointError`], [`InvalidCheckpointError`], [`BundleError`]: see there; all before weights are
-            downloaded where that is possible. The output is then as it was.
+        `TypeError`: an option is unknown; suggests the nearest known name.
+        `ValueError`: an argument is not supported for LLaVA-MPT.
+        [`UnsupportedCheckpointError`], [`InvalidCheckpointError`], [`BundleError`]: see their documentation. If
+            possible, they are raised before weights are downloaded. The output is then unchanged.
     """
-    # `kwargs_shapes` of Optimum's
+    # The default shapes are Optimum's `kwargs_shapes`
     check_options(
         "main_export", kwargs, names_of(main_export) | names_of(optimum_main_export) | DEFAULT_DUMMY_SHAPES.keys()
     )
@@ -109,15 +112,16 @@ def export_from_model(
 ) -> list[str]:
     """Export a torch model to a bundle. Takes the arguments of Optimum's `export_from_model`.
 
-    Weights are those of the model, in its precision. All else is from the checkpoint that it was loaded from.
+    The weights are those of the model, in its precision. Everything else comes from the checkpoint that the model was
+    loaded from.
 
     Args:
-        model: from [`LlavaMptForConditionalGeneration.from_pretrained`]. It can still be used after the export.
-        output, task, ov_config, model_kwargs: as for [`main_export`].
-        kwargs: `subfolder`, `revision`, ... of the checkpoint. Others are ignored: processors are made from the checkpoint.
+        model: model from [`LlavaMptForConditionalGeneration.from_pretrained`]. It can still be used after the export.
+        output, task, ov_config, stateful, model_kwargs: as for [`main_export`].
+        kwargs: `subfolder`, `revision`, ... of the checkpoint. Other options of Optimum's function have no effect.
 
     Returns:
-        Names of the graphs in `output`.
+        The file names of the graphs in `output`.
 
     Raises:
         As [`main_export`].
@@ -144,12 +148,12 @@ def _export(
     ov_config: OVConfig | None,
     convert_tokenizer: bool,
 ) -> None:
-    """Export the caller's model; without one, the checkpoint's, which is let go of part by part."""
+    """Export `model`. If it is `None`, load the model of the checkpoint, and free each part after it is written."""
     previous_card = read_card(output / CARD)
-    license = source_license(checkpoint)
-    recipe = recipe_of(ov_config.quantization_config) if _is_compressed(ov_config) else None
+    license_id = source_license(checkpoint)
+    recipe = _requested_recipe(ov_config)
     is_ours = model is None
-    if is_ours:
+    if model is None:
         read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
         model = LlavaMptForConditionalGeneration.from_checkpoint(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
     processor = build_processor(checkpoint)
@@ -159,15 +163,16 @@ def _export(
     with staged(output, tokenizers=convert_tokenizer) as folder:
         _check_free_space(model, ov_config, recipe, folder)
         if is_ours and os.name == "posix":
-            move_to_disk(model.embed_tokens.weight, folder)  # the checkpoint's table and a row for `<image>`
+            # The table is a copy of the checkpoint's table, with a row for `<image>`
+            move_to_disk(model.embed_tokens.weight, folder)
             model.language_model.lm_head.weight.data = model.embed_tokens.weight.data
         save_settings(checkpoint, processor, model.generation_config, folder)
         if convert_tokenizer:
-            export_tokenizers(processor, folder)  # first, for it may fail
+            export_tokenizers(processor, folder)  # before the parts, because it may fail
         _export_parts(model, processor, folder, ov_config, recipe, free if is_ours else None)
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
-        write_card(folder, license, previous_card)
-        # Closes the mapped files
+        write_card(folder, license_id, previous_card)
+        # Close the mapped files
         del model
         gc.collect()
 
@@ -177,29 +182,33 @@ def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwarg
         raise ValueError(f"LLaVA-MPT is exported for the task {TASK!r}, not {task!r}. Leave --task out.")
     if not stateful:
         raise ValueError(
-            "--disable-stateful is not available for LLaVA-MPT: OVModelForLlavaMPT, optimum-intel, GenAI and Model Server all run "
-            "the language model with its cache inside. Leave the option out."
+            "--disable-stateful is not supported for LLaVA-MPT: OVModelForLlavaMPT, optimum-intel, GenAI and Model "
+            "Server need a language model that keeps its cache inside. Leave the option out."
         )
     if unknown := set(model_kwargs or {}) - {"vision_tower"}:
-        raise ValueError(f"--model-kwargs has {', '.join(sorted(unknown))}; LLaVA-MPT knows only `vision_tower`.")
+        raise ValueError(
+            f"--model-kwargs has {', '.join(sorted(unknown))}, but LLaVA-MPT supports only `vision_tower`."
+        )
     for name in ("variant", "custom_export_configs", "fn_get_submodels"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not supported for LLaVA-MPT checkpoints. Leave it out.")
 
 
 def _load_dtype(checkpoint: OriginalCheckpoint, ov_config: OVConfig | None) -> torch.dtype | None:
-    """What the weights must be converted to before tracing. `None`, which costs no memory, wherever that is possible."""
+    """Return the dtype to load the weights in. `None` keeps the stored dtypes, which needs no memory."""
     if ov_config is None or ov_config.dtype not in ("fp16", "fp32"):
-        return None  # NNCF compresses from whatever is stored
+        return None  # NNCF compresses weights of any stored dtype
     if ov_config.dtype == "fp32":
         return torch.float32
-    # OpenVINO compresses f32 to f16 while it saves, but leaves bf16 as it is.
+    # When OpenVINO saves a graph, it converts f32 to f16, but not bf16
     stored = {tensor.dtype for tensor in checkpoint.tensors().values()}
     return torch.float16 if torch.bfloat16 in stored else None
 
 
-def _is_compressed(ov_config: OVConfig | None) -> bool:
-    return ov_config is not None and ov_config.quantization_config is not None
+def _requested_recipe(ov_config: OVConfig | None) -> OVPipelineQuantizationConfig | None:
+    if ov_config is None or ov_config.quantization_config is None:
+        return None
+    return recipe_of(ov_config.quantization_config)
 
 
 def _check_free_space(
@@ -212,30 +221,30 @@ def _check_free_space(
     needed = 0.0
     for behavior, part in _PART_NAMES.items():
         part_recipe = recipe_for_part(recipe, part) if recipe else None
-        limit = {"fp16": 2, "fp32": 4}.get(getattr(ov_config, "dtype", None))
+        float_bytes = {"fp16": 2, "fp32": 4}.get(ov_config.dtype) if ov_config is not None else None
         for weight in config.get_model_for_behavior(model, behavior).parameters():
             needed += weight.numel() * (
-                _bytes_per_weight(part_recipe) if part_recipe else limit or weight.element_size()
+                _bytes_per_weight(part_recipe) if part_recipe else float_bytes or weight.element_size()
             )
     free = shutil.disk_usage(folder).free
     logger.info("The bundle needs %.2f GB of disk; %.2f GB are free.", needed / 1e9, free / 1e9)
     if needed > free:
         raise BundleError(
-            f"The bundle needs {needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free in {folder.parent}. Make room, or "
-            "write to another disk."
+            f"The bundle needs {needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free in "
+            f"{folder.parent}. Free some space, or write to another disk."
         )
 
 
 def _bytes_per_weight(config: OVWeightQuantizationConfig) -> float:
-    """Upper estimate: the weight itself, and its share of a scale of 2 bytes and a zero point."""
+    """Return an upper estimate of the bytes of a weight, with its share of a scale of 2 bytes and a zero point."""
     if config.bits == 8:
         return 1.01
     group_size = config.group_size if config.group_size and config.group_size > 0 else 128
     return config.ratio * (0.5 + 2.5 / group_size) + (1 - config.ratio) * 1.01 + 0.05
 
 
-# Optimum's name of each behavior of the export configuration, in the order of export: the language model is calibrated with
-# what the others give.
+# Behavior of the export configuration -> Optimum's name of the part, in the order of export. The language model comes
+# last, because its calibration uses the other parts.
 _PART_NAMES = {"vision_embeddings": SMALL_PARTS[1], "text_embeddings": SMALL_PARTS[0], "language": LANGUAGE_MODEL}
 
 
@@ -247,10 +256,12 @@ def _export_parts(
     recipe: OVPipelineQuantizationConfig | None,
     release: Callable[[torch.nn.Module], None] | None,
 ) -> None:
-    """Trace, compress and write one part after the other: no part is ever on disk uncompressed, or in memory with another.
+    """Trace, compress and write one part after the other.
+
+    No part is written to disk uncompressed, and no two parts are in memory at the same time.
 
     Args:
-        release: called with each part that is written.
+        release: function that is called with each part after it is written.
     """
     config_class = TasksManager.get_exporter_config_constructor(
         model=model, task=TASK, exporter="openvino", library_name="transformers"
@@ -264,8 +275,8 @@ def _export_parts(
         dataset = None
         if behavior == "language" and part_recipe is not None:
             del part_config.runtime_options["KV_CACHE_PRECISION"]
-        if behavior == "language" and needs_data(part_recipe):
-            dataset = calibration_dataset(part_recipe.dataset, part_recipe.num_samples, processor, folder)
+            if needs_data(part_recipe):
+                dataset = calibration_dataset(part_recipe.dataset, part_recipe.num_samples, processor, folder)
         progress.set_description(f"Tracing {name}")
         spill = Spill(folder / ".weights")
         own = {id(weight) for weight in part.parameters()}
@@ -275,17 +286,18 @@ def _export_parts(
             _finish, check=check, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress
         )
         with warnings.catch_warnings(), host.exporting(finish, spill.save):
-            # Sizes that torch reports as constants are constants here, or symbolic in what Optimum patches
+            # Torch warns of sizes that become constants. Here, these are constant, or Optimum's patches keep them
+            # symbolic.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             export(
                 model=part,
                 config=part_config,
                 output=folder / PARTS[f"{behavior}_model"],
-                # One picture is enough to trace with; the activations of more are only memory
+                # One image is enough for tracing; more would only need more memory
                 input_shapes={"batch_size": 1} if behavior == "vision_embeddings" else None,
                 ov_config=ov_config,
                 stateful=getattr(part_config, "use_past", False),
-                # Linear layers and embeddings go into the graph as stored, without being computed or copied
+                # Put the 16-bit weights of linear layers and embeddings into the graph without a conversion or a copy
                 patch_16bit_model=any(
                     parameter.dtype in (torch.float16, torch.bfloat16) for parameter in part.parameters()
                 ),
@@ -304,7 +316,7 @@ def _finish(
     name: str,
     progress: tqdm,
 ) -> openvino.Model:
-    """What happens between tracing and writing."""
+    """Check, rename and compress a traced graph before it is written."""
     check.result()
     if name == LANGUAGE_MODEL:
         name_after_module(graph, "language_model")
@@ -317,21 +329,21 @@ def _finish(
 
 
 def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
-    """Tokenizer and detokenizer as OpenVINO models, for GenAI.
+    """Write tokenizer and detokenizer as OpenVINO models, for GenAI.
 
     Raises:
-        [`UnsupportedCheckpointError`]: the tokenizer has a step that openvino-tokenizers does not know.
+        [`UnsupportedCheckpointError`]: the tokenizer has a step that openvino-tokenizers does not support.
     """
     try:
         models = openvino_tokenizers.convert_tokenizer(
             processor.tokenizer, with_detokenizer=True, skip_special_tokens=True
         )
-    except Exception as error:  # its errors have no common class
+    except Exception as error:  # openvino-tokenizers has no common error class
         raise UnsupportedCheckpointError(
-            f"openvino-tokenizers does not convert this tokenizer.json ({error}). Take it from the original checkpoint, or export with "
-            "--disable-convert-tokenizer: everything but GenAI then runs."
+            f"openvino-tokenizers cannot convert this tokenizer.json ({error}). Take it from the original checkpoint, "
+            "or export with --disable-convert-tokenizer: the bundle then runs everywhere except in GenAI."
         ) from error
-    # GenAI takes the chat template from here if it finds no better place.
+    # GenAI reads the chat template from here if the bundle has no other
     models[0].set_rt_info(processor.chat_template, "chat_template")
     for model, name in zip(models, TOKENIZERS):
         openvino.save_model(model, os.fspath(folder / name))

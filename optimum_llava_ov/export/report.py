@@ -1,4 +1,4 @@
-"""The last word of an export: what each part has become, and how to run it."""
+"""Summarize an export: precision and size of each part, and how to run the bundle."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from optimum_llava_ov.bundle.layout import PARTS, part_sizes
 from optimum_llava_ov.bundle.precision import weight_bytes
 
 
-def closing_words(bundle: Path) -> str:
-    """The table, and the lines of Python that run the result."""
+def summarize(bundle: Path) -> str:
+    """Return the table of [`report`], and the lines of Python that load the bundle."""
     return (
         f"{report(bundle)}\n\nTo run it:\n    from optimum_llava_ov import OVModelForLlavaMPT\n"
         f'    model = OVModelForLlavaMPT.from_pretrained("{bundle}")'
@@ -19,7 +19,7 @@ def closing_words(bundle: Path) -> str:
 
 
 def report(bundle: Path) -> str:
-    """Table of part, precision mix (share of the weights' bytes) and size on disk."""
+    """Return a table of the parts, their precisions (by share of the weights' bytes) and their sizes on disk."""
     rows = [("part", "weights, by bytes", "size")]
     core, on_disk = openvino.Core(), part_sizes(bundle)
     for name, file in PARTS.items():

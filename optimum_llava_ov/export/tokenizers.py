@@ -1,4 +1,4 @@
-"""The tokenizer of a bundle as OpenVINO models, for GenAI and Model Server."""
+"""Export the tokenizer as OpenVINO models, for GenAI and Model Server."""
 
 from __future__ import annotations
 
@@ -22,22 +22,27 @@ if TYPE_CHECKING:
 
 
 def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
-    """Write tokenizer and detokenizer as OpenVINO models that give the ids and the text of `processor.tokenizer`.
+    """Write tokenizer and detokenizer as OpenVINO models. They give the same ids and texts as `processor.tokenizer`.
 
-    openvino_tokenizers splits a text at special tokens before it normalizes what is between. Rules that look at special tokens,
-    as those of `checkpoint/sentencepiece.py` do, must see the whole text: they are moved to the front.
+    openvino_tokenizers splits a text at special tokens, then it normalizes the parts between them. Rules that match
+    special tokens, such as those of `checkpoint/sentencepiece.py`, need the whole text, so they are moved before the
+    split.
     """
     tokenizer, rules = _without_rules(processor.tokenizer)
     models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True, skip_special_tokens=True)
     _prepend(models[0], rules)
-    # GenAI takes the chat template from here if it finds no better place.
+    # GenAI reads the chat template from here if the bundle has no other
     models[0].set_rt_info(processor.chat_template, "chat_template")
     for model, name in zip(models, TOKENIZERS):
         openvino.save_model(model, os.fspath(folder / name))
 
 
 def _without_rules(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedTokenizerFast, list[tuple[str, str]]]:
-    """A copy whose normalizer has no regular expressions, and these with what they are replaced by."""
+    """Remove the regular expressions from the normalizer of a tokenizer.
+
+    Returns:
+        A copy without them, and a list of `(pattern, replacement)`.
+    """
     values = json.loads(tokenizer.backend_tokenizer.to_str())
     normalizer = values["normalizer"]
     if normalizer is None or normalizer["type"] != "Sequence":
@@ -51,7 +56,7 @@ def _without_rules(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedTokeni
 
 
 def _prepend(model: openvino.Model, rules: list[tuple[str, str]]) -> None:
-    """Put one normalization for each rule between the input's text and all that reads it."""
+    """Insert one normalization for each rule between the input text and all nodes that read it."""
     (unpacked,) = (node for node in model.get_ops() if node.get_type_name() == "StringTensorUnpack")
     outputs = unpacked.outputs()
     readers = [output.get_target_inputs() for output in outputs]

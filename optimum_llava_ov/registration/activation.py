@@ -1,12 +1,12 @@
-"""Registration with transformers and Optimum, each at the moment it is imported.
+"""Register with transformers and Optimum when their modules are imported.
 
-Registering needs the host's modules, and importing these takes seconds, which `import optimum_llava_ov` and every start of
-`optimum-cli` would have to pay. So registration waits for the host: a finder on `sys.meta_path` sees a module being imported
-and runs our part right after it.
+Registration needs modules of the host. Importing them takes seconds, which would delay `import optimum_llava_ov` and
+every start of `optimum-cli`. So registration waits until the host imports them: a finder on `sys.meta_path` runs a
+callback right after such a module is imported.
 
-At that moment other modules of the host wait for this one, half imported. Whoever imports them again gets the half. So what runs
-for transformers imports no module of transformers that is not ready: the configuration is made of modules that are, and the other
-classes are entered as [`_Deferred`].
+At that moment, other modules of the host that import this one are only half imported. If a callback imported them, it
+would get incomplete modules. So the callbacks for transformers import only modules of transformers that are complete:
+the configuration needs only such modules, and the other classes are registered as [`_Deferred`].
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class _Deferred(type):
-    """Metaclass of a class that stands for another one, and imports it when it is used.
+    """Make placeholders for classes. A placeholder imports its class when it is used.
 
     Args:
-        name: of the class.
-        module: where it is.
-        known: attributes that can be read without importing it.
+        name: name of the class.
+        module: module of the class.
+        known: attributes that can be read without importing the class.
     """
 
     def __new__(mcs, name: str, module: str, **known: Any) -> type:
@@ -86,7 +86,7 @@ def _host_hook(name: str) -> Callable[[], None]:
     def hook() -> None:
         from optimum_llava_ov.registration import hooks
 
-        # The command is imported at every start of `optimum-cli`, and checks when it runs.
+        # The command is imported at every start of `optimum-cli`. It checks the version when it runs.
         if name == "hook_command" or hooks.is_supported():
             getattr(hooks, name)()
 
@@ -105,7 +105,7 @@ _AFTER_IMPORT: dict[str, Callable[[], None]] = {
 
 
 class _Finder:
-    """Finds nothing itself; lets the loader of a host's module call us when the module is ready."""
+    """Let the loader of a host's module run a callback after the import. This finder finds no modules itself."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in _AFTER_IMPORT:
@@ -129,7 +129,7 @@ def _call_after(loader, callback: Callable[[], None]) -> None:
 
 
 def activate() -> None:
-    """Register now with what is imported already, and later with the rest."""
+    """Register with the modules that are imported already, and with the others when they are imported."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     for name, callback in _AFTER_IMPORT.items():

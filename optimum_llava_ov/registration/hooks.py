@@ -1,7 +1,7 @@
-"""What replaces something inside Optimum: the only module that patches the host.
+"""Replace functions, classes and table entries of Optimum. Only this module patches the host.
 
-[`activation`](activation.py) calls each function right after the host's module was imported. `tests/test_host.py` names what is
-replaced, and fails with what to do when a new version of Optimum has moved it.
+[`activation`](activation.py) calls each function right after the host's module is imported. `tests/test_host.py` lists
+what is replaced. If a new version of Optimum moves one of these, the tests fail and say what to do.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 def hook_exporter() -> None:
-    """Let `main_export` and `export_from_model` take LLaVA-MPT to our export, and everything else where it always went."""
+    """Let `main_export` and `export_from_model` use our export for LLaVA-MPT, and Optimum's for all other models."""
     from optimum.exporters.openvino import __main__ as exporter
     from optimum.exporters.openvino import convert
 
     from optimum_llava_ov.export import configs  # noqa: F401  registers the export configuration
 
-    _replace("main_export", _main_export_for_all(exporter.main_export))
-    _replace("export_from_model", _export_from_model_for_all(convert.export_from_model))
+    _replace("main_export", exporter.main_export, _main_export_for_all(exporter.main_export))
+    _replace("export_from_model", convert.export_from_model, _export_from_model_for_all(convert.export_from_model))
 
 
-def _replace(name: str, ours: Callable) -> None:
-    """Put a function in the place of the one that it wraps, also in modules that were imported before us and hold it by name."""
+def _replace(name: str, original: Callable, ours: Callable) -> None:
+    """Replace a function in all modules of Optimum that have imported it under this name."""
     for module in [module for name, module in sys.modules.items() if name.startswith("optimum.")]:
-        if getattr(module, name, None) is ours.__wrapped__:
+        if getattr(module, name, None) is original:
             setattr(module, name, ours)
 
 
@@ -73,9 +73,10 @@ def _export_from_model_for_all(original: Callable) -> Callable:
 
 
 def hook_command() -> None:
-    """Let `optimum-cli export openvino` take LLaVA-MPT checkpoints to our export.
+    """Let `optimum-cli export openvino` use our export for LLaVA-MPT checkpoints.
 
-    Not only `main_export`: the command itself would export to `/tmp` uncompressed, and load all of it again to compress it.
+    Replacing `main_export` is not enough: the command would export to `/tmp` without compression, then load the result
+    again and compress it.
     """
     from optimum.commands.export import openvino
 
@@ -90,7 +91,7 @@ def hook_command() -> None:
             name: getattr(self.args, name) for name in _EXPORT_OPTIONS if getattr(self.args, name, None) is not None
         }
         with exit_status(getattr(self.args, "verbose", False), options.get("token")):
-            # A model that nobody can read is not Optimum's to report either
+            # This also reports a model that cannot be read, instead of Optimum
             if (
                 holds_original_checkpoint(self.args.model, any_name=True, cache_dir=self.args.cache_dir, **options)
                 and is_supported()
@@ -100,8 +101,8 @@ def hook_command() -> None:
                 return run_export(self.args)
             if options:
                 raise ValueError(
-                    f"{', '.join('--' + name for name in options)}: only for LLaVA-MPT checkpoints. {self.args.model!r} is none, or cannot "
-                    "be read with them."
+                    f"{', '.join('--' + name for name in options)}: only for LLaVA-MPT checkpoints. "
+                    f"{self.args.model!r} is not one, or cannot be read with these options."
                 )
         return original(self)
 
@@ -110,25 +111,25 @@ def hook_command() -> None:
         from optimum_llava_ov.cli.exit import VERBOSE_HELP
 
         original_parse_args(parser)
-        group = parser.add_argument_group("Where a LLaVA-MPT checkpoint is on the Hub")
+        group = parser.add_argument_group("Location of a LLaVA-MPT checkpoint on the Hub")
         for name, text in _EXPORT_OPTIONS.items():
-            with contextlib.suppress(argparse.ArgumentError):  # should Optimum have it one day
+            with contextlib.suppress(argparse.ArgumentError):  # a later Optimum may have it
                 group.add_argument(f"--{name}", help=text)
         with contextlib.suppress(argparse.ArgumentError):
-            parser.add_argument("--verbose", action="store_true", help=f"Of a LLaVA-MPT checkpoint: {VERBOSE_HELP}")
+            parser.add_argument("--verbose", action="store_true", help=f"For LLaVA-MPT checkpoints: {VERBOSE_HELP}")
 
     openvino.OVExportCommand.run, openvino.OVExportCommand.parse_args = run, staticmethod(parse_args)
 
 
 _EXPORT_OPTIONS = {
     "revision": "Branch, tag or commit to export.",
-    "subfolder": "Folder of the repository that the checkpoint is in.",
-    "token": "Token for private repositories (default: that of `hf auth login`, or HF_TOKEN).",
+    "subfolder": "Folder of the checkpoint in its repository.",
+    "token": "Token for private repositories (default: the token of `hf auth login`, or HF_TOKEN).",
 }
 
 
 def hook_default_recipes() -> None:
-    """Enter the default recipes into Optimum's tables, under the model's id."""
+    """Add the default recipes to Optimum's tables, under the model's id."""
     from optimum.intel.openvino import configuration
 
     from optimum_llava_ov.export.recipes import default_recipe
@@ -142,16 +143,16 @@ DEFAULT_RECIPE_IDS = ("liuhaotian/LLaVA-Lightning-MPT-7B-preview",)
 
 
 def hook_modeling() -> None:
-    """Let `OVModelForVisualCausalLM.from_pretrained` give our class for our bundles, and its own for every other "llava"."""
+    """Let `OVModelForVisualCausalLM.from_pretrained` use our class for our bundles, and its own for other models."""
     from optimum.intel.openvino import modeling_visual_language
 
     mapping = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING
-    # The bundle's type and the checkpoint's
+    # The model types of the bundle and of the checkpoint
     mapping["llava"] = mapping["llava_mpt"] = _llava_class(mapping["llava"])
 
 
 def _llava_class(stock: type) -> type:
-    """The class of the model type "llava". Which one a model gets depends on its language model."""
+    """Make a class for the model type "llava" that chooses between Optimum's class and ours by the language model."""
 
     class OVLlava(stock):
         def __new__(cls, language_model, text_embeddings, vision_embeddings, config=None, *args, **kwargs):
@@ -159,7 +160,7 @@ def _llava_class(stock: type) -> type:
                 return super().__new__(cls)
             from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
-            OVLlava.register(OVModelForLlavaMPT)  # whoever asks whether a model is of the class in the table
+            OVLlava.register(OVModelForLlavaMPT)  # so that `isinstance` with the class in the table is true
             return OVModelForLlavaMPT(language_model, text_embeddings, vision_embeddings, config, *args, **kwargs)
 
     OVLlava.__name__, OVLlava.__qualname__, OVLlava.__module__ = stock.__name__, stock.__qualname__, stock.__module__

@@ -284,7 +284,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         if inputs_embeds is not None and not past_length:
             return {**inputs, "inputs_embeds": inputs_embeds}
         num_new_tokens = attention_mask.shape[1] - past_length
-        if is_first_iteration:
+        if is_first_iteration or not past_length:
             for name in ("pixel_values", "image_features"):
                 if kwargs.get(name) is not None:
                     images = self._images_of_new_tokens(kwargs[name], input_ids, num_new_tokens)

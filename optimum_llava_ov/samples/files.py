@@ -1,4 +1,4 @@
-"""Prompts with pictures, from a folder or a JSONL file of the user's: for calibration and for evaluation."""
+"""Read prompts with images from a folder or a JSONL file, for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from PIL import Image
 from optimum_llava_ov.images import see_image
 
 
-# Keys that data sets of the field use, in the order in which they are looked for
+# Keys that data sets use, in the order in which they are searched
 _IMAGE_KEYS = ("image", "images", "image_path", "image_file", "file_name")
 _PROMPT_KEYS = ("prompt", "question", "text", "instruction", "query", "caption")
 _ANSWER_KEYS = ("answer", "response", "output")
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
-# For pictures that come without a question
+# For images without a question
 DEFAULT_PROMPTS = (
     "Describe the picture in detail.",
     "What is in this picture?",
@@ -29,22 +29,22 @@ DEFAULT_PROMPTS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with any number of pictures, and the expected answer if there is one."""
+    """Hold a prompt with its images, and the expected answer if it is known."""
 
     prompt: str
     images: tuple[Path | Image.Image, ...] = ()
     answer: str | None = None
 
     def inputs(self, processor: Any) -> Any:
-        """The sample as one user's turn, ready for `generate`."""
+        """Return the inputs of `generate` for this sample as the first turn of a user."""
         return question_inputs(processor, self.prompt, self.images)
 
 
 def question_inputs(processor: Any, text: str, images: Sequence[Any]) -> Any:
-    """A user's first turn, pictures before the text, as inputs of the model.
+    """Return the inputs of `generate` for the first turn of a user, with the images before the text.
 
     Args:
-        images: each a `PIL.Image`, a path, or the bytes of a file.
+        images: images, each a `PIL.Image`, a path, or the bytes of a file.
     """
     images = [see_image(image, processor.image_processor) for image in images]
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
@@ -53,25 +53,26 @@ def question_inputs(processor: Any, text: str, images: Sequence[Any]) -> Any:
 
 
 def read_samples(dataset: str | Path) -> list[Sample]:
-    """
+    """Read the samples of a data set.
+
     Args:
-        dataset: a folder of pictures, or a JSONL file of `{"image": ..., "prompt": ...}` with paths relative to the file. The
-            usual other keys work too, and LLaVA's `conversations`.
+        dataset: a folder of images, or a JSONL file of `{"image": ..., "prompt": ...}` with paths relative to the
+            file. Other usual keys and LLaVA's `conversations` work too.
 
     Raises:
-        `ValueError`: there is no such folder or file, it holds no samples, or a line cannot be read (says which).
+        `ValueError`: the folder or file does not exist, has no samples, or has a line that cannot be read; names it.
     """
     path = Path(dataset)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _PICTURES)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
         samples = [Sample(DEFAULT_PROMPTS[index % len(DEFAULT_PROMPTS)], (file,)) for index, file in enumerate(files)]
     elif path.is_file():
         lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         samples = [_sample(line, path, number) for number, line in lines if line.strip()]
     else:
-        raise ValueError(f"The data set {str(dataset)!r} is neither a folder of pictures nor a JSONL file.")
+        raise ValueError(f"The data set {str(dataset)!r} is neither a folder of images nor a JSONL file.")
     if not samples:
-        raise ValueError(f"The data set {str(dataset)!r} holds no pictures and no prompts.")
+        raise ValueError(f"The data set {str(dataset)!r} has no images and no prompts.")
     return samples
 
 
@@ -84,7 +85,7 @@ def _sample(line: str, file: Path, number: int) -> Sample:
         raise ValueError(f"Line {number} of {file} is not a JSON object: {error}") from error
     if not prompt:
         raise ValueError(
-            f"Line {number} of {file} has no prompt. Expected one of the keys {', '.join(_PROMPT_KEYS)}, conversations."
+            f"Line {number} of {file} has no prompt. Expected a key {', '.join(_PROMPT_KEYS)} or conversations."
         )
     paths = [images] if isinstance(images, str) else images
     prompt = prompt.replace("<image>", "").strip()

@@ -1,7 +1,8 @@
-"""Pictures of coloured shapes, and conversations about them: what the example model is trained and quality is measured on.
+"""Draw images of coloured shapes and make conversations about them, to train the example model and measure quality.
 
-Everything is a function of a seed. What is held out has seeds of its own; positions, sizes, angles and tints are continuous,
-so no picture comes twice.
+All randomness comes from a seed. Held-out conversations have other seeds than the training data. Positions, sizes,
+angles and tints are continuous, so no image occurs twice. Questions and answers say "picture", as the model was
+trained.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw
 
@@ -29,7 +30,7 @@ COLOURS = {
     "blue": (40, 96, 208),
     "purple": (134, 58, 178),
 }
-# cell of a 3x3 grid, row by row
+# Cells of a 3x3 grid, row by row
 PLACES = (
     "at the top left", "at the top", "at the top right",
     "on the left", "in the middle", "on the right",
@@ -37,6 +38,7 @@ PLACES = (
 )  # fmt: skip
 NUMBERS = ("no", "one", "two", "three", "four")
 ORDINALS = ("first", "second")
+Target: TypeAlias = "tuple[str | None, str | None]"  # shape and colour
 
 SYSTEM_TURN = (
     "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives helpful and "
@@ -46,7 +48,7 @@ SYSTEM_TURN = (
 
 @dataclass(frozen=True)
 class Object:
-    """One shape. Lengths are fractions of the picture's central square, angles are in degrees."""
+    """Describe one shape. Lengths are fractions of the image's central square, angles are in degrees."""
 
     shape: str
     colour: str
@@ -64,7 +66,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content. `width` and `height` are the canvas; all objects are in its central square."""
+    """Describe an image. `width` and `height` are the canvas, in pixels. All objects are in its central square."""
 
     objects: tuple[Object, ...]
     background: tuple[int, int, int]
@@ -75,14 +77,14 @@ class Scene:
         return sum(shape in (None, item.shape) and colour in (None, item.colour) for item in self.objects)
 
     def find(self, shape: str) -> Object | None:
-        """The only object of this shape, if there is exactly one."""
+        """Return the object of this shape if there is exactly one, else `None`."""
         found = [item for item in self.objects if item.shape == shape]
         return found[0] if len(found) == 1 else None
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, the pictures that come with it, and the one right answer."""
+    """Hold a question, the images that are new with it, and the only right answer."""
 
     scenes: tuple[Scene, ...]
     question: str
@@ -91,11 +93,11 @@ class Turn:
 
 
 def random_scene(rng: random.Random, like: Scene | None = None) -> Scene:
-    """A new scene of one to four objects.
+    """Make a scene of one to four objects.
 
     Args:
         rng: source of all randomness.
-        like: a scene with which the new one shares a shape, so that there is something to compare.
+        like: a scene that the new one often shares a shape with, so that they can be compared.
     """
     cells = rng.sample(range(9), rng.randint(1, 4))
     kinds = [(rng.choice(SHAPES), rng.choice(list(COLOURS))) for _ in cells]
@@ -106,12 +108,12 @@ def random_scene(rng: random.Random, like: Scene | None = None) -> Scene:
     objects = []
     for cell, (shape, colour) in zip(cells, kinds, strict=True):
         radius = rng.uniform(0.29, 0.43) / 3
-        # 0.95: neighbours never touch
+        # With 0.95, neighbours never touch
         slack = (1 / 6 - radius) * 0.95
         x = (cell % 3 + 0.5) / 3 + rng.uniform(-slack, slack)
         y = (cell // 3 + 0.5) / 3 + rng.uniform(-slack, slack)
-        rgb = tuple(min(255, max(0, channel + rng.randint(-14, 14))) for channel in COLOURS[colour])
-        objects.append(Object(shape, colour, cell, x, y, radius, rng.uniform(-20, 20), rgb))
+        red, green, blue = (min(255, max(0, channel + rng.randint(-14, 14))) for channel in COLOURS[colour])
+        objects.append(Object(shape, colour, cell, x, y, radius, rng.uniform(-20, 20), (red, green, blue)))
 
     side = rng.randint(128, 300)
     width, height = side, side
@@ -119,16 +121,16 @@ def random_scene(rng: random.Random, like: Scene | None = None) -> Scene:
         longer = side + rng.randint(1, side // 3)
         width, height = (longer, side) if rng.random() < 0.5 else (side, longer)
     light = rng.randint(222, 248)
-    background = tuple(min(255, light + rng.randint(-12, 10)) for _ in range(3))
-    return Scene(tuple(objects), background, width, height)
+    red, green, blue = (min(255, light + rng.randint(-12, 10)) for _ in range(3))
+    return Scene(tuple(objects), (red, green, blue), width, height)
 
 
 def render(scene: Scene, size: tuple[int, int] | None = None, oversampling: int = 3) -> Image.Image:
     """Draw a scene.
 
     Args:
-        size: width and height in pixels, instead of the scene's own.
-        oversampling: how much larger the picture is drawn before it is averaged down; this is the antialiasing.
+        size: width and height in pixels; by default, the scene's own.
+        oversampling: factor by which the drawing is larger than the image that is averaged from it, for antialiasing.
     """
     width, height = size or (scene.width, scene.height)
     canvas = Image.new("RGB", (width * oversampling, height * oversampling), scene.background)
@@ -147,7 +149,8 @@ def render(scene: Scene, size: tuple[int, int] | None = None, oversampling: int 
 
 
 def _outline(shape: str, angle: float) -> list[tuple[float, float]]:
-    """Corners of a shape inside the unit circle."""
+    """Return the corners of a shape inside the unit circle."""
+    corners: list[tuple[float, float]]
     if shape == "square":
         corners = [(1.0, 45 + 90 * i) for i in range(4)]
     elif shape == "triangle":
@@ -169,10 +172,10 @@ def _outline(shape: str, angle: float) -> list[tuple[float, float]]:
 
 
 class Conversation:
-    """Asks question after question about one or two scenes and remembers what a follow-up may refer to.
+    """Ask questions about one or two scenes, and remember what a follow-up question may refer to.
 
-    Methods named `_ask_*` and `_follow_*` return a question and its answer, or `None` where nothing unambiguous can be
-    asked.
+    Methods named `_ask_*` and `_follow_*` return a question and its answer, or `None` if every question would be
+    ambiguous.
     """
 
     def __init__(self, rng: random.Random, new_scene: Callable[[random.Random, Scene | None], Scene] = random_scene):
@@ -180,25 +183,28 @@ class Conversation:
         self.new_scene = new_scene
         self.scenes: list[Scene] = []
         self.turns: list[Turn] = []
-        # what the last question was about: (attribute, scene); and the object "it" stands for, with what was not said of it
-        self._last: tuple[str, Scene] | None = None
-        self._target: tuple[str | None, str | None] = (None, None)
+        # Attribute and scene of the last question; shape and colour it asked for; object that "it" means, and its
+        # attributes that were not told yet
+        self._last: tuple[str | None, Scene] | None = None
+        self._target: Target = (None, None)
         self._it: Object | None = None
         self._untold: set[str] = set()
 
     def run(self, num_turns: int, one_picture: bool = False) -> list[Turn]:
-        """A whole conversation: about one picture, about two from the start, or with the second one brought later."""
+        """Make a conversation about one image, about two images, or with a second image that comes later."""
         layout = "one" if one_picture else self.rng.choices(("one", "two", "later"), (45, 30, 25))[0]
-        brought = self.rng.randint(1, max(1, min(2, num_turns - 1))) if layout == "later" and num_turns > 1 else None
+        second_turn = (
+            self.rng.randint(1, max(1, min(2, num_turns - 1))) if layout == "later" and num_turns > 1 else None
+        )
         first = self.new_scene(self.rng, None)
         self.scenes = [first, self.new_scene(self.rng, first)] if layout == "two" else [first]
         new = tuple(self.scenes)
         for index in range(num_turns):
-            if index == brought:
+            if index == second_turn:
                 second = self.new_scene(self.rng, first)
                 self.scenes.append(second)
                 new = (second,)
-            self._add(new, is_second=index == brought)
+            self._add(new, is_second=index == second_turn)
             new = ()
         return self.turns
 
@@ -208,7 +214,7 @@ class Conversation:
             kind = self._choose_kind(bool(new), is_second)
             state = (self._last, self._target, self._it, self._untold)
             asked = self._ask(kind, is_second)
-            # With a new picture, the same words are another question.
+            # With a new image, the same words are another question.
             if asked is not None and (is_second or asked[0] not in questions):
                 self.turns.append(Turn(new, *asked, kind))
                 return
@@ -229,7 +235,7 @@ class Conversation:
             return self.rng.choice((self._ask_more, self._ask_which, self._ask_same))()
         if kind == "follow-up":
             if is_second:
-                return self._follow_to_picture()
+                return self._follow_to_image()
             return self.rng.choice((self._follow_it, self._follow_it, self._follow_other))()
         index = self.rng.randrange(len(self.scenes))
         suffix = f" in the {ORDINALS[index]} picture" if len(self.scenes) == 2 else ""
@@ -252,7 +258,7 @@ class Conversation:
             f"Which colour does the {item.shape}{suffix} have?",
             f"Tell me the colour of the {item.shape}{suffix}.",
         ))  # fmt: skip
-        return question, _tell("colour", scene, item.shape)
+        return question, _tell("colour", item)
 
     def _ask_shape(self, scene: Scene, suffix: str) -> tuple[str, str] | None:
         if self.rng.random() < 0.5:
@@ -271,16 +277,16 @@ class Conversation:
         question = self.rng.choice(("What is {}{}?", "Which shape is {}{}?", "What do you see {}{}?")).format(
             PLACES[cell], suffix
         )
-        item = next((item for item in scene.objects if item.cell == cell), None)
-        if item is None:
+        found = next((item for item in scene.objects if item.cell == cell), None)
+        if found is None:
             self._forget()
             return question, f"Nothing is {PLACES[cell]}."
-        self._remember(None, scene, item, set())
-        return question, f"{_a(item.colour, item.shape).capitalize()} is {PLACES[cell]}."
+        self._remember(None, scene, found, set())
+        return question, f"{_a(found.colour, found.shape).capitalize()} is {PLACES[cell]}."
 
     def _ask_position(self, scene: Scene, suffix: str) -> tuple[str, str] | None:
         item = self.rng.choice(scene.objects)
-        names = []
+        names: list[tuple[str, set[str], Target]] = []
         if scene.count(item.shape) == 1:
             names.append((item.shape, {"colour"}, (item.shape, None)))
         if scene.count(colour=item.colour) == 1:
@@ -292,7 +298,9 @@ class Conversation:
         name, untold, target = self.rng.choice(names)
         self._remember("place", scene, item, untold, target)
         question = self.rng.choice((
-            f"Where is the {name}{suffix}?", f"Where can I see the {name}{suffix}?", f"In which place is the {name}{suffix}?"
+            f"Where is the {name}{suffix}?",
+            f"Where can I see the {name}{suffix}?",
+            f"In which place is the {name}{suffix}?",
         ))  # fmt: skip
         return question, f"The {name} is {item.place}."
 
@@ -305,8 +313,8 @@ class Conversation:
     def _ask_description(self, scene: Scene, suffix: str) -> tuple[str, str]:
         self._forget()
         ordinal = suffix.removeprefix(" in the ").removesuffix(" picture")
-        picture = f"the {ordinal} picture" if suffix else "the picture"
-        question = self.rng.choice(("What is in {}?", "Describe {}.", "What do you see in {}?")).format(picture)
+        image = f"the {ordinal} picture" if suffix else "the picture"
+        question = self.rng.choice(("What is in {}?", "Describe {}.", "What do you see in {}?")).format(image)
         items = sorted(scene.objects, key=lambda item: item.cell)
         answer = ", ".join(f"{_a(item.colour, item.shape)} {item.place}" for item in items)
         return question, f"{answer[0].upper()}{answer[1:]}."
@@ -325,12 +333,12 @@ class Conversation:
 
     def _ask_which(self) -> tuple[str, str]:
         self._forget()
-        # One of the first scene, of the second, or of neither, so that every answer is frequent.
+        # Objects of the first scene, of the second, or of neither, so that every answer is frequent
         scene = self.rng.choice(self.scenes)
         shape, colour = self._countable(scene)
         if shape is None and colour is None:
             shape = self.rng.choice(scene.objects).shape
-        name = _a(shape) if shape else _a(colour, "shape")
+        name = _a(shape) if shape else _a(colour or "", "shape")
         question = self.rng.choice(
             ("Which picture has {}?", "Which picture shows {}?", "In which picture is there {}?")
         ).format(name)
@@ -348,18 +356,19 @@ class Conversation:
             return None
         self._forget()
         question = self.rng.choice((
-            f"Is the {shape} the same colour in both pictures?", f"Does the {shape} have the same colour in both pictures?"
+            f"Is the {shape} the same colour in both pictures?",
+            f"Does the {shape} have the same colour in both pictures?",
         ))  # fmt: skip
         if first.colour == second.colour:
             return question, f"Yes, both are {first.colour}."
         return question, f"No, it is {first.colour} in the first and {second.colour} in the second picture."
 
     def _follow_it(self) -> tuple[str, str] | None:
-        if self._it is None or not self._untold:
+        if self._it is None or self._last is None or not self._untold:
             return None
         item, attribute = self._it, self.rng.choice(sorted(self._untold))
         self._untold = self._untold - {attribute}
-        # "And the square?" now asks for this attribute
+        # A question such as "And the square?" now asks for this attribute
         self._last, self._target = (attribute, self._last[1]), (item.shape, None)
         if attribute == "place":
             return self.rng.choice(
@@ -371,9 +380,11 @@ class Conversation:
         return self.rng.choice(("What shape is it?", "Which shape does it have?")), f"It is {_a(item.shape)}."
 
     def _follow_other(self) -> tuple[str, str] | None:
-        if self._last is None or self._last[0] is None:
+        if self._last is None:
             return None
         attribute, scene = self._last
+        if attribute is None:
+            return None
         if attribute == "count":
             target = self._countable(scene)
             if target == self._target or target == (None, None):
@@ -385,13 +396,15 @@ class Conversation:
             return None
         self._remember(attribute, scene, item, {"place", "colour"} - {attribute}, (item.shape, None))
         question = self.rng.choice(("And the {}?", "What about the {}?")).format(item.shape)
-        return question, _tell(attribute, scene, item.shape)
+        return question, _tell(attribute, item)
 
-    def _follow_to_picture(self) -> tuple[str, str] | None:
-        """The last question again, of the picture that has just come."""
-        if self._last is None or self._last[0] is None:
+    def _follow_to_image(self) -> tuple[str, str] | None:
+        """Ask the last question again, about the newest image."""
+        if self._last is None:
             return None
         attribute, scene = self._last[0], self.scenes[-1]
+        if attribute is None:
+            return None
         question = self.rng.choice(("And in this picture?", "What about this picture?", "And here?"))
         if attribute == "count":
             self._last = (attribute, scene)
@@ -401,10 +414,10 @@ class Conversation:
         if item is None:
             return None
         self._remember(attribute, scene, item, {"place", "colour"} - {attribute}, self._target)
-        return question, _tell(attribute, scene, shape)
+        return question, _tell(attribute, item)
 
-    def _countable(self, scene: Scene) -> tuple[str | None, str | None]:
-        """What to count, as (shape, colour): everything, a shape, or a colour; mostly one that is there."""
+    def _countable(self, scene: Scene) -> Target:
+        """Choose what to count: all objects, a shape, or a colour. In most cases, the scene has such objects."""
         item = self.rng.choice(scene.objects)
         is_there = self.rng.random() < 0.7
         choice = self.rng.random()
@@ -420,7 +433,7 @@ class Conversation:
         scene: Scene,
         item: Object | None,
         untold: set[str],
-        target: tuple[str | None, str | None] = (None, None),
+        target: Target = (None, None),
     ) -> None:
         self._last, self._it, self._untold, self._target = (attribute, scene), item, untold, target
 
@@ -432,17 +445,16 @@ def _a(*words: str) -> str:
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
-def _plural(target: tuple[str | None, str | None]) -> str:
+def _plural(target: Target) -> str:
     shape, colour = target
     return PLURALS[shape] if shape else (f"{colour} shapes" if colour else "shapes")
 
 
-def _tell(attribute: str, scene: Scene, shape: str) -> str:
-    item = scene.find(shape)
-    return f"The {shape} is {item.colour if attribute == 'colour' else item.place}."
+def _tell(attribute: str, item: Object) -> str:
+    return f"The {item.shape} is {item.colour if attribute == 'colour' else item.place}."
 
 
-def _tell_count(scene: Scene, target: tuple[str | None, str | None]) -> str:
+def _tell_count(scene: Scene, target: Target) -> str:
     shape, colour = target
     number = scene.count(shape, colour)
     if number == 1:
@@ -456,16 +468,16 @@ def conversation(
     one_picture: bool = False,
     new_scene: Callable[[random.Random, Scene | None], Scene] = random_scene,
 ) -> list[Turn]:
-    """The conversation called `name`; the same name always gives the same one."""
+    """Make the conversation of this name. The same name always gives the same conversation."""
     rng = random.Random(name)
     return Conversation(rng, new_scene).run(rng.randint(1, max_turns), one_picture)
 
 
 def held_out(num: int, seed: int = 0) -> Iterator[list[dict[str, Any]]]:
-    """Conversations for evaluation: none of them, and none of their pictures, is in the training data.
+    """Make conversations for evaluation. Neither they nor their images are in the training data.
 
     Yields:
-        Turns with `images` (those that are new in this turn), `question`, `answer` and `kind`.
+        Turns with `images` (those that are new in the turn), `question`, `answer` and `kind`.
     """
     for index in range(num):
         yield [
@@ -480,20 +492,18 @@ def held_out(num: int, seed: int = 0) -> Iterator[list[dict[str, Any]]]:
 
 
 def built_in_samples(num: int) -> list[Sample]:
-    """Questions with exact answers that need no network: the first questions of held-out conversations."""
-    samples = []
-    for turns in held_out(num):
-        samples.append(Sample(turns[0]["question"], tuple(turns[0]["images"]), turns[0]["answer"]))
-    return samples
+    """Return the first questions of held-out conversations, with exact answers. No download is needed."""
+    first_turns = (turns[0] for turns in held_out(num))
+    return [Sample(turn["question"], tuple(turn["images"]), turn["answer"]) for turn in first_turns]
 
 
 def user_turn(question: str, num_images: int, images_last: bool = False) -> str:
-    """A user's turn and the opening of the assistant's, in the original's conversation format."""
+    """Format the turn of a user and the beginning of the assistant's turn, as the original code does."""
     parts = ["<image>"] * num_images
     parts = [question, *parts] if images_last else [*parts, question]
     return "<|im_start|>user\n" + "\n".join(parts) + "<|im_end|><|im_start|>assistant\n"
 
 
 def assistant_turn(answer: str) -> str:
-    """The rest of the assistant's turn."""
+    """Format the rest of the assistant's turn."""
     return answer + "<|im_end|>"

@@ -1,22 +1,22 @@
-"""The devices of this machine. Light to import, so that a program can say at once that one is missing."""
+"""Check devices. This module imports fast, so that a program can report a missing device at once."""
 
 from __future__ import annotations
 
 
 def available_devices() -> list[str]:
+    """Return the names of the devices that OpenVINO finds."""
     import openvino
 
     return openvino.Core().available_devices
 
 
 def check_device(device: str) -> None:
-    """
+    """Check that OpenVINO finds a device.
+
     Raises:
-        `ValueError`: OpenVINO finds no such device. Says which it finds.
+        `ValueError`: OpenVINO does not find it; names the devices that it finds.
     """
     found = available_devices()
     first = device.split(":")[0].split(".")[0].upper()
     if first not in ("AUTO", "HETERO", "MULTI") and first not in {name.split(".")[0] for name in found}:
-        raise ValueError(
-            f"There is no device {device!r} here. OpenVINO finds: {', '.join(found)}; or let it choose with AUTO."
-        )
+        raise ValueError(f"OpenVINO does not find the device {device!r}. Choose one of {', '.join(found)}, or AUTO.")

@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the bundle: the processor, and versions."""
+"""Describe the processor and the versions of packages, which measurements depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 PACKAGES = ("optimum-llava-ov", "openvino", "openvino-genai", "optimum-intel", "transformers", "torch")
-# What makes the difference for matrices in 8 bits and in bf16, by the names that Linux and the manuals have.
+# Instruction sets that speed up matrix multiplications in int8 and bf16, by the names that Linux uses
 FEATURES = (
     "avx2",
     "avx_vnni",
@@ -28,11 +28,12 @@ ARM_FEATURES = ("neon", "bf16", "i8mm", "dot", "sve", "sve2", "sme")
 
 
 def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of [`PACKAGES`]; `None` for packages that are not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def describe_cpu() -> dict[str, Any]:
-    """Name, features and cores of the processor."""
+    """Return name, features and number of cores of the processor, and the operating system."""
     return {
         "name": openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"),
         "features": cpu_features(),
@@ -42,7 +43,7 @@ def describe_cpu() -> dict[str, Any]:
 
 
 def cpu_features() -> list[str]:
-    """Those of [`FEATURES`] that the processor has. An older torch tells only the widest vectors, such as `avx512`."""
+    """Return the [`FEATURES`] that the processor has. An older torch returns only the widest one, such as `avx512`."""
     if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
         return [name for name in (*FEATURES, *ARM_FEATURES) if found.get(name)]
@@ -50,7 +51,7 @@ def cpu_features() -> list[str]:
 
 
 def available_cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of logical processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""How much of a mapped file stays in memory. Hints: where they are not available all works, with more memory resident."""
+"""Release the pages of mapped files. On systems without this, everything works, but more memory is resident."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ INTERVAL = 0.1  # seconds
 
 @contextmanager
 def read_once(file: Path) -> Iterator[None]:
-    """While a mapped file is read from beginning to end, and will not be read again, keep what was read from piling up.
+    """Release the pages of a mapped file while it is read once, from beginning to end.
 
-    OpenVINO copies weights into the layout its kernels want when it first runs a graph. Without this, the files and the copies are
-    resident together: twice the model. A page that is needed all the same is mapped again from the system's file cache.
+    When OpenVINO runs a graph for the first time, it copies weights into the layout of its kernels. Without this
+    context, the file and the copies are resident together: twice the size of the model. If a released page is needed
+    again, the system maps it again from its file cache.
     """
     done = threading.Event()
 
@@ -37,7 +38,7 @@ def read_once(file: Path) -> Iterator[None]:
 
 
 def release_pages(file: Path) -> None:
-    """Unmap the pages of a file that this process has mapped read-only. The mapping stays valid. Linux only."""
+    """Drop the resident pages of a file that is mapped read-only. The mapping stays valid. Linux only."""
     maps = Path("/proc/self/maps")
     if not hasattr(mmap, "MADV_DONTNEED") or not maps.exists():
         return

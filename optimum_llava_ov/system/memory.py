@@ -1,4 +1,4 @@
-"""Keeping the memory and the disk of an export busy with what is needed, and with nothing else. Hints: without them all works, slower."""
+"""Save memory and time in an export. On systems without these functions, everything works, but more slowly."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def return_what_is_freed() -> None:
-    """Let the C library give buffers back to the system as soon as they are freed, instead of keeping them for later.
+    """Let the C library return buffers to the system as soon as they are freed.
 
-    For a process of our own: what is kept otherwise is 10 % of an export's memory at 7B. Only glibc has these settings.
+    These settings hold for the whole process, so call this only in a command of this package. Otherwise the library
+    keeps freed buffers: 10 % of an export's memory at 7B. Only glibc has these settings.
     """
     libc = _libc()
-    if hasattr(libc, "mallopt"):
+    if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
         libc.mallopt(_M_ARENA_MAX, 2)
 
 
 def restart_with_huge_pages() -> None:
-    """Start this command again, this once, with large buffers in pages of 2 MB. Does nothing where that is not possible, or not needed.
+    """Restart this command once, so that its large buffers are in pages of 2 MB. Do nothing if this is not possible.
 
-    Compressing fills and frees thousands of large buffers; page by page of 4 KB that is a quarter of its time. glibc can ask for large
-    pages, but looks only when a process starts whether it should, and the kernel must leave the choice to programs (`madvise`).
+    Compression allocates and frees thousands of large buffers. In pages of 4 KB, this takes a quarter of its time.
+    glibc can request huge pages, but it reads this setting only when a process starts. The kernel must leave the
+    choice to programs (`madvise`).
     https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html
     """
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -46,16 +48,16 @@ def restart_with_huge_pages() -> None:
 
 
 def return_freed() -> None:
-    """Give the system back what the C library keeps of buffers that were freed. Only glibc can, and only it needs to."""
+    """Return freed buffers that the C library keeps to the system. Only glibc needs this."""
     libc = _libc()
-    if hasattr(libc, "malloc_trim"):
+    if libc is not None and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
-    """Map a parameter that is no tensor of the checkpoint from a file, too. The file has no name any more, and goes with the mapping."""
+    """Move a parameter from memory to a mapped file. The file has no name; the system deletes it with the mapping."""
     file = folder / ".parameter"
-    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would be a crash later
+    if hasattr(os, "posix_fallocate"):  # a full disk raises an error here, but would crash the process later
         with file.open("wb") as reserved:
             os.posix_fallocate(reserved.fileno(), 0, parameter.numel() * parameter.element_size())
     tensor = torch.from_file(str(file), shared=True, size=parameter.numel(), dtype=parameter.dtype).view(
@@ -66,7 +68,7 @@ def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
 
 
 def free(module: torch.nn.Module) -> None:
-    """Let go of weights that are on disk now."""
+    """Free the weights of a module."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.new_empty(0)
     gc.collect()
@@ -74,7 +76,7 @@ def free(module: torch.nn.Module) -> None:
 
 
 def read_ahead(files: list[Path]) -> None:
-    """Have the system read files while something else is computed; as much as there is memory for."""
+    """Let the system read files into its cache in the background, up to half of the free memory."""
     if not hasattr(os, "posix_fadvise"):
         return
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Memory of this process, on every system."""
+"""Measure the memory of this process, on every system."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import re
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 
-INTERVAL = 0.02  # seconds between two samples of what no system keeps the maximum of
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+INTERVAL = 0.02  # seconds between two samples; no system records this maximum
 
 
 def peak_rss() -> int:
-    """Bytes of resident memory at most since the process began, mapped files included. The system's own maximum, without gaps."""
+    """Return the maximum resident memory since the process began, in bytes, as the system records it.
+
+    Mapped files are included.
+    """
     memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
+    if sys.platform == "win32":
         return memory.peak_wset
-    status = Path("/proc/self/status")  # Linux, whose `ru_maxrss` may be that of the process which started this one
+    status = Path("/proc/self/status")  # Linux. Its `ru_maxrss` may be that of the parent process.
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return 1024 * int(found[1])
     import resource
@@ -28,24 +36,30 @@ def peak_rss() -> int:
 
 
 def anonymous_memory() -> int | None:
-    """Bytes that this process needs for itself, without what is mapped from files and can be dropped. `None` where the system does
-    not tell, as on macOS.
+    """Return the memory of this process without mapped files, in bytes.
+
+    Returns:
+        `None` if the system does not report it, as on macOS.
     """
     memory = psutil.Process().memory_info()
-    if hasattr(memory, "private"):  # Windows
+    if sys.platform == "win32":
         return memory.private
     return memory.rss - memory.shared if hasattr(memory, "shared") else None
 
 
 class AnonymousPeak:
-    """The most of [`anonymous_memory`] while the `with` block runs."""
+    """Measure the maximum of [`anonymous_memory`] in a `with` block.
+
+    Attributes:
+        bytes (`int` or `None`): the maximum so far; `None` if the system does not report it.
+    """
 
     def __init__(self) -> None:
         self.bytes = anonymous_memory()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="memory")
 
-    def __enter__(self) -> AnonymousPeak:
+    def __enter__(self) -> Self:
         if self.bytes is not None:
             self._thread.start()
         return self
@@ -59,4 +73,4 @@ class AnonymousPeak:
         at_end = False
         while not at_end:
             at_end = self._end.wait(INTERVAL)
-            self.bytes = max(self.bytes, anonymous_memory())
+            self.bytes = max(self.bytes or 0, anonymous_memory() or 0)

@@ -1,4 +1,4 @@
-"""The number of torch's threads, which calls that overlap share."""
+"""Set the number of torch's threads. Overlapping calls share this number."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ import torch
 
 
 _lock = threading.Lock()
-_calls = 0  # that are inside now
-_before = 0  # the number that the first of them found
+_num_calls = 0  # number of calls that are in the context now
+_num_threads_before = 0  # number of threads when the first of these calls began
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Torch has little to do between two steps of OpenVINO, but its idle threads spin on the cores that OpenVINO needs: 5 % at 1.3B.
+    """Let torch use one thread in this context.
 
-    torch keeps the number twice: for the thread that sets it, and for threads that begin later. So each call sets it for its own
-    thread, and each call leaves behind what the first one found: a later one may have found the 1 of an earlier one.
+    Between two inferences of OpenVINO, torch has little to do, but its idle threads spin on the cores that OpenVINO
+    needs. This costs 5 % at 1.3B.
+
+    torch stores the number for the thread that sets it, and for threads that begin later. So each call sets the number
+    of its own thread. At its end, each call restores the number that the first of the overlapping calls found. A
+    later call may have found the 1 of an earlier call.
     """
-    global _calls, _before
+    global _num_calls, _num_threads_before
     with _lock:
-        if _calls == 0:
-            _before = torch.get_num_threads()
-        _calls += 1
+        if _num_calls == 0:
+            _num_threads_before = torch.get_num_threads()
+        _num_calls += 1
         torch.set_num_threads(1)
     try:
         yield
     finally:
         with _lock:
-            _calls -= 1
-            torch.set_num_threads(_before)
+            _num_calls -= 1
+            torch.set_num_threads(_num_threads_before)
