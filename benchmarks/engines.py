@@ -248,7 +248,7 @@ def progress(number: int, run: dict) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--size", choices=SIZES, default="1.3b")

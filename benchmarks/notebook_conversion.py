@@ -273,7 +273,7 @@ def _save_prompt_files(checkpoint: OriginalCheckpoint, folder: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)

@@ -128,7 +128,7 @@ def test_options(genai):
         chat.send("Hi", penalty_alpha=0.5).result()
     chat.reset()
     assert chat.send("Where is the star?", A, do_sample=True, top_k=1).result() == STAR
-    assert "in the cache" not in str(chat._answer.stats)
+    assert "from the cache" not in str(chat._answer.stats)
 
 
 def test_cancel(bundles):

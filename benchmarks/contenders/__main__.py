@@ -59,7 +59,7 @@ def _answer(contender: Contender, job: Job, index: int) -> Answer:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     os.environ.setdefault("CI", "true")  # no telemetry, which forks
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     try:
