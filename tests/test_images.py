@@ -137,7 +137,7 @@ class TestOpen:
         for source in (None, 7, np.zeros((8, 8, 3))):
             with pytest.raises(ImageError, match="not as "):
                 open_image(source)
-        with pytest.raises(ImageError, match="0 x 3 pixels; at least 1 x 1"):
+        with pytest.raises(ImageError, match="0 x 3 pixels, but at least 1 x 1"):
             open_image(Image.new("RGB", (0, 3)))
 
     def test_16_bits_are_scaled(self):

@@ -216,7 +216,7 @@ class TestAnswers:
     def test_a_mask_that_is_about_other_tokens(self, model, stateful, backend):
         each = model if backend == "PA" else stateful
         past = each(inputs_embeds=embeddings(each, 1, 4)).past_key_values
-        with pytest.raises(ValueError, match=r"attention_mask is \(1, 3\), expected .*: \(1, 5\)"):
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\)\. Expected .*: \(1, 5\)"):
             each(inputs_embeds=embeddings(each, 1, 1), attention_mask=torch.ones(1, 3), past_key_values=past)
 
     def test_a_mask_that_changes_its_mind(self, model):
