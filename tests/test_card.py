@@ -16,6 +16,9 @@ from optimum_llava_ov import OVModelForLlavaMPT, main_export
 from optimum_llava_ov.bundle.card import add_tags, card_text, is_untouched, update_card
 
 
+pytestmark = pytest.mark.slow
+
+
 GOLDEN = Golden("linear_fp16_sharded")
 # With an option of every kind
 RECIPE = {"bits": 4, "sym": True, "group_size": 16, "ratio": 0.6, "group_size_fallback": "adjust", "all_layers": True}

@@ -24,6 +24,9 @@ from optimum_llava_ov.images import open_image
 from optimum_llava_ov.samples.files import Sample, read_samples
 
 
+pytestmark = pytest.mark.slow
+
+
 GOLDEN = Golden("linear_fp16_sharded")
 PARTS = ("language", "text_embeddings", "vision_embeddings")
 # 3 blocks of 4 matrices and the head

@@ -339,7 +339,10 @@ DAMAGES = {
     "weights of another shape": (tensor(WQKV, lambda weight: weight[:, :8].clone()), "expected (768, 256)"),
     "weights turned": (tensor(WQKV, lambda weight: weight.T.contiguous()), "Wqkv.weight is (256, 768)"),
     "a norm that is a number": (tensor(NORM, lambda weight: torch.tensor(1.0)), "norm_2.weight is ()"),
-    "no norm": (tensors(lambda content: content.pop(NORM)), "missing: language_model.transformer.blocks.1.norm_2.weight"),
+    "no norm": (
+        tensors(lambda content: content.pop(NORM)),
+        "missing: language_model.transformer.blocks.1.norm_2.weight",
+    ),
     "one tensor too many": (
         tensors(lambda content: content.update(more=torch.zeros(1))),
         "not expected: language_model.transformer.more",

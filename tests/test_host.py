@@ -15,6 +15,9 @@ from conftest import run
 from optimum_llava_ov import host
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parent.parent
 ADVICE = (
     "{package} {version} has no {name} any more. Adapt what uses it (`grep -r {last} optimum_llava_ov`) to where it went, or narrow the "

@@ -14,6 +14,9 @@ from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.samples.shapes import KINDS, held_out
 
 
+pytestmark = pytest.mark.slow
+
+
 SHAPES = EXAMPLES / "shapes"
 NUM_CONVERSATIONS = 80
 
