@@ -13,7 +13,14 @@ from optimum_llava_ov import plugin
 
 if TYPE_CHECKING:
     from optimum_llava_ov.checkpoint.config import LlavaMptConfig
-    from optimum_llava_ov.errors import BundleError, HubError, ImageError, InvalidCheckpointError, UnsupportedCheckpointError
+    from optimum_llava_ov.errors import (
+        BundleError,
+        HubError,
+        HubUnreachableError,
+        ImageError,
+        InvalidCheckpointError,
+        UnsupportedCheckpointError,
+    )
     from optimum_llava_ov.export.main import main_export
     from optimum_llava_ov.images import ImageLimits
     from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "BundleError": "errors",
     "HubError": "errors",
+    "HubUnreachableError": "errors",
     "ImageError": "errors",
     "ImageLimits": "images",
     "InvalidCheckpointError": "errors",

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from optimum_llava_ov.bundle.facts import BundleFacts
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.files import replace_text
 
 
 logger = logging.getLogger(__name__)
@@ -99,12 +100,7 @@ def write_card(folder: Path, license: str, previous: str | None = None) -> None:
 def update_card(folder: Path) -> None:
     """Bring the card of a bundle up to date with its files, if it has one. What users wrote into it is not lost on a full disk."""
     if (previous := read_card(folder / CARD)) is not None:
-        beside = folder / f".{CARD}.optimum-llava-ov"
-        try:
-            beside.write_text(card_text(folder, None, previous), encoding="utf-8")
-            beside.replace(folder / CARD)
-        finally:
-            beside.unlink(missing_ok=True)
+        replace_text(folder / CARD, card_text(folder, None, previous))
 
 
 def card_text(folder: Path, license: str | None = None, previous: str | None = None, model_id: str | None = None) -> str:

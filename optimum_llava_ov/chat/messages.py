@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,8 @@ from typing import Any
 from PIL import Image
 
 from optimum_llava_ov.chat.pictures import to_base64
+from optimum_llava_ov.checkpoint.options import shown
+from optimum_llava_ov.files import replace_text
 
 
 Message = dict[str, Any]
@@ -21,19 +20,19 @@ PLACEHOLDER = "<image>"
 
 
 def system_message(text: str) -> Message:
-    return {"role": "system", "content": [{"type": "text", "text": text}]}
+    return {"role": "system", "content": [_text(text)]}
 
 
 def user_message(text: str, pictures: Sequence[Image.Image] = ()) -> Message:
     """Pictures stand before the text.
 
     Raises:
-        `ValueError`: the text spells `<image>`, for which there would be no picture.
+        `ValueError`: the text spells `<image>`, for which there would be no picture, or is not Unicode.
     """
     if PLACEHOLDER in text:
         raise ValueError(f"The text contains {PLACEHOLDER}, which stands for a picture. Give pictures beside the text instead.")
     content = [{"type": "image", "image": picture} for picture in pictures]
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    return {"role": "user", "content": [*content, _text(text)]}
 
 
 def assistant_message(text: str) -> Message:
@@ -69,14 +68,14 @@ def read_messages(source: str | Path | Sequence[Message], open_image: Callable[[
         `ValueError`: these are no whole turns, or something in them is neither text nor picture.
     """
     try:
-        messages = json.loads(Path(source).read_text(encoding="utf-8")) if isinstance(source, (str, Path)) else source
+        messages = _load(Path(source)) if isinstance(source, (str, Path)) else source
         messages = [{"role": message["role"], "content": _content(message["content"], open_image)} for message in messages]
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f'Expected messages {{"role": ..., "content": ...}}, found something else: {error!r}') from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f'Expected messages {{"role": ..., "content": ...}}, found something else: {shown(error)}') from error
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"Expected messages of user and assistant in turn, after at most one of system; found {roles}.")
+        raise ValueError(f"Expected messages of user and assistant in turn, after at most one of system; found {shown(roles)}.")
     return messages
 
 
@@ -87,44 +86,50 @@ def write_messages(messages: Sequence[Message], file: str | Path) -> None:
         `OSError`: it cannot be written. What was in the file before is still there.
     """
     values = [{**message, "content": [_as_json(item) for item in message["content"]]} for message in messages]
-    _replace(Path(file), json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    replace_text(Path(file), json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file as a whole or not at all: beside its place first, then renamed. Keeps the mode of a file that was there."""
-    if file.exists() and not file.is_file():  # a pipe or a terminal, which nothing can take the place of
-        file.write_text(text, encoding="utf-8")
-        return
-    file = file.resolve()  # a link stays one
-    partial = file.with_name(f".{secrets.token_hex(8)}.partial")
+def _load(file: Path) -> Any:
     try:
-        with open(partial, "x", encoding="utf-8") as stream:
-            if file.exists():
-                shutil.copymode(file, partial)
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError as error:
-        raise OSError(error.errno, f"Not saved, and what was there before is unchanged: {error.strerror}", str(file)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a saved conversation: {error}. Give a file that was written by save().") from error
 
 
 def _content(content: Any, open_image: Callable[[Any], Image.Image]) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+        return [_text(content)]
     return [_item(item, open_image) for item in content]
 
 
 def _item(item: dict[str, Any], open_image: Callable[[Any], Image.Image]) -> dict[str, Any]:
     if item["type"] == "text":
-        return {"type": "text", "text": str(item["text"])}
+        return _text(str(item["text"]))
     if item["type"] == "image" and "base64" in item:
-        return {"type": "image", "image": open_image(base64.b64decode(item["base64"]))}
+        return {"type": "image", "image": open_image(_decoded(item["base64"]))}
     if item["type"] == "image" and "image" in item:
         return {"type": "image", "image": open_image(item["image"])}
-    raise ValueError(f"Expected a text, or a picture as 'image' or 'base64'; found {sorted(item)} of type {item['type']!r}.")
+    raise ValueError(
+        f"Expected a text, or a picture as 'image' or 'base64'; found {shown(sorted(item))} of type {shown(item['type'])}."
+    )
+
+
+def _text(text: str) -> dict[str, Any]:
+    """A text that a tokenizer takes, which half of a surrogate pair is not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text is not Unicode: the character {text[error.start]!a} at position {error.start} is half of a pair. Remove it."
+        ) from error
+    return {"type": "text", "text": text}
+
+
+def _decoded(text: Any) -> bytes:
+    try:
+        return base64.b64decode(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The base64 of an image cannot be decoded: {error}. Check the file.") from error
 
 
 def _as_json(item: dict[str, Any]) -> dict[str, Any]:
