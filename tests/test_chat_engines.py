@@ -118,6 +118,15 @@ def test_options(genai):
     with pytest.raises(ValueError, match=r"no penalty_alpha, only max_new_tokens, .*openvino engine has them all"):
         chat.send("Hi", penalty_alpha=0.5).result()
     chat.reset()
+    for options, message in (
+        ({"do_sample": True, "temperature": 0.0}, "does not take these options: Check 'temperature > 0' failed"),
+        ({"do_sample": True, "top_p": -0.5}, "does not take these options: Check 'top_p"),
+        ({"repetition_penalty": 0.0}, "does not take these options: Check 'repetition_penalty"),
+        ({"min_new_tokens": "x"}, "min_new_tokens is 'x', which is not of the type"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat.send("Where is the star?", **options).result()
+    assert chat.messages == []
     assert chat.send("Where is the star?", A, do_sample=True, top_k=1).result() == STAR
     assert "in the cache" not in str(chat._answer.stats)
 

@@ -26,6 +26,7 @@ from optimum_llava_ov import (
 from optimum_llava_ov.bundle.card import card_text, source_license
 from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.bundle.settings import build_config, build_processor
+from optimum_llava_ov.chat.loading import session_factory
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, is_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower
@@ -639,6 +640,20 @@ def test_damage_of_a_bundle_is_refused_by_name(bundle, damage, named):
         with pytest.raises((BundleError, InvalidCheckpointError)) as error:  # damaged, it may look like a checkpoint's
             use(bundle)
         assert named in str(error.value) or use is card_text
+
+
+@pytest.mark.parametrize("engine", ["openvino", "genai"])
+def test_damage_of_a_bundle_that_is_found_when_it_answers(bundle, engine):
+    """An image processor of another shape than the vision model."""
+    change("preprocessor_config.json", crop_size={"height": 336, "width": 56})(bundle)
+    change("processor_config.json", "image_processor", crop_size={"height": 336, "width": 56})(bundle)
+    chat = session_factory(str(bundle), engine=engine)()
+    with pytest.raises(
+        BundleError, match=r"OpenVINO cannot run the bundle: .*336.*Export it again, or download it again\."
+    ) as error:
+        chat.send("What is this?", Golden("linear_fp16_sharded").image("img0_300x200")).result()
+    assert "\n" not in str(error.value)
+    assert chat.messages == []
 
 
 @pytest.mark.parametrize(

@@ -173,9 +173,34 @@ def naming_damage(folder: Path, tokenizers: bool = False) -> Iterator[None]:
         yield
     except BundleError:
         raise
-    except Exception:
+    except Exception as error:
         check_loads(folder, tokenizers)
+        if _is_openvinos(error):
+            raise BundleError(
+                f"{folder} does not load: {_reason(error)}. Check the device and its options (ov_config). If nothing is wrong with "
+                f"these, a file of the bundle is damaged. {_AGAIN}"
+            ) from error
         raise
+
+
+@contextmanager
+def naming_failure() -> Iterator[None]:
+    """Run a bundle in it: if OpenVINO fails, a [`BundleError`] says so. Other errors stay as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_openvinos(error):
+            raise
+        raise BundleError(
+            f"OpenVINO cannot run the bundle: {_reason(error)}. If the device has memory left, a file of the bundle is damaged. {_AGAIN}"
+        ) from error
+
+
+def _is_openvinos(error: Exception) -> bool:
+    """Errors of its C++ code name the line that they come from."""
+    return isinstance(error, RuntimeError) and (
+        str(error).startswith(("Exception from ", "Check '")) or "openvino" in type(error).__module__
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -140,7 +140,7 @@ def generation_config(config: Any, options: dict[str, Any]) -> Any:
     """Options of `generate`, put into GenAI's own.
 
     Raises:
-        `ValueError`: GenAI has no such option.
+        `ValueError`: GenAI has no such option, or does not take its value.
     """
     options = {name: value for name, value in options.items() if value is not None or name == "eos_token_id"}
     for name in ("num_beams", "num_return_sequences"):  # 1, as the session has seen to
@@ -164,7 +164,15 @@ def generation_config(config: Any, options: dict[str, Any]) -> Any:
         options["stop_strings"] = {stop_strings} if isinstance(stop_strings, str) else set(stop_strings)
         config.include_stop_str_in_output = True  # the answer's own filter leaves it out
     for name, value in options.items():
-        setattr(config, name, value)
+        try:
+            setattr(config, name, value)
+        except TypeError as error:
+            raise ValueError(f"{name} is {value!r}, which is not of the type that the genai engine takes.") from error
+    try:
+        config.validate()
+    except RuntimeError as error:
+        reason = str(error).split(" failed at ")[0]
+        raise ValueError(f"The genai engine does not take these options: {reason} failed. Found {options}.") from error
     return config
 
 
