@@ -16,7 +16,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from optimum_llava_ov.chat.guard import Guard, OpenPages
+from optimum_llava_ov.chat.guard import Guard, OpenPages, Uploads
 from optimum_llava_ov.chat.loading import sampling_options
 from optimum_llava_ov.chat.markup import answer_to_html
 from optimum_llava_ov.chat.pictures import fetch_picture
@@ -61,6 +61,7 @@ class Limits:
         busy_seconds (`float`): after its last word, a session makes no room for others; if all are so, a new visitor must wait.
         idle_seconds (`float`): after which a session goes in any case.
         max_bytes (`int`), max_pixels (`int`): of a picture.
+        max_uploads_bytes (`int`): that uploads may take of the disk together. They are deleted when they are one to two hours old.
         max_characters (`int`): of a question.
         max_new_tokens (`int`): that a visitor can ask for.
         hosts (`tuple[str, ...]`): from which the server may fetch pictures for visitors.
@@ -74,6 +75,7 @@ class Limits:
     idle_seconds: float = 1800.0
     max_bytes: int = DEFAULT_LIMITS.max_bytes
     max_pixels: int = DEFAULT_LIMITS.max_pixels
+    max_uploads_bytes: int = 1_000_000_000
     max_characters: int = 20_000
     max_new_tokens: int = 1024
     hosts: tuple[str, ...] = ()
@@ -486,7 +488,8 @@ def build_page(
 def run_demo(page: gr.Blocks, demo: Demo, host: str, port: int, open_browser: bool) -> None:
     """Serve the page until Ctrl-C."""
     limits = demo.limits
-    guard = Middleware(Guard, names=(host, *limits.names), pages=demo.pages)
+    uploads = Uploads(Path(get_upload_folder()), limits.max_uploads_bytes)
+    guard = Middleware(Guard, names=(host, *limits.names), pages=demo.pages, uploads=uploads)
     threading.Thread(
         target=_evict_now_and_then, args=(demo.visitors, limits.idle_seconds / 10), daemon=True, name="evict"
     ).start()

@@ -112,6 +112,9 @@ class DemoCommand(Command):
         )
         parser.add_argument("--max-characters", type=int, default=20_000, help="Of a question (default: %(default)s).")
         parser.add_argument("--max-upload-mb", type=float, default=20, help="Of a picture (default: %(default)s).")
+        parser.add_argument(
+            "--max-uploads-mb", type=float, default=1000, help="Of all uploads that are kept on the disk (default: %(default)s)."
+        )
         parser.add_argument("--max-megapixels", type=float, default=50, help="Of a picture (default: %(default)s).")
 
     def execute(self) -> None:
@@ -143,6 +146,7 @@ class DemoCommand(Command):
             idle_seconds=60 * args.idle_minutes,
             max_bytes=int(args.max_upload_mb * 1e6),
             max_pixels=int(args.max_megapixels * 1e6),
+            max_uploads_bytes=int(args.max_uploads_mb * 1e6),
             max_characters=args.max_characters,
             max_new_tokens=max(args.max_new_tokens, Limits.max_new_tokens),
             hosts=tuple(args.allow_host),
