@@ -30,6 +30,8 @@ def test_campaign(bundles):
     assert result.returncode == 0, result.stdout + result.stderr
     table = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in result.stdout.splitlines() if row.startswith("| ")}
     assert all(int(cells[0]) > 0 for name, cells in table.items() if name not in ("what", "---")), result.stdout
+    for name in ("chat-openvino", "chat-genai"):
+        assert 2 * int(table[name][1]) > int(table[name][0]), result.stdout
     tried, right, refused, _, findings = (int(cell.replace(",", "")) for cell in table["together"])
     assert (tried > 600, right > 200, refused > 200, findings) == (True, True, True, 0), result.stdout
 

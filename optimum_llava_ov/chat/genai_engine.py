@@ -163,6 +163,14 @@ def generation_config(config: Any, options: dict[str, Any]) -> Any:
         stop_strings = options["stop_strings"]
         options["stop_strings"] = {stop_strings} if isinstance(stop_strings, str) else set(stop_strings)
         config.include_stop_str_in_output = True  # the answer's own filter leaves it out
+    _check_values(options)
+    for name, value in options.items():
+        setattr(config, name, value)
+    return config
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    config = openvino_genai.GenerationConfig()
     for name, value in options.items():
         try:
             setattr(config, name, value)
@@ -173,7 +181,6 @@ def generation_config(config: Any, options: dict[str, Any]) -> Any:
     except RuntimeError as error:
         reason = str(error).split(" failed at ")[0]
         raise ValueError(f"The genai engine does not take these options: {reason} failed. Found {options}.") from error
-    return config
 
 
 def _key(message: Message) -> tuple:
