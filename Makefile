@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test test-fast coverage imports compat quality style clean
+.PHONY: install quickstart test test-fast coverage fuzz imports compat quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
@@ -21,6 +21,12 @@ quickstart: install
 # In parallel, but not beyond what a few large imports and models take of memory
 test: install
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+
+# Damaged files, hostile images and random conversations, for as long as you like: make fuzz SECONDS=3600 SEED=$$RANDOM
+SECONDS ?= 600
+SEED ?= 0
+fuzz: install
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # Every public name of transformers, Optimum and optimum-intel as the first import, beside this package: half an hour.
 imports: install

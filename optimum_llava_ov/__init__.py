@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from optimum_llava_ov.errors import (
         BundleError,
         HubError,
+        HubUnreachableError,
         ImageError,
         InvalidCheckpointError,
         UnsupportedCheckpointError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "BundleError": "errors",
     "HubError": "errors",
+    "HubUnreachableError": "errors",
     "ImageError": "errors",
     "ImageLimits": "images",
     "InvalidCheckpointError": "errors",

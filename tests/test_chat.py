@@ -404,6 +404,7 @@ def test_saving_on_a_full_disk_keeps_the_file(chat, tmp_path):
         ([{"role": "user", "content": "Hi"}], "in turn"),
         ([{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Hi"}], "in turn"),
         ([{"text": "Hi"}], "found something else"),
+        ([{"role": "a" * 5000, "content": "Hi"}], r"Found \['a{30,50}\.\.\.a{30,50}'\]\.$"),
         (
             [
                 {"role": "user", "content": [{"type": "image", "url": "http://x"}]},
@@ -412,11 +413,39 @@ def test_saving_on_a_full_disk_keeps_the_file(chat, tmp_path):
             "'url'",
         ),
         ([{"role": "user", "content": [{"type": "image", "base64": "eHg="}]}], "cannot be read"),
+        ([{"role": "user", "content": [{"type": "image", "base64": "é"}]}], "cannot be decoded"),
+        ([{"role": "user", "content": [{"type": "image", "base64": "a"}]}], "cannot be decoded"),
+        ([{"role": "user", "content": [{"type": "image", "base64": 3}]}], "cannot be decoded"),
+        ([{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": ""}], "is not Unicode"),
     ],
 )
 def test_messages_that_are_no_conversation(shapes, messages, error):
     with pytest.raises(ValueError, match=error):
         shapes[0].chat(shapes[1], messages=messages)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 5000])
+def test_file_that_is_no_conversation(shapes, tmp_path, content):
+    (tmp_path / "chat.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match="chat.json is not a saved conversation: .*Give a file that was written by save"
+    ):
+        shapes[0].chat(shapes[1], messages=tmp_path / "chat.json")
+
+
+@pytest.mark.parametrize("value", [0, -1, "8", None, 2.5])
+def test_max_new_tokens_that_is_no_number_of_tokens(chat, value):
+    with pytest.raises(ValueError, match=f"max_new_tokens is {value!r}, expected an integer above 0"):
+        chat.send("Hi", max_new_tokens=value)
+
+
+def test_text_that_is_no_unicode(chat):
+    """As Python makes of bytes that a terminal or a file name has."""
+    with pytest.raises(ValueError, match=r"the character '\\udcff' at position 2 is half of a pair"):
+        chat.send("a \udcff")
+    with pytest.raises(ValueError, match="is not Unicode"):
+        chat.reset("\ud800")
+    assert chat.messages == []
 
 
 def test_system_prompt(shapes):

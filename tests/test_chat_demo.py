@@ -248,6 +248,44 @@ def test_size_of_uploads(server):
     assert error.value.code == 413
 
 
+def upload(server, name, content, **headers):
+    """As anybody can who has no page open."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    body = head.encode() + content + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x", **headers}
+    return urllib.request.urlopen(urllib.request.Request(f"{server.url}/gradio_api/upload", body, headers)).status
+
+
+def test_uploads_do_not_fill_the_disk(shapes_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "of another program").write_bytes(bytes(3_000_000))
+    server = Server(shapes_bundle, tmp_path / "log", "--max-uploads-mb", 2)
+    try:
+        for number in range(3):
+            assert upload(server, "a.png", bytes([number]) * 600_000) == 200
+        for headers, status, message in (
+            ({"Content-Length": "600000"}, 507, "no room for more uploads. Try again in an hour"),
+            ({"Content-Length": "1000000000000"}, 507, "no room for more uploads. Try again in an hour"),
+            ({"Transfer-Encoding": "chunked"}, 411, "must say its length"),
+        ):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port)
+            connection.putrequest("POST", "/gradio_api/upload")
+            for name, value in {"Content-Type": "multipart/form-data; boundary=x", **headers}.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            response = connection.getresponse()
+            assert response.status == status
+            assert message in response.read().decode()
+        written = sum(file.stat().st_size for file in (tmp_path / "uploads").rglob("*") if file.is_file())
+        assert 4_800_000 <= written < 5_000_000
+        with pytest.raises(urllib.error.HTTPError) as error:  # small files take room, too
+            [upload(server, "a.png", str(number).encode()) for number in range(60)]
+        assert error.value.code == 507
+    finally:
+        server.stop()
+
+
 def post(server, path, data):
     headers = {"Content-Type": "application/json"}
     return urllib.request.urlopen(

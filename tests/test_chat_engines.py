@@ -82,15 +82,17 @@ def test_a_retry_that_fails_loses_nothing(genai):
 
     def cancelled_retry():
         """While another session's answer has the pipeline."""
-        tenth, go_on = threading.Event(), threading.Event()
+        first, go_on = threading.Event(), threading.Event()
 
         class Pause(Tokens):
             def put(self, value):
-                tenth.set()
-                go_on.wait()
+                super().put(value)
+                if self.tokens:  # the prompt comes before the pipeline is taken
+                    first.set()
+                    go_on.wait()
 
         other = genai().send("Hello", streamer=Pause())
-        tenth.wait()
+        first.wait()
         answer = chat.retry()
         answer.cancel()
         answer.wait()
@@ -127,6 +129,15 @@ def test_options(genai):
     ):
         chat.send("Hi", penalty_alpha=0.5).result()
     chat.reset()
+    for options, message in (
+        ({"do_sample": True, "temperature": 0.0}, "does not take these options: Check 'temperature > 0' failed"),
+        ({"do_sample": True, "top_p": -0.5}, "does not take these options: Check 'top_p"),
+        ({"repetition_penalty": 0.0}, "does not take these options: Check 'repetition_penalty"),
+        ({"min_new_tokens": "x"}, "min_new_tokens is 'x', which is not of the type"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat.send("Where is the star?", **options).result()
+    assert chat.messages == []
     assert chat.send("Where is the star?", A, do_sample=True, top_k=1).result() == STAR
     assert "from the cache" not in str(chat._answer.stats)
 

@@ -31,6 +31,7 @@ from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.checkpoint.tensors import map_tensors
 from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower
 from optimum_llava_ov.export.finite import check_finite
+from optimum_llava_ov.loading import session_factory
 
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -612,6 +613,10 @@ def test_damaged_configuration_is_still_ours_to_report(folder):
     assert not is_original_checkpoint(folder / "checkpoint")
 
 
+def not_utf8(name: str, text: bytes):
+    return lambda folder: write(name, (folder / name).read_bytes().replace(text, text[:-2] + b'\xf2"'))(folder)
+
+
 GRAPH = "openvino_vision_embeddings_model"
 BUNDLE_DAMAGES = {
     **{
@@ -626,13 +631,24 @@ BUNDLE_DAMAGES = {
         for name in ("empty", "not UTF-8", "a list", "nested")
     },
     "config.json: cut": (cut("config.json", 0.3), "config.json"),
-    "config.json: no model": (write("config.json", "{}"), "not a LLaVA-MPT"),
-    "config.json: text": (change("config.json", text_config=[]), "not a LLaVA-MPT"),
+    "config.json: no model": (write("config.json", "{}"), "holds an empty object"),
+    "config.json: text": (change("config.json", text_config=[]), "text_config=[]"),
     "config.json: vision": (change("config.json", vision_config=[]), "vision_config=[]"),
     "config.json: layers": (change("config.json", "text_config", n_layers="3"), "text_config.n_layers='3'"),
     "config.json: side": (change("config.json", "vision_config", image_size=NAN), "vision_config.image_size=nan"),
     "config.json: length": (change("config.json", image_seq_length=-1), "image_seq_length=-1"),
     "config.json: of no meaning": (change("config.json", "vision_config", hidden_size="64"), "config.json"),
+    **{
+        f"{file}: {name}={value!r}": (change(file, part, **{name: value}), f"{name}={value!r}")
+        for file, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
+        for name, value in {
+            "crop_size": {"height": None, "width": 56},
+            "size": {"shortest_edge": 10**9},
+            "image_std": [0, 1, 1],
+            "resample": "bicubic",
+        }.items()
+    },
+    "graph: a name that is not UTF-8": (not_utf8(f"{GRAPH}.xml", b'type="Parameter"'), GRAPH),
     "graph: empty": (write(f"{GRAPH}.xml", ""), GRAPH),
     "graph: cut": (cut(f"{GRAPH}.xml"), GRAPH),
     "graph: a folder": (as_folder(f"{GRAPH}.xml"), GRAPH),
@@ -651,13 +667,37 @@ def bundle(bundles, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize(("damage", "named"), BUNDLE_DAMAGES.values(), ids=BUNDLE_DAMAGES)
-def test_damage_of_a_bundle_is_refused_by_name(bundle, damage, named):
+READ_BY_THE_CARD = ("config.json", "openvino_config.json", "graph", "weights")
+
+
+@pytest.mark.parametrize("name", BUNDLE_DAMAGES)
+def test_damage_of_a_bundle_is_refused_by_name(bundle, name):
+    damage, named = BUNDLE_DAMAGES[name]
     damage(bundle)
-    for use in (OVModelForLlavaMPT.from_pretrained, card_text):
-        with pytest.raises((BundleError, InvalidCheckpointError)) as error:  # damaged, it may look like a checkpoint's
-            use(bundle)
-        assert named in str(error.value) or use is card_text
+    with pytest.raises((BundleError, InvalidCheckpointError)) as error:  # damaged, it may look like a checkpoint's
+        OVModelForLlavaMPT.from_pretrained(bundle)
+    assert named in str(error.value)
+    if name.split(":")[0] in READ_BY_THE_CARD and name != "config.json: of no meaning":
+        with pytest.raises(BundleError):
+            card_text(bundle)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "genai"])
+def test_damage_of_a_bundle_that_is_found_when_it_answers(bundle, engine):
+    """An image processor of another shape than the vision model."""
+    change("preprocessor_config.json", crop_size={"height": 336, "width": 56})(bundle)
+    change("processor_config.json", "image_processor", crop_size={"height": 336, "width": 56})(bundle)
+    change("generation_config.json", bos_token_id=INFINITE)(bundle)
+    with pytest.raises(BundleError, match=r"does not load: .*parse error.*Check the device and its options"):
+        session_factory(str(bundle), engine="genai")
+    change("generation_config.json", bos_token_id=0)(bundle)
+    chat = session_factory(str(bundle), engine=engine)()
+    with pytest.raises(
+        BundleError, match=r"OpenVINO cannot run the bundle: .*336.*Export it again, or download it again\."
+    ) as error:
+        chat.send("What is this?", Golden("linear_fp16_sharded").image("img0_300x200")).result()
+    assert "\n" not in str(error.value)
+    assert chat.messages == []
 
 
 @pytest.mark.parametrize(

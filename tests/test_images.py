@@ -5,12 +5,12 @@ import os
 import random
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import EXAMPLES, Golden
 from hostile_images import REFUSED, SEEN, noise, png, saved, turned
+from memory import peak_above_idle
 from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -37,25 +37,6 @@ PROCESSORS = {
 
 def pixel_values(image, processor):
     return processor(image, return_tensors="np")["pixel_values"]
-
-
-def peak_above_idle(work):
-    """Memory in MB that a call takes at its peak, above what was there before."""
-
-    def status(name):
-        return (
-            next(
-                int(line.split()[1])
-                for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith(name)
-            )
-            / 1e3
-        )
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = status("VmRSS:")
-    work()
-    return status("VmHWM:") - before
 
 
 class TestFit:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoProcessor
 from transformers.generation.streamers import BaseStreamer
 
+from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.chat.messages import images_of
 from optimum_llava_ov.chat.prompt import Prompt
 from optimum_llava_ov.modeling import OVModelForLlavaMPT
@@ -46,7 +46,7 @@ class OpenVINOEngine:
 
     def __init__(self, bundle: Path, device: str, ov_config: dict[str, str] | None = None):
         self.model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
-        self.processor = AutoProcessor.from_pretrained(bundle)
+        self.processor = load_processor(bundle)
         self.config = self.model.config
 
     def arrivals(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[float]]:

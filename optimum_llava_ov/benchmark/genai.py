@@ -8,9 +8,10 @@ from pathlib import Path
 
 import openvino
 import openvino_genai
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from optimum_llava_ov.benchmark.engine import SETTINGS, read_settings
+from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.bundle.layout import PARTS
 from optimum_llava_ov.chat.genai_engine import image_tensor, scheduler_config
 from optimum_llava_ov.chat.messages import images_of, text_of
@@ -26,7 +27,7 @@ class GenAIEngine:
         self.ov_config = ov_config or {}
         scheduler = scheduler_config(prefix_caching=False)
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(bundle, scheduler, device, self.ov_config)
-        self.processor = AutoProcessor.from_pretrained(bundle)
+        self.processor = load_processor(bundle)
         self.config = AutoConfig.from_pretrained(bundle)
 
     def arrivals(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[float]]:

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from optimum_llava_ov.bundle.facts import BundleFacts
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.files import replace_text
 
 
 logger = logging.getLogger(__name__)
@@ -103,12 +104,7 @@ def write_card(folder: Path, license_id: str, previous: str | None = None) -> No
 def update_card(folder: Path) -> None:
     """Update the card of a bundle to its files, if it has a card. If the disk is full, the old card stays."""
     if (previous := read_card(folder / CARD)) is not None:
-        temporary = folder / f".{CARD}.optimum-llava-ov"
-        try:
-            temporary.write_text(card_text(folder, None, previous), encoding="utf-8")
-            temporary.replace(folder / CARD)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_text(folder / CARD, card_text(folder, None, previous))
 
 
 def card_text(

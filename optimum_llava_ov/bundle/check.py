@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaProcessor
 
 from optimum_llava_ov.bundle.layout import FILES, PARTS, TOKENIZERS, check_bundle
 from optimum_llava_ov.checkpoint.config import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
-from optimum_llava_ov.checkpoint.image_processor import MAX_SIDE
+from optimum_llava_ov.checkpoint.image_processor import MAX_SIDE, broken_options
 from optimum_llava_ov.checkpoint.options import (
     MAX_TOKENIZER_BYTES,
     Rule,
@@ -22,8 +22,6 @@ from optimum_llava_ov.checkpoint.options import (
     either,
     integer,
     list_of,
-    number,
-    numbers,
     read_json,
 )
 from optimum_llava_ov.errors import BundleError
@@ -37,6 +35,7 @@ _PORTS = {
     PARTS["vision_embeddings_model"]: ({"pixel_values"}, {"last_hidden_state"}),
 }
 _OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
+_LIST = Rule(lambda value: isinstance(value, list), "a list")
 _TOKEN = integer(0, MAX_VOCABULARY)
 # Settings that would cause wrong answers or late errors if they were missing. transformers checks the others.
 _RULES = {
@@ -47,12 +46,7 @@ _RULES = {
         "image_token_index": _TOKEN,
     },
     "generation_config.json": {"eos_token_id": either(_TOKEN, list_of(_TOKEN))},
-    "preprocessor_config.json": {
-        "size": _OBJECT,
-        "crop_size": _OBJECT,
-        "image_mean": numbers(3, number(-1000, 1000)),
-        "image_std": numbers(3, number(0, 1000)),
-    },
+    "preprocessor_config.json": {"size": _OBJECT, "crop_size": _OBJECT, "image_mean": _LIST, "image_std": _LIST},
 }
 _RULES_OF_PARTS = {
     "text_config": {"n_layers": integer(1, MAX_LAYERS), "d_model": integer(1, MAX_WIDTH)},
@@ -109,6 +103,10 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if file.name == "config.json" and not problems:
         for part, rules in _RULES_OF_PARTS.items():
             problems += broken_rules(values[part], rules, f"{part}.")
+    if file.name == "preprocessor_config.json":
+        problems = problems or broken_options(values)
+    if file.name == "processor_config.json" and isinstance(image_processor := values.get("image_processor"), dict):
+        problems += broken_options(image_processor)
     if problems:
         raise BundleError(f"{file} does not belong to a bundle: {'; '.join(problems)}. {_AGAIN}")
     return values
@@ -164,7 +162,7 @@ def read_graph(file: Path) -> openvino.Model:
     """
     try:
         model = openvino.Core().read_model(file)  # maps the weights and checks their size
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the message quotes names in the file, whatever their bytes
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"{file} does not load ({reason}). {_AGAIN}") from error
     inputs, outputs = _PORTS.get(file.name, (set(), set()))
@@ -190,9 +188,27 @@ def naming_damage(folder: Path, tokenizers: bool = False) -> Iterator[None]:
         yield
     except BundleError:
         raise
-    except Exception:
+    except Exception as error:
         check_loads(folder, tokenizers)
+        if isinstance(error, RuntimeError):  # of OpenVINO or GenAI
+            raise BundleError(
+                f"{folder} does not load: {_reason(error)}. Check the device and its options (ov_config). If nothing is wrong with "
+                f"these, a file of the bundle is damaged. {_AGAIN}"
+            ) from error
         raise
+
+
+@contextmanager
+def naming_failure() -> Iterator[None]:
+    """Run a bundle in it: if OpenVINO fails, a [`BundleError`] says so. Other errors stay as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(("Exception from ", "Check '")):  # as all of OpenVINO's do
+            raise
+        raise BundleError(
+            f"OpenVINO cannot run the bundle: {_reason(error)}. If the device has memory left, a file of the bundle is damaged. {_AGAIN}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

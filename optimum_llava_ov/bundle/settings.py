@@ -15,6 +15,7 @@ from transformers.models.mpt.configuration_mpt import MptAttentionConfig
 from optimum_llava_ov.checkpoint.config import LlavaMptConfig
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.checkpoint.repository import Repository
+from optimum_llava_ov.files import replace_text
 
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -149,4 +150,9 @@ def _special_tokens_map(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Write a file as a whole or not at all.
+
+    Raises:
+        `OSError`: it cannot be written. What was in the file before is still there.
+    """
+    replace_text(file, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -162,7 +162,7 @@ def generation_config(config: Any, options: dict[str, Any]) -> Any:
     """Set options of `generate` in GenAI's configuration.
 
     Raises:
-        `ValueError`: GenAI does not have the option.
+        `ValueError`: GenAI does not have the option, or does not accept its value.
     """
     options = {name: value for name, value in options.items() if value is not None or name == "eos_token_id"}
     for name in ("num_beams", "num_return_sequences"):  # 1; the session has checked it
@@ -187,9 +187,24 @@ def generation_config(config: Any, options: dict[str, Any]) -> Any:
         stop_strings = options["stop_strings"]
         options["stop_strings"] = {stop_strings} if isinstance(stop_strings, str) else set(stop_strings)
         config.include_stop_str_in_output = True  # the answer's own filter removes it
+    _check_values(options)
     for name, value in options.items():
         setattr(config, name, value)
     return config
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    config = openvino_genai.GenerationConfig()
+    for name, value in options.items():
+        try:
+            setattr(config, name, value)
+        except TypeError as error:
+            raise ValueError(f"{name} is {value!r}, which is not of the type that the genai engine takes.") from error
+    try:
+        config.validate()
+    except RuntimeError as error:
+        reason = str(error).split(" failed at ")[0]
+        raise ValueError(f"The genai engine does not take these options: {reason} failed. Found {options}.") from error
 
 
 def _key(message: Message) -> tuple:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,8 @@ from typing import Any
 from PIL import Image
 
 from optimum_llava_ov.chat.images import to_base64
+from optimum_llava_ov.checkpoint.options import shown
+from optimum_llava_ov.files import replace_text
 
 
 Message = dict[str, Any]
@@ -21,21 +20,21 @@ PLACEHOLDER = "<image>"
 
 
 def system_message(text: str) -> Message:
-    return {"role": "system", "content": [{"type": "text", "text": text}]}
+    return {"role": "system", "content": [_text(text)]}
 
 
 def user_message(text: str, images: Sequence[Image.Image] = ()) -> Message:
     """Return a user message with its images before the text.
 
     Raises:
-        `ValueError`: The text contains `<image>`, which would need an image.
+        `ValueError`: The text contains `<image>`, which would need an image, or is not Unicode.
     """
     if PLACEHOLDER in text:
         raise ValueError(
             f"The text contains {PLACEHOLDER}, which stands for an image. Remove it, and give the image separately."
         )
     content = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    return {"role": "user", "content": [*content, _text(text)]}
 
 
 def assistant_message(text: str) -> Message:
@@ -72,19 +71,19 @@ def read_messages(source: str | Path | Sequence[Message], open_image: Callable[[
         `ValueError`: The messages are not complete turns, or an item is neither text nor image.
     """
     try:
-        messages = json.loads(Path(source).read_text(encoding="utf-8")) if isinstance(source, (str, Path)) else source
+        messages = _load(Path(source)) if isinstance(source, (str, Path)) else source
         messages = [
             {"role": message["role"], "content": _content(message["content"], open_image)} for message in messages
         ]
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f'Expected messages {{"role": ..., "content": ...}}, but found something else: {error!r}'
+            f'Expected messages {{"role": ..., "content": ...}}, but found something else: {shown(error)}'
         ) from error
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError(
-            f"Expected messages of user and assistant in turn, after at most one system message. Found {roles}."
+            f"Expected messages of user and assistant in turn, after at most one system message. Found {shown(roles)}."
         )
     return messages
 
@@ -96,48 +95,54 @@ def write_messages(messages: Sequence[Message], file: str | Path) -> None:
         `OSError`: The file cannot be written. Its earlier content is unchanged.
     """
     values = [{**message, "content": [_as_json(item) for item in message["content"]]} for message in messages]
-    _replace(Path(file), json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    replace_text(Path(file), json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file completely or not at all: write a new file next to it, then rename it. Keep the file's mode."""
-    if file.exists() and not file.is_file():  # a pipe or a terminal, which cannot be replaced
-        file.write_text(text, encoding="utf-8")
-        return
-    file = file.resolve()  # write to the target of a link
-    partial = file.with_name(f".{secrets.token_hex(8)}.partial")
+def _load(file: Path) -> Any:
     try:
-        with partial.open("x", encoding="utf-8") as stream:
-            if file.exists():
-                shutil.copymode(file, partial)
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"Not saved. The earlier content of the file is unchanged: {error.strerror}", str(file)
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is not a saved conversation: {error}. Give a file that was written by save()."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _content(content: Any, open_image: Callable[[Any], Image.Image]) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+        return [_text(content)]
     return [_item(item, open_image) for item in content]
 
 
 def _item(item: dict[str, Any], open_image: Callable[[Any], Image.Image]) -> dict[str, Any]:
     if item["type"] == "text":
-        return {"type": "text", "text": str(item["text"])}
+        return _text(str(item["text"]))
     if item["type"] == "image" and "base64" in item:
-        return {"type": "image", "image": open_image(base64.b64decode(item["base64"]))}
+        return {"type": "image", "image": open_image(_decoded(item["base64"]))}
     if item["type"] == "image" and "image" in item:
         return {"type": "image", "image": open_image(item["image"])}
     raise ValueError(
-        f"Expected a text, or an image as 'image' or 'base64'. Found {sorted(item)} of type {item['type']!r}."
+        "Expected a text, or an image as 'image' or 'base64'. "
+        f"Found {shown(sorted(item))} of type {shown(item['type'])}."
     )
+
+
+def _text(text: str) -> dict[str, Any]:
+    """Return a text item. A tokenizer does not accept half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text is not Unicode: the character {text[error.start]!a} at position {error.start} is half of a "
+            "pair. Remove it."
+        ) from error
+    return {"type": "text", "text": text}
+
+
+def _decoded(text: Any) -> bytes:
+    try:
+        return base64.b64decode(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The base64 of an image cannot be decoded: {error}. Check the file.") from error
 
 
 def _as_json(item: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from optimum_llava_ov.bundle.check import naming_failure
 from optimum_llava_ov.chat.errors import ContextWindowError
 from optimum_llava_ov.chat.messages import (
     Message,
@@ -204,7 +205,8 @@ class ChatSession:
 
         def work(answer: Answer) -> str:
             answer.stats.prompt_tokens = len(prompt)
-            self._engine.answer(prompt, answer, **options)
+            with naming_failure():
+                self._engine.answer(prompt, answer, **options)
             if answer.stats.new_tokens or not answer.cancelled:
                 self._messages = [*history, question, assistant_message(answer.text)]
                 self._dropped = dropped
@@ -252,6 +254,11 @@ def _listed(images: Any) -> list[Any]:
 
 
 def _check_options(options: dict[str, Any]) -> None:
+    tokens = options["max_new_tokens"]
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(
+            f"max_new_tokens is {tokens!r}, expected an integer above 0: how many tokens an answer may have."
+        )
     for name in ("num_beams", "num_return_sequences"):
         if (options.get(name) or 1) > 1:
             raise ValueError(

@@ -65,7 +65,7 @@ def read_image_processor(file: Path, image_size: int, pads: bool) -> dict[str, A
     """
     values = read_json(file)
     settings = {name: values[name] for name in _OPTIONS if values.get(name) is not None}
-    if problems := broken_rules(settings, {name: _OPTIONS[name] for name in settings}):
+    if problems := broken_options(settings):
         raise UnsupportedCheckpointError(f"{file} has invalid options: {'; '.join(problems)}.")
     for name in ("size", "crop_size"):  # CLIP's own repositories still use plain numbers
         if isinstance(side := settings.get(name), int):
@@ -78,6 +78,11 @@ def read_image_processor(file: Path, image_size: int, pads: bool) -> dict[str, A
             f"{image_size} x {image_size} (image_size). Take both files from the same repository."
         )
     return settings
+
+
+def broken_options(settings: dict[str, Any]) -> list[str]:
+    """A phrase for each option of an image processor that has no meaning. Options that are absent or not known are left out."""
+    return broken_rules(settings, {name: rule for name, rule in _OPTIONS.items() if settings.get(name) is not None})
 
 
 def _output_size(settings: dict[str, Any], pads: bool) -> tuple[int, int] | None:

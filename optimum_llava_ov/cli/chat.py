@@ -155,6 +155,12 @@ class DemoCommand(Command):
             help="Maximum size of an uploaded image in MB (default: %(default)s).",
         )
         parser.add_argument(
+            "--max-uploads-mb",
+            type=float,
+            default=1000,
+            help="Maximum size on disk of all uploads together in MB (default: %(default)s).",
+        )
+        parser.add_argument(
             "--max-megapixels",
             type=float,
             default=50,
@@ -192,6 +198,7 @@ class DemoCommand(Command):
             idle_seconds=60 * args.idle_minutes,
             max_bytes=int(args.max_upload_mb * 1e6),
             max_pixels=int(args.max_megapixels * 1e6),
+            max_uploads_bytes=int(args.max_uploads_mb * 1e6),
             max_characters=args.max_characters,
             max_new_tokens=max(args.max_new_tokens, Limits.max_new_tokens),
             hosts=tuple(args.allow_host),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +22,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+MIN_FILE = 4096  # bytes that the smallest file takes on most disks
 MAX_BODY = 16_000_000  # bytes of a request; uploads have another limit
 # The page consists of inline scripts and styles, so these must be allowed. Everything else must come from this server.
 CONTENT_SECURITY_POLICY = (
@@ -63,6 +67,33 @@ class OpenPages:
                 self._open -= Counter((page,))
 
 
+class Uploads:
+    """The folder that uploads go into, which may grow by so much. It shrinks again when the server deletes what is old.
+
+    Args:
+        limit: bytes on the disk, beyond those that are there now.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        self.folder = folder
+        self.limit = limit
+        self._before = _size(folder)
+        self._coming = 0  # of requests that are not complete; used in the event loop only
+
+    def free(self) -> int:
+        """Bytes that may still come."""
+        return self.limit + self._before - _size(self.folder)
+
+    @asynccontextmanager
+    async def coming(self, size: int) -> AsyncIterator[bool]:
+        """Receive a request of that size in it. False if there is no room for it."""
+        self._coming += size
+        try:
+            yield self._coming <= await asyncio.to_thread(self.free)
+        finally:
+            self._coming -= size
+
+
 class Guard:
     """Refuse requests from other sites, as an ASGI middleware.
 
@@ -73,14 +104,20 @@ class Guard:
     Args:
         names: Names of this server, without port. IP addresses and `localhost` are always accepted.
         pages: Receives the pages that are opened and closed.
+        uploads: Limits the folder of the uploads.
     """
 
     def __init__(
-        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], names: tuple[str, ...], pages: OpenPages
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        names: tuple[str, ...],
+        pages: OpenPages,
+        uploads: Uploads,
     ):
         self.app = app
         self.names = {*LOCAL_NAMES, *(name.lower().strip("[]") for name in names)}
         self.pages = pages
+        self.uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,7 +131,11 @@ class Guard:
             await send(message)
 
         refusal = self._refusal(headers)
-        if refusal is None and not scope["path"].endswith("/gradio_api/upload"):
+        is_upload = scope["path"].rstrip("/").endswith("/upload")
+        if refusal is None and is_upload:
+            await self._upload(headers, scope, receive, send_with_headers)
+            return
+        if refusal is None:
             receive, refusal = await _read(headers, receive)
         if refusal is not None:
             await refusal(scope, receive, send_with_headers)
@@ -105,6 +146,17 @@ class Guard:
                 await self.app(scope, receive, send_with_headers)
         else:
             await self.app(scope, receive, send_with_headers)
+
+    async def _upload(self, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
+        length = headers.get("content-length", "")
+        if not length.isdecimal():
+            await _sentence("An upload must say its length (Content-Length).", 411)(scope, receive, send)
+            return
+        async with self.uploads.coming(int(length)) as is_room:
+            full = _sentence(
+                "The server has no room for more uploads. Try again in an hour, when it deletes old ones.", 507
+            )
+            await (self.app if is_room else full)(scope, receive, send)
 
     def _refusal(self, headers: Headers) -> PlainTextResponse | None:
         host = _name(f"//{headers.get('host', '')}")
@@ -141,6 +193,19 @@ async def _read(headers: Headers, receive: Receive) -> tuple[Receive, PlainTextR
         return pending.pop() if pending else await receive()
 
     return receive_again, None
+
+
+def _size(folder: Path) -> int:
+    """Bytes on the disk, of which even an empty file or folder takes some."""
+    names = (os.path.join(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files))
+    return sum(_bytes_on_disk(name) for name in names)
+
+
+def _bytes_on_disk(name: str) -> int:
+    try:
+        return max(os.lstat(name).st_size, MIN_FILE)
+    except OSError:  # deleted meanwhile
+        return 0
 
 
 def _name(address: str) -> str | None:

@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from optimum_llava_ov.chat.images import fetch_image
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.chat.streaming import Answer
-from optimum_llava_ov.demo.guard import Guard, OpenPages
+from optimum_llava_ov.demo.guard import Guard, OpenPages, Uploads
 from optimum_llava_ov.demo.markup import answer_to_html
 from optimum_llava_ov.images import DEFAULT_LIMITS
 from optimum_llava_ov.loading import sampling_options
@@ -65,6 +65,7 @@ class Limits:
             a new visitor must wait.
         idle_seconds (`float`): Time after which an idle session is dropped.
         max_bytes (`int`), max_pixels (`int`): Maximum size of an image.
+        max_uploads_bytes (`int`): Maximum size of all uploads on the disk. They are deleted after one to two hours.
         max_characters (`int`): Maximum length of a question.
         max_new_tokens (`int`): Maximum length of an answer that a visitor can choose.
         hosts (`tuple[str, ...]`): Hosts from which the server fetches images for visitors.
@@ -79,6 +80,7 @@ class Limits:
     idle_seconds: float = 1800.0
     max_bytes: int = DEFAULT_LIMITS.max_bytes
     max_pixels: int = DEFAULT_LIMITS.max_pixels
+    max_uploads_bytes: int = 1_000_000_000
     max_characters: int = 20_000
     max_new_tokens: int = 1024
     hosts: tuple[str, ...] = ()
@@ -516,7 +518,8 @@ def build_page(
 def run_demo(page: gr.Blocks, demo: Demo, host: str, port: int, open_browser: bool) -> None:
     """Serve the page until Ctrl-C."""
     limits = demo.limits
-    guard = Middleware(Guard, names=(host, *limits.names), pages=demo.pages)
+    uploads = Uploads(Path(get_upload_folder()), limits.max_uploads_bytes)
+    guard = Middleware(Guard, names=(host, *limits.names), pages=demo.pages, uploads=uploads)
     threading.Thread(
         target=_evict_now_and_then, args=(demo.visitors, limits.idle_seconds / 10), daemon=True, name="evict"
     ).start()

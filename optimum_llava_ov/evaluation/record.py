@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, LlavaProcessor
+from transformers import LlavaProcessor
 
+from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.bundle.settings import build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, holds_original_checkpoint
 from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
@@ -37,7 +38,8 @@ def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
         return model, build_processor(checkpoint)
     from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
-    return OVModelForLlavaMPT.from_pretrained(name, device=device), AutoProcessor.from_pretrained(name)
+    model = OVModelForLlavaMPT.from_pretrained(name, device=device)
+    return model, load_processor(model.model_save_dir)
 
 
 def record_reference(
