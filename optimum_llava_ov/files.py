@@ -1,4 +1,4 @@
-"""Small files of the user's: written as a whole, or not at all."""
+"""Replace small files of the user: completely, or not at all."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file beside its place, and rename it. Keeps the mode of a file that was there, and a link to it.
+    """Write a new file next to the old one, then rename it. Keep the mode of the old file, and write to the target of a link.
 
     Raises:
-        `OSError`: it cannot be written. What was in the file before is still there.
+        `OSError`: The file cannot be written. Its earlier content is unchanged.
     """
-    if file.exists() and not file.is_file():  # a pipe or a terminal, which nothing can take the place of
+    if file.exists() and not file.is_file():  # a pipe or a terminal, which cannot be replaced
         file.write_text(text, encoding="utf-8")
         return
     file = file.resolve()
     partial = file.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        with open(partial, "x", encoding="utf-8") as stream:
+        with partial.open("x", encoding="utf-8") as stream:
             if file.exists():
                 shutil.copymode(file, partial)
             stream.write(text)
@@ -29,7 +29,7 @@ def replace_text(file: Path, text: str) -> None:
         partial.replace(file)
     except OSError as error:
         raise OSError(
-            error.errno, f"Not saved, and what was there before is unchanged: {error.strerror}", str(file)
+            error.errno, f"Not saved. The earlier content of the file is unchanged: {error.strerror}", str(file)
         ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -192,22 +192,23 @@ def naming_damage(folder: Path, tokenizers: bool = False) -> Iterator[None]:
         check_loads(folder, tokenizers)
         if isinstance(error, RuntimeError):  # of OpenVINO or GenAI
             raise BundleError(
-                f"{folder} does not load: {_reason(error)}. Check the device and its options (ov_config). If nothing is wrong with "
-                f"these, a file of the bundle is damaged. {_AGAIN}"
+                f"{folder} does not load: {_reason(error)}. Check the device and its options (ov_config). If these are "
+                f"right, a file of the bundle is damaged. {_AGAIN}"
             ) from error
         raise
 
 
 @contextmanager
 def naming_failure() -> Iterator[None]:
-    """Run a bundle in it: if OpenVINO fails, a [`BundleError`] says so. Other errors stay as they are."""
+    """Turn errors of OpenVINO into a [`BundleError`] while a bundle runs. Other errors do not change."""
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith(("Exception from ", "Check '")):  # as all of OpenVINO's do
+        if not str(error).startswith(("Exception from ", "Check '")):  # OpenVINO's errors begin so
             raise
         raise BundleError(
-            f"OpenVINO cannot run the bundle: {_reason(error)}. If the device has memory left, a file of the bundle is damaged. {_AGAIN}"
+            f"OpenVINO cannot run the bundle: {_reason(error)}. If the device has memory left, a file of the bundle is "
+            f"damaged. {_AGAIN}"
         ) from error
 
 

@@ -194,12 +194,15 @@ def generation_config(config: Any, options: dict[str, Any]) -> Any:
 
 
 def _check_values(options: dict[str, Any]) -> None:
+    """Raise `ValueError` if GenAI does not accept the value of an option."""
     config = openvino_genai.GenerationConfig()
     for name, value in options.items():
         try:
             setattr(config, name, value)
-        except TypeError as error:
-            raise ValueError(f"{name} is {value!r}, which is not of the type that the genai engine takes.") from error
+        except TypeError as error:  # noqa: PERF203  a few options
+            raise ValueError(
+                f"{name} is {value!r}, which has a type that the genai engine does not accept."
+            ) from error
     try:
         config.validate()
     except RuntimeError as error:

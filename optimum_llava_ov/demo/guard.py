@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
@@ -68,7 +67,7 @@ class OpenPages:
 
 
 class Uploads:
-    """The folder that uploads go into, which may grow by so much. It shrinks again when the server deletes what is old.
+    """Limit the growth of the folder with the uploads. It shrinks again when the server deletes old files.
 
     Args:
         limit: bytes on the disk, beyond those that are there now.
@@ -196,14 +195,13 @@ async def _read(headers: Headers, receive: Receive) -> tuple[Receive, PlainTextR
 
 
 def _size(folder: Path) -> int:
-    """Bytes on the disk, of which even an empty file or folder takes some."""
-    names = (os.path.join(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files))
-    return sum(_bytes_on_disk(name) for name in names)
+    """Return the bytes that a folder takes on the disk. Empty files and folders take some, too."""
+    return sum(_bytes_on_disk(entry) for entry in folder.rglob("*"))
 
 
-def _bytes_on_disk(name: str) -> int:
+def _bytes_on_disk(entry: Path) -> int:
     try:
-        return max(os.lstat(name).st_size, MIN_FILE)
+        return max(entry.lstat().st_size, MIN_FILE)
     except OSError:  # deleted meanwhile
         return 0
 
