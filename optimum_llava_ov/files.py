@@ -9,7 +9,9 @@ from pathlib import Path
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a new file next to the old one, then rename it. Keep the mode of the old file, and write to the target of a link.
+    """Write a new file next to the old one, then rename it. Keep the mode of the old file.
+
+    If `file` is a link, its target is replaced.
 
     Raises:
         `OSError`: The file cannot be written. Its earlier content is unchanged.

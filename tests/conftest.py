@@ -120,12 +120,10 @@ def fill_hub_cache(cache: Path, repositories: dict[str, Path]) -> None:
 SHARE_NOTHING = ("test_documentation",)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     """Tests of a file share what they have set up. Where tests run in parallel, they stay in one process."""
-    for item in items:
-        if item.path.stem not in SHARE_NOTHING:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if item.path.stem not in SHARE_NOTHING:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)

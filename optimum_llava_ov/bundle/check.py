@@ -192,8 +192,8 @@ def naming_damage(folder: Path, tokenizers: bool = False) -> Iterator[None]:
         check_loads(folder, tokenizers)
         if isinstance(error, RuntimeError):  # of OpenVINO or GenAI
             raise BundleError(
-                f"{folder} does not load: {_reason(error)}. Check the device and its options (ov_config). If these are "
-                f"right, a file of the bundle is damaged. {_AGAIN}"
+                f"{folder} does not load: {_reason(error)}. Check the device and its options (ov_config). If these "
+                f"are right, a file of the bundle is damaged. {_AGAIN}"
             ) from error
         raise
 
@@ -207,8 +207,8 @@ def naming_failure() -> Iterator[None]:
         if not str(error).startswith(("Exception from ", "Check '")):  # OpenVINO's errors begin so
             raise
         raise BundleError(
-            f"OpenVINO cannot run the bundle: {_reason(error)}. If the device has memory left, a file of the bundle is "
-            f"damaged. {_AGAIN}"
+            f"OpenVINO cannot run the bundle: {_reason(error)}. If the device has memory left, a file of the bundle "
+            f"is damaged. {_AGAIN}"
         ) from error
 
 
