@@ -42,11 +42,11 @@ test-fast: install
 
 # What the tests in this process reach; programs that they start do not count. The share must not fall.
 coverage: install
-	$(BIN)/python -m pip install --quiet pytest-cov
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest-cov
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered
 
 $(BIN)/mypy: install
-	$(BIN)/python -m pip install --quiet --editable ".[quality]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quality]"
 
 quality: $(BIN)/mypy
 	$(BIN)/ruff check .
