@@ -45,8 +45,10 @@ coverage: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest-cov
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered
 
+# The extra `quality` of pyproject.toml, by name: to ask for the package again would bring torchvision back
 $(BIN)/mypy: install
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quality]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		codespell import-linter mypy ruff types-psutil types-PyYAML types-tqdm
 
 quality: $(BIN)/mypy
 	$(BIN)/ruff check .
