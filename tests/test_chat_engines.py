@@ -133,7 +133,7 @@ def test_options(genai):
         ({"do_sample": True, "temperature": 0.0}, "does not take these options: Check 'temperature > 0' failed"),
         ({"do_sample": True, "top_p": -0.5}, "does not take these options: Check 'top_p"),
         ({"repetition_penalty": 0.0}, "does not take these options: Check 'repetition_penalty"),
-        ({"min_new_tokens": "x"}, "min_new_tokens is 'x', which is not of the type"),
+        ({"min_new_tokens": "x"}, "min_new_tokens is 'x', which has a type"),
     ):
         with pytest.raises(ValueError, match=message):
             chat.send("Where is the star?", **options).result()

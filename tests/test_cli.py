@@ -101,7 +101,7 @@ DAMAGES = [
         "chat",
         "openvino_language_model.xml has no input or output logits",
     ),
-    (written("README.md", b"\xff\xfe\xfa"), "push", "README.md is not a text in UTF-8"),
+    (written("README.md", b"\xff\xfe\xfa"), "push", "README.md is not UTF-8"),
     (written("README.md", b"---\n: [\n---\n"), "push", "The metadata of"),
 ]
 IDS = [f"{name}-{found[:30]}-{command}" for (name, _), command, found in DAMAGES]
