@@ -9,8 +9,8 @@ from setuptools.command.egg_info import egg_info
 class EggInfo(egg_info):
     """Does not list `optimum` among the names that belong to this package.
 
-    One file of this package is in `optimum.commands.register`. Libraries that look up which distribution a name is of, as diffusers does
-    for the version of `optimum`, would take the version of this package for Optimum's.
+    One file of this package is in `optimum.commands.register`. Libraries that look up which distribution a name is of,
+    as diffusers does for the version of `optimum`, would take the version of this package for Optimum's.
     """
 
     def run(self):

@@ -1,4 +1,6 @@
-"""Everything in a bundle that is neither weights nor the card: configuration, processor, tokenizer, generation settings."""
+"""Everything in a bundle that is neither weights nor the card: configuration, processor, tokenizer, generation
+settings.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,8 @@ def _public_name(repository: Repository) -> str:
 def build_processor(checkpoint: OriginalCheckpoint) -> LlavaProcessor:
     """`LlavaProcessor`, with pictures prepared by PIL as in the original.
 
-    The torchvision backend resamples differently, and half a grey level moves logits by 0.5 to 1.2 on the golden models.
+    The torchvision backend resamples differently, and half a grey level moves logits by 0.5 to 1.2 on the golden
+    models.
     """
     config, settings = checkpoint.config, dict(checkpoint.image_processor)
     settings["do_convert_rgb"] = True
@@ -126,8 +129,8 @@ def _save_config(config: LlavaConfig, folder: Path) -> None:
     config.save_pretrained(folder)
     file = folder / "config.json"
     values = json.loads(file.read_text())
-    # transformers saves an empty `model_type` and all that configurations in general have here, and does not accept all of it
-    # on loading in every version.
+    # transformers saves an empty `model_type` and all that configurations in general have here, and does not accept
+    # all of it on loading in every version.
     attn_config = values["text_config"]["attn_config"]
     values["text_config"]["attn_config"] = {name: attn_config[name] for name in MptAttentionConfig.__annotations__}
     write_json(file, values)
@@ -136,7 +139,8 @@ def _save_config(config: LlavaConfig, folder: Path) -> None:
 def _pin_image_backend(processor: LlavaProcessor, folder: Path) -> None:
     """Name the PIL class, which transformers 5 would replace by torchvision's where that is installed.
 
-    Only in `processor_config.json`: transformers 4 reads `preprocessor_config.json`, defaults to PIL, and knows no such name.
+    Only in `processor_config.json`: transformers 4 reads `preprocessor_config.json`, defaults to PIL, and knows no
+    such name.
     """
     file = folder / "processor_config.json"
     values = json.loads(file.read_text())

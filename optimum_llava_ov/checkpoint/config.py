@@ -42,8 +42,8 @@ class LlavaMptConfig(PretrainedConfig):
     """Configuration of an original LLaVA-MPT checkpoint (`model_type: "llava_mpt"`), flat as it is on disk.
 
     The names are those of the original code: MosaicML's for the language model (`d_model`, `n_heads`, `n_layers`,
-    `attn_config`, ...), LLaVA's for the rest (`mm_vision_tower`, `mm_projector_type`, `mm_vision_select_layer`, ...). They are
-    explained in `docs/checkpoints.md`.
+    `attn_config`, ...), LLaVA's for the rest (`mm_vision_tower`, `mm_projector_type`, `mm_vision_select_layer`, ...).
+    They are explained in `docs/checkpoints.md`.
 
     Args:
         vision_config (`CLIPVisionConfig`, *optional*):
@@ -77,7 +77,9 @@ class LlavaMptConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> LlavaMptConfig:
-        """Take the known options of a `config.json` and drop the rest, among which some choose code (`_attn_implementation`)."""
+        """Take the known options of a `config.json` and drop the rest, among which some choose code
+        (`_attn_implementation`).
+        """
         known = {name: config_dict[name] for name in _OPTIONS if config_dict.get(name) is not None}
         # What the Auto classes load, if they are not asked for another. Any other name would be looked up in torch.
         known |= {name: config_dict[name] for name in ("dtype", "torch_dtype") if config_dict.get(name) in _DTYPES}
@@ -109,8 +111,8 @@ class LlavaMptConfig(PretrainedConfig):
 def mpt_config(config: PretrainedConfig) -> MptConfig:
     """Language model part of a flat LLaVA-MPT configuration.
 
-    Only what has a meaning is copied: `attn_config` as transformers re-saves it contains an empty `model_type` and training
-    options, with types that newer versions reject.
+    Only what has a meaning is copied: `attn_config` as transformers re-saves it contains an empty `model_type` and
+    training options, with types that newer versions reject.
     """
     # Brings transformers' table of configurations, which asks for this module when it is registered there
     from transformers import MptConfig
@@ -180,7 +182,9 @@ _ATTENTION_OPTIONS = {
 
 
 def names_our_model(file: Path) -> bool:
-    """Whether a `config.json` says that it is of a LLaVA-MPT. A damaged one that says so is ours, too: ours to report."""
+    """Whether a `config.json` says that it is of a LLaVA-MPT. A damaged one that says so is ours, too: ours to
+    report.
+    """
     try:
         return read_json(file).get("model_type") == LlavaMptConfig.model_type
     except InvalidCheckpointError:
@@ -199,7 +203,8 @@ def read_config(file: Path) -> LlavaMptConfig:
     values = read_json(file)
     if values.get("model_type") != "llava_mpt":
         raise UnsupportedCheckpointError(
-            f"Found model_type {shown(values.get('model_type'))} in {file}, expected 'llava_mpt': this package converts original-format "
+            f"Found model_type {shown(values.get('model_type'))} in {file}, expected 'llava_mpt': this package "
+            "converts original-format "
             "LLaVA-MPT checkpoints, such as liuhaotian/LLaVA-Lightning-MPT-7B-preview."
         )
     _check_values(values, file)
@@ -209,8 +214,8 @@ def read_config(file: Path) -> LlavaMptConfig:
 def _check_values(values: dict[str, Any], file: Path) -> None:
     """Refuse, by the option's name, a configuration that our graph does not compute.
 
-    transformers' MPT silently drops biases, `qk_ln` and prefix-LM; a model converted from such a checkpoint would load,
-    run and be wrong.
+    transformers' MPT silently drops biases, `qk_ln` and prefix-LM; a model converted from such a checkpoint would
+    load, run and be wrong.
     """
     missing = [name for name in _REQUIRED if values.get(name) is None]
     if missing:

@@ -1,7 +1,8 @@
-"""How a conversation is written as one prompt: each style as data, its chat template, and the rule that chooses the style.
+"""How a conversation is written as one prompt: each style as data, its chat template, and the rule that chooses the
+style.
 
-The styles and their texts are those of the original (`llava/conversation.py`). BOS is in none of them: the tokenizer writes it
-(see `checkpoint/sentencepiece.py`). Only `llava_llama_2` spells it, between two rounds.
+The styles and their texts are those of the original (`llava/conversation.py`). BOS is in none of them: the tokenizer
+writes it (see `checkpoint/sentencepiece.py`). Only `llava_llama_2` spells it, between two rounds.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ class Conversation:
     Attributes:
         name (`str`): the key in the original's `conv_templates`.
         system (`str`): system text where the caller gives none.
-        around_system, around_user, around_assistant (`tuple[str, str]`): what is written before and after the text of a message.
+        around_system, around_user, around_assistant (`tuple[str, str]`): what is written before and after the text of
+            a message.
         generation_prompt (`str`): what comes after the last message, for the model to continue.
         stop_strings (`tuple[str, ...]`): an answer ends before any of these.
-        system_in_user (`bool`): whether a system text is written into the user's message that follows, before its text. An empty
-            one is then not written.
+        system_in_user (`bool`): whether a system text is written into the user's message that follows, before its
+            text. An empty one is then not written.
         between_rounds (`str`): what is written before each message of the user except the first.
     """
 
@@ -44,15 +46,17 @@ class Conversation:
     def chat_template(self) -> str:
         """The style as a Jinja template, in the part of the language that transformers and GenAI have in common.
 
-        Images come first within a message, whatever their place in its content, as GenAI puts them; a newline separates them and
-        the texts. A caller's system message replaces the default.
+        Images come first within a message, whatever their place in its content, as GenAI puts them; a newline
+        separates them and the texts. A caller's system message replaces the default.
         """
         style = {name: value for name, value in asdict(self).items() if name != "stop_strings"}
         # JSON's texts, lists, true and false are written alike in Jinja
         return f"{{%- set style = {json.dumps(style)} -%}}{_CHAT_TEMPLATE}"
 
     def stops(self, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[str]]:
-        """What ends an answer: ids of tokens (`eos_token_id` of a generation configuration), and the `stop_strings` that are no tokens."""
+        """What ends an answer: ids of tokens (`eos_token_id` of a generation configuration), and the `stop_strings`
+        that are no tokens.
+        """
         tokens = [text for text in self.stop_strings if text in tokenizer.get_vocab()]
         ids = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(tokens)]
         return list(dict.fromkeys(ids)), [text for text in self.stop_strings if text not in tokens]
@@ -99,7 +103,8 @@ LLAVA_V0 = Conversation(
 )
 LLAVA_LLAMA_2 = _llama_2(
     "llava_llama_2",
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and "
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and "
     "assist the user with a variety of tasks using natural language.",
     between_rounds="<s>",
 )
@@ -152,23 +157,24 @@ def choose_conversation(
     base_model: str | None = None,
     name: str | None = None,
 ) -> Choice:
-    """The style that a checkpoint was trained with, as far as the checkpoint says it. The first rule that applies counts:
+    """The style that a checkpoint was trained with, as far as the checkpoint says it. The first rule that applies
+    counts:
 
     1. An MPT model: `mpt`.
     2. Its tokenizer has `<|im_start|>` and `<|im_end|>`: `chatml_direct`.
     3. A Mistral model: `vicuna_v1` if it is BakLLaVA by one of its names, else `mistral_instruct`.
-    4. What the name of its base model says, or if that says nothing, its own: `llava_llama_2` for Llama 2 Chat, `llava_v0` for
-       version 0, `vicuna_v1` for Vicuna and versions 1, 1.5 and 1.6.
+    4. What the name of its base model says, or if that says nothing, its own: `llava_llama_2` for Llama 2 Chat,
+       `llava_v0` for version 0, `vicuna_v1` for Vicuna and versions 1, 1.5 and 1.6.
     5. `vicuna_v1`.
 
-    The original's command line looks at the name of the folder alone, takes `llava_v0` for names it does not know, and `llava_v1`
-    where training and evaluation take `vicuna_v1`.
+    The original's command line looks at the name of the folder alone, takes `llava_v0` for names it does not know, and
+    `llava_v1` where training and evaluation take `vicuna_v1`.
 
     Args:
         architecture: the first of `architectures` in `config.json`.
         tokenizer: the checkpoint's.
-        base_model: folder or model id that it was trained from: `base_model_name_or_path` of an adapter, or `_name_or_path` of
-            `config.json`.
+        base_model: folder or model id that it was trained from: `base_model_name_or_path` of an adapter, or
+            `_name_or_path` of `config.json`.
         name: folder or model id of the checkpoint.
     """
     architecture = architecture or ""
@@ -188,7 +194,8 @@ def choose_conversation(
                 return Choice(conversation, f"The {what} {text!r} stands for {meaning}.")
     return Choice(
         VICUNA_V1,
-        "Neither the architecture, the tokenizer nor a name says otherwise, and the original's training scripts take it.",
+        "Neither the architecture, the tokenizer nor a name says otherwise, and the original's training scripts take "
+        "it.",
     )
 
 

@@ -81,7 +81,9 @@ def read_image_processor(file: Path, image_size: int, pads: bool) -> dict[str, A
 
 
 def broken_options(settings: dict[str, Any]) -> list[str]:
-    """A phrase for each option of an image processor that has no meaning. Options that are absent or not known are left out."""
+    """A phrase for each option of an image processor that has no meaning. Options that are absent or not known are
+    left out.
+    """
     return broken_rules(settings, {name: rule for name, rule in _OPTIONS.items() if settings.get(name) is not None})
 
 

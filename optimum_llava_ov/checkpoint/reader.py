@@ -48,7 +48,8 @@ class OriginalCheckpoint:
 
     @classmethod
     def open(cls, name_or_path: str | Path, vision_tower: str | None = None, **kwargs) -> OriginalCheckpoint:
-        """Read configurations and tokenizer, and check that all of it can be converted, before any weights are downloaded.
+        """Read configurations and tokenizer, and check that all of it can be converted, before any weights are
+        downloaded.
 
         Args:
             name_or_path: a folder, or a model id on the Hub.
@@ -89,7 +90,8 @@ class OriginalCheckpoint:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The language model and the projector, by the names of the checkpoint, mapped. A tower inside is left out."""
         tensors = _merge(self.weight_files)
-        # Fine-tuned checkpoints carry the tower along; the original code loads it from its own repository all the same.
+        # Fine-tuned checkpoints carry the tower along; the original code loads it from its own repository all the
+        # same.
         return {name: tensor for name, tensor in tensors.items() if ".vision_tower." not in f".{name}"}
 
     def vision_tensors(self) -> dict[str, torch.Tensor]:
@@ -110,7 +112,8 @@ def is_original_checkpoint(name_or_path: str | Path, **kwargs) -> bool:
 
 
 def holds_original_checkpoint(name_or_path: str | Path, any_name: bool = False, **kwargs) -> bool:
-    """Like [`is_original_checkpoint`], but what nobody can read is an error. `False` if there is no readable configuration.
+    """Like [`is_original_checkpoint`], but what nobody can read is an error. `False` if there is no readable
+    configuration.
 
     Args:
         name_or_path: a folder, or a model id on the Hub.
@@ -118,7 +121,8 @@ def holds_original_checkpoint(name_or_path: str | Path, any_name: bool = False, 
         kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
 
     Raises:
-        [`InvalidCheckpointError`], [`HubError`]: there is no such folder or model, or the Hub cannot be reached or refuses it.
+        [`InvalidCheckpointError`], [`HubError`]: there is no such folder or model, or the Hub cannot be reached or
+        refuses it.
     """
     options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config_file = Repository(str(name_or_path), any_name=any_name, **options).get("config.json")
@@ -135,11 +139,13 @@ def _check_vision_config(config: LlavaMptConfig) -> None:
         )
     if config.projector_type == "identity" and vision.hidden_size != config.d_model:
         raise UnsupportedCheckpointError(
-            f"mm_projector_type='identity' needs a vision tower as wide as the language model: {vision.hidden_size} != {config.d_model}."
+            f"mm_projector_type='identity' needs a vision tower as wide as the language model: {vision.hidden_size} "
+            f"!= {config.d_model}."
         )
     if not -vision.num_hidden_layers - 1 <= config.mm_vision_select_layer <= vision.num_hidden_layers:
         raise UnsupportedCheckpointError(
-            f"mm_vision_select_layer={config.mm_vision_select_layer}, but the vision tower has {vision.num_hidden_layers} layers."
+            f"mm_vision_select_layer={config.mm_vision_select_layer}, but the vision tower has "
+            f"{vision.num_hidden_layers} layers."
         )
 
 

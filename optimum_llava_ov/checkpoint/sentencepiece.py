@@ -1,9 +1,10 @@
 """A fast tokenizer from `tokenizer.model`, with the ids that the original LLaVA code feeds to the model.
 
-The original tokenizes the text between two images alone (`tokenizer_image_token` in `llava/mm_utils.py`), with the slow
-tokenizer of transformers, or with the fast one where the language model is Mistral. Each text then begins with SentencePiece's
-dummy prefix, a space. Here one tokenizer reads the whole prompt, and rules of its normalizer write the prefixes and BOS into the
-text. So the ids do not depend on `add_special_tokens`, and `export/tokenizers.py` can move the rules to OpenVINO as they are.
+The original tokenizes the text between two images alone (`tokenizer_image_token` in `llava/mm_utils.py`), with the
+slow tokenizer of transformers, or with the fast one where the language model is Mistral. Each text then begins with
+SentencePiece's dummy prefix, a space. Here one tokenizer reads the whole prompt, and rules of its normalizer write the
+prefixes and BOS into the text. So the ids do not depend on `add_special_tokens`, and `export/tokenizers.py` can move
+the rules to OpenVINO as they are.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class SentencePieceModel:
 
         Raises:
             [`InvalidCheckpointError`]: the file is damaged, or is not a SentencePiece model.
-            [`UnsupportedCheckpointError`]: it is another kind of model than BPE with bytes for unknown characters, or one that
-                changes the text before it is split.
+            [`UnsupportedCheckpointError`]: it is another kind of model than BPE with bytes for unknown characters, or
+                one that changes the text before it is split.
         """
         try:
             model = list(_fields(file.read_bytes()))
@@ -86,13 +87,16 @@ class SentencePieceModel:
             if isinstance(error, (InvalidCheckpointError, UnsupportedCheckpointError)):
                 raise
             raise InvalidCheckpointError(
-                f"{file} ({file.stat().st_size:,} bytes) is damaged, or is not a SentencePiece model ({error}). Expected the "
+                f"{file} ({file.stat().st_size:,} bytes) is damaged, or is not a SentencePiece model ({error}). "
+                "Expected the "
                 "file that the checkpoint's own repository has under this name; download it again."
             ) from error
         return cls(pieces, bool(normalizer.get(_NORMALIZER_ADD_DUMMY_PREFIX, True)))
 
     def merges(self) -> list[tuple[str, str]]:
-        """Pairs of pieces that BPE joins, the most important first: those that make the piece with the highest score."""
+        """Pairs of pieces that BPE joins, the most important first: those that make the piece with the highest
+        score.
+        """
         ids = {piece.text: index for index, piece in enumerate(self.pieces) if piece.type is PieceType.NORMAL}
         merges = []
         for text, index in ids.items():
@@ -184,8 +188,10 @@ def _check_model(file: Path, pieces: list[Piece], trainer: dict[int, Any], norma
         problems.append("it has pieces that are not in use")
     if problems:
         raise UnsupportedCheckpointError(
-            f"{file} is not a SentencePiece model as LLaMA, Vicuna, Mistral and Yi have it: {'; '.join(problems)}. Its ids would be "
-            "wrong, so nothing was converted. If the checkpoint should be of that kind, take tokenizer.model from its language model."
+            f"{file} is not a SentencePiece model as LLaMA, Vicuna, Mistral and Yi have it: {'; '.join(problems)}. "
+            "Its ids would be "
+            "wrong, so nothing was converted. If the checkpoint should be of that kind, take tokenizer.model from its "
+            "language model."
         )
 
 
@@ -216,12 +222,14 @@ class _Settings:
         config = _read_json(repository, "tokenizer_config.json")
         if (name := config.get("tokenizer_class")) not in _TOKENIZER_CLASSES:
             raise UnsupportedCheckpointError(
-                f"tokenizer_config.json of {repository.name!r} names the class {name!r}, expected LlamaTokenizer. If the language "
+                f"tokenizer_config.json of {repository.name!r} names the class {name!r}, expected LlamaTokenizer. If "
+                "the language "
                 "model is a LLaMA or Mistral, take the tokenizer's files from its own repository."
             )
         if config.get("add_eos_token"):
             raise UnsupportedCheckpointError(
-                f"tokenizer_config.json of {repository.name!r} has add_eos_token=true, so that each prompt would end with the end of "
+                f"tokenizer_config.json of {repository.name!r} has add_eos_token=true, so that each prompt would end "
+                "with the end of "
                 "the text. Expected false: set it to false, it is a setting of training."
             )
         if "added_tokens_decoder" not in config:
@@ -274,7 +282,8 @@ def _read_added(repository: Repository, config: dict[str, Any]) -> dict[int, dic
         if isinstance(error, InvalidCheckpointError):
             raise
         raise InvalidCheckpointError(
-            f"The added tokens of {repository.name!r} are not given as ids and tokens ({error}): `added_tokens_decoder` of "
+            f"The added tokens of {repository.name!r} are not given as ids and tokens ({error}): "
+            "`added_tokens_decoder` of "
             "tokenizer_config.json, or added_tokens.json. Download these files again."
         ) from error
 
@@ -284,13 +293,15 @@ def _check_token(repository: Repository, token: str | dict[str, Any]) -> None:
         return
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
         raise InvalidCheckpointError(
-            f"The tokenizer files of {repository.name!r} describe a token as {token!r}; expected a text, or an object with `content`. "
+            f"The tokenizer files of {repository.name!r} describe a token as {token!r}; expected a text, or an object "
+            "with `content`. "
             "Download them again."
         )
     for option in ("lstrip", "rstrip", "single_word"):
         if token.get(option):
             raise UnsupportedCheckpointError(
-                f"The token {token['content']!r} of {repository.name!r} has {option}=true (supported: false): prompts would get other "
+                f"The token {token['content']!r} of {repository.name!r} has {option}=true (supported: false): prompts "
+                "would get other "
                 "ids than in the original."
             )
 
@@ -309,13 +320,15 @@ def load_sentencepiece_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Tokenizer of a LLaMA or Mistral checkpoint, with `<image>` under the first id after all others.
 
-    The ids are those of the original's `tokenizer_image_token` on transformers 4.37, `<image>` standing for -200, with two
-    differences that both engines need: a text that spells BOS at its beginning gets no second one, and a text that is nothing but
-    one special token gets none (`encode("<image>")` is one id).
+    The ids are those of the original's `tokenizer_image_token` on transformers 4.37, `<image>` standing for -200, with
+    two
+    differences that both engines need: a text that spells BOS at its beginning gets no second one, and a text that is
+    nothing but one special token gets none (`encode("<image>")` is one id).
 
     Args:
         repository: folder or model id that has `tokenizer.model`. For an adapter, that of its base.
-        fast: whether the original uses the fast tokenizer, as it does for Mistral; it never treats texts as `legacy: false` does.
+        fast: whether the original uses the fast tokenizer, as it does for Mistral; it never treats texts as `legacy:
+            false` does.
         use_im_patch: `mm_use_im_patch_token` of the checkpoint, which is true where it is absent: adds `<im_patch>`.
         use_im_start_end: `mm_use_im_start_end`: adds `<im_start>` and `<im_end>`.
 
@@ -357,14 +370,17 @@ def load_sentencepiece_tokenizer(
         # A decoder continues the last token of a row, so padding goes before the first.
         padding_side="left",
         truncation_side="left",
-        # In the original a setting of training; what the model can read is `max_position_embeddings` of its configuration.
+        # In the original a setting of training; what the model can read is `max_position_embeddings` of its
+        # configuration.
         model_max_length=int(1e30),
         clean_up_tokenization_spaces=False,
     )
 
 
 def _split_tokens(settings: _Settings, image_tokens: list[str]) -> dict[str, AddedToken]:
-    """All tokens at which the original splits a text, in the order of their ids as far as they are not in the vocabulary."""
+    """All tokens at which the original splits a text, in the order of their ids as far as they are not in the
+    vocabulary.
+    """
     tokens = {token.content: token for _, token in sorted(settings.added.items())}
     for text in [*settings.all_special, *image_tokens, IMAGE_TOKEN]:
         tokens.setdefault(text, _added(text))
@@ -378,7 +394,9 @@ def _add_tokens(
     splits: dict[str, AddedToken],
     user_defined: list[str],
 ) -> None:
-    """Add the tokens, those of the vocabulary first, so that the others get the ids after it, and `<image>` the last one."""
+    """Add the tokens, those of the vocabulary first, so that the others get the ids after it, and `<image>` the last
+    one.
+    """
     size = tokenizer.get_vocab_size()
     tokens = [token for text, token in splits.items() if text != IMAGE_TOKEN]
     tokenizer.add_tokens([_added(text, special=False) for text in user_defined if text not in splits])
@@ -386,7 +404,8 @@ def _add_tokens(
     for id, token in settings.added.items():
         if token.content != IMAGE_TOKEN and (found := tokenizer.token_to_id(token.content)) != id:
             raise InvalidCheckpointError(
-                f"The tokenizer files of {repository.name!r} give {token.content!r} the id {id}, but after the {size:,} pieces of "
+                f"The tokenizer files of {repository.name!r} give {token.content!r} the id {id}, but after the "
+                f"{size:,} pieces of "
                 f"tokenizer.model it is {found}. These files are not of one checkpoint; download them again."
             )
 
@@ -404,8 +423,8 @@ def _rules(
 ) -> list[tuple[str, str]]:
     """Regular expressions without width, and what is written where they match: BOS and the dummy prefixes.
 
-    The syntax is common to Oniguruma (`tokenizers`) and PCRE2 (OpenVINO). A text that is one token stays as it is: `tokenizers`
-    normalizes the tokens themselves as well.
+    The syntax is common to Oniguruma (`tokenizers`) and PCRE2 (OpenVINO). A text that is one token stays as it is:
+    `tokenizers` normalizes the tokens themselves as well.
     """
     rules = []
     lone = rf"(?!(?:{_any_of([*splits, *model.texts(PieceType.USER_DEFINED)])})\z)"
@@ -416,11 +435,12 @@ def _rules(
         start = rf"(?<=\A{bos})"
 
     if fast or settings.legacy:
-        # Each piece between two tokens is tokenized on its own. The fast tokenizer does not ask the model whether to add a prefix.
+        # Each piece between two tokens is tokenized on its own. The fast tokenizer does not ask the model whether to
+        # add a prefix.
         has_prefix, before, after = fast or model.add_dummy_prefix, splits, splits
     else:
-        # Only the text between two images is. Added tokens that are not special get a prefix as words do; of those for images,
-        # the ones that a file gives an id are not special.
+        # Only the text between two images is. Added tokens that are not special get a prefix as words do; of those for
+        # images, the ones that a file gives an id are not special.
         saved = {token.content for token in settings.added.values()}
         special = [token for token in [*image_tokens, IMAGE_TOKEN] if token not in saved]
         has_prefix, before, after = True, [IMAGE_TOKEN], [*settings.all_special, *special]

@@ -24,12 +24,13 @@ TURN_START_TOKEN, TURN_END_TOKEN = "<|im_start|>", "<|im_end|>"
 def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrainedTokenizerFast:
     """Tokenizer that knows `<image>`, under the first id after those of the checkpoint.
 
-    The original splits the prompt at `<image>` and writes -200 between the pieces. A special token splits a prompt in just the
-    same way. `image_token_id`, `im_start_token_id`, `im_end_token_id` and `eos_token_id` of `config` are filled in.
+    The original splits the prompt at `<image>` and writes -200 between the pieces. A special token splits a prompt in
+    just the same way. `image_token_id`, `im_start_token_id`, `im_end_token_id` and `eos_token_id` of `config` are
+    filled in.
 
-    A vocabulary padded past the tokenizer is cut to it, as the original does when it loads a checkpoint (`llava/model/builder.py`:
-    `resize_token_embeddings(len(tokenizer))`): `vocab_size` becomes the tokenizer's, `<image>` included; `padded_vocab_size` the
-    checkpoint's.
+    A vocabulary padded past the tokenizer is cut to it, as the original does when it loads a checkpoint
+    (`llava/model/builder.py`: `resize_token_embeddings(len(tokenizer))`): `vocab_size` becomes the tokenizer's,
+    `<image>` included; `padded_vocab_size` the checkpoint's.
     """
     tokenizer_file = repository.require("tokenizer.json", "original LLaVA-MPT checkpoints ship a fast tokenizer")
     config_file = repository.get("tokenizer_config.json")
@@ -44,7 +45,8 @@ def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrained
 
     if len(tokenizer) > config.vocab_size:
         raise InvalidCheckpointError(
-            f"The tokenizer of {repository.name!r} has {len(tokenizer)} tokens, the model only {config.vocab_size} (vocab_size): "
+            f"The tokenizer of {repository.name!r} has {len(tokenizer)} tokens, the model only {config.vocab_size} "
+            "(vocab_size): "
             "these files are not of one checkpoint."
         )
     num_tokens = len(tokenizer)
@@ -52,7 +54,8 @@ def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrained
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if config.image_token_id != num_tokens:
         raise UnsupportedCheckpointError(
-            f"{IMAGE_TOKEN!r} is already a token of this tokenizer (id {config.image_token_id}), expected it to be free."
+            f"{IMAGE_TOKEN!r} is already a token of this tokenizer (id {config.image_token_id}), expected it to be "
+            "free."
         )
     config.padded_vocab_size, config.vocab_size = config.vocab_size, len(tokenizer)
     # An answer ends with the turn. Some loaders of a bundle read only the tokenizer's one end, which must be this one.
@@ -68,23 +71,29 @@ def _check_special_tokens(repository: Repository, tokenizer: PreTrainedTokenizer
     for token in needed:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             raise InvalidCheckpointError(
-                f"{token!r} is not a token of the tokenizer of {repository.name!r}, but its prompts are written with it. Take "
+                f"{token!r} is not a token of the tokenizer of {repository.name!r}, but its prompts are written with "
+                "it. Take "
                 "tokenizer.json from the checkpoint's own repository."
             )
 
 
 def _check_ids(file: Path, values: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
-    """The library numbers added tokens after the vocabulary, whatever the file says; then they must be where the file says."""
+    """The library numbers added tokens after the vocabulary, whatever the file says; then they must be where the file
+    says.
+    """
     for token in values.get("added_tokens") or ():
         if tokenizer.convert_tokens_to_ids(token["content"]) != token["id"]:
             raise InvalidCheckpointError(
-                f"{file} gives the added token {shown(token['content'])} the id {token['id']}, but the tokens before it are not all there. "
+                f"{file} gives the added token {shown(token['content'])} the id {token['id']}, but the tokens before "
+                "it are not all there. "
                 "Take it from the checkpoint's own repository."
             )
 
 
 def _special_tokens(config_file: Path) -> dict[str, str]:
-    """The only thing that is read of `tokenizer_config.json`; it could also name code (`auto_map`, `tokenizer_class`)."""
+    """The only thing that is read of `tokenizer_config.json`; it could also name code (`auto_map`,
+    `tokenizer_class`).
+    """
     settings = read_json(config_file, MAX_INDEX_BYTES)
     tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -92,7 +101,8 @@ def _special_tokens(config_file: Path) -> dict[str, str]:
         text = token.get("content") if isinstance(token, dict) else token
         if token is not None and not (isinstance(text, str) and _is_unicode(text)):
             raise InvalidCheckpointError(
-                f"{config_file} has {name}={shown(token)}, expected the text of a token. Take it from the checkpoint's own repository."
+                f"{config_file} has {name}={shown(token)}, expected the text of a token. Take it from the "
+                "checkpoint's own repository."
             )
         if text:
             tokens[name] = text
@@ -123,7 +133,8 @@ def _read_tokenizer(file: Path, values: dict[str, Any], tokens: dict[str, str]) 
         for name, token in tokens.items():
             if vocabulary.token_to_id(token) is None:
                 raise InvalidCheckpointError(
-                    f"{file} does not know the token {shown(token)}, which tokenizer_config.json names as {name}. Take both files from the "
+                    f"{file} does not know the token {shown(token)}, which tokenizer_config.json names as {name}. "
+                    "Take both files from the "
                     "checkpoint's own repository."
                 )
         return PreTrainedTokenizerFast(
@@ -143,5 +154,6 @@ def _read_tokenizer(file: Path, values: dict[str, Any], tokens: dict[str, str]) 
         BaseException
     ) as error:  # the library is not in Python: what it cannot read is an `Exception`, its panics are not even that
         raise InvalidCheckpointError(
-            f"{file} is not a tokenizer that loads ({error}). Take it from the checkpoint's own repository, or download it again."
+            f"{file} is not a tokenizer that loads ({error}). Take it from the checkpoint's own repository, or "
+            "download it again."
         ) from error

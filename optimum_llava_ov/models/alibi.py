@@ -1,8 +1,8 @@
 """ALiBi, written so that it survives OpenVINO: PagedAttention, bf16, and prompts longer than the training context.
 
 Method: Press, Smith, Lewis, "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
-https://arxiv.org/abs/2108.12409. Slopes for head counts that are no power of two: `gen_slopes` in MosaicML's llm-foundry,
-`models/layers/attention.py`.
+https://arxiv.org/abs/2108.12409. Slopes for head counts that are no power of two: `gen_slopes` in MosaicML's
+llm-foundry, `models/layers/attention.py`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def attention_bias(attention_mask: torch.Tensor, query_length: int, slopes: torc
 
     Three properties are load-bearing, each with a test:
 
-    - The operations `Abs -> Unsqueeze -> Multiply(negative slopes) -> Broadcast -> Unsqueeze -> Add(mask, .)` are one of the
-      few shapes of ALiBi that OpenVINO's SDPA-to-PagedAttention transformation recognises
-      (`sdpa_to_paged_attention/state_management_pattern.cpp`, "jais"). It drops any other without a word. The Broadcast changes
-      nothing; were its shape that of the scores, OpenVINO's CPU plugin would compute it as a product with ones of that shape,
-      two gigabytes for 4,000 tokens at 7B, and one without any shape is dropped when the graph is converted.
-    - Positions are subtracted as integers. In bf16, integers above 256 do not exist; distances that are small, and therefore
-      matter, stay exact this way.
+    - The operations `Abs -> Unsqueeze -> Multiply(negative slopes) -> Broadcast -> Unsqueeze -> Add(mask, .)` are one
+      of the few shapes of ALiBi that OpenVINO's SDPA-to-PagedAttention transformation recognises
+      (`sdpa_to_paged_attention/state_management_pattern.cpp`, "jais"). It drops any other without a word. The
+      Broadcast changes nothing; were its shape that of the scores, OpenVINO's CPU plugin would compute it as a product
+      with ones of that shape, two gigabytes for 4,000 tokens at 7B, and one without any shape is dropped when the
+      graph is converted.
+    - Positions are subtracted as integers. In bf16, integers above 256 do not exist; distances that are small, and
+      therefore matter, stay exact this way.
     - Lengths come from the mask, not from the configuration, so there is no longest prompt.
 
     Args:

@@ -12,8 +12,8 @@ from optimum_llava_ov.models.merge import check_image_count
 class ImageGenerationMixin(GenerationMixin):
     """`generate` for prompts whose rows have any number of images.
 
-    The class it is mixed into has `config.image_token_id`, `get_image_features`, and a `forward` that takes `image_features` in
-    place of `pixel_values`.
+    The class it is mixed into has `config.image_token_id`, `get_image_features`, and a `forward` that takes
+    `image_features` in place of `pixel_values`.
     """
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):

@@ -22,8 +22,8 @@ from optimum_llava_ov.models.weights import load_weights
 class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
     """The torch model, as reference and as source of the export.
 
-    Prompts are those of the bundle: `<image>` stands `image_seq_length` times for each image, and the rows it is replaced with
-    include the borders. [`from_pretrained`] takes an original checkpoint.
+    Prompts are those of the bundle: `<image>` stands `image_seq_length` times for each image, and the rows it is
+    replaced with include the borders. [`from_pretrained`] takes an original checkpoint.
     """
 
     config_class = LlavaMptConfig
@@ -56,13 +56,14 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
             dtype, torch_dtype (`torch.dtype` or `str`, *optional*):
                 What to convert all weights to. As stored if `"auto"` or not given.
             config ([`LlavaMptConfig`], *optional*):
-                The checkpoint's, as the Auto classes hand it on. Only its `dtype` counts, if none is given here: they put there what
-                the caller asked them for.
+                The checkpoint's, as the Auto classes hand it on. Only its `dtype` counts, if none is given here: they
+                put there what the caller asked them for.
             device_map (`str` or `torch.device`, *optional*): where to put the model. On CPU if `"auto"` or not given.
             subfolder, revision, cache_dir, token, local_files_only, force_download: as everywhere in transformers.
 
         Raises:
-            [`UnsupportedCheckpointError`], [`InvalidCheckpointError`]: before weights are downloaded where that is possible.
+            [`UnsupportedCheckpointError`], [`InvalidCheckpointError`]: before weights are downloaded where that is
+            possible.
         """
         checkpoint = OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs)
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or getattr(config, "dtype", None)
@@ -125,7 +126,8 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
             logits_to_keep: compute logits for so many last positions only; 0 for all.
 
         Raises:
-            `ValueError`: an id is not in the table, or there is another number of images than `input_ids` has places for.
+            `ValueError`: an id is not in the table, or there is another number of images than `input_ids` has places
+            for.
         """
         if inputs_embeds is None:
             check_token_ids(input_ids, self.embed_tokens.num_embeddings)

@@ -39,8 +39,10 @@ def check_image_count(is_image: torch.Tensor, image_features: torch.Tensor) -> N
         return
     places = f"{num_tokens // rows}" if num_tokens % rows == 0 else f"{num_tokens / rows:.2f}"
     raise ValueError(
-        f"The prompt has places for {places} image(s), but {num_images} image(s) were given. Write `<image>` once for each image, "
-        "and let the processor see the prompt and the images together: `processor(text=prompt, images=images, return_tensors='pt')`."
+        f"The prompt has places for {places} image(s), but {num_images} image(s) were given. Write `<image>` once for "
+        "each image, "
+        "and let the processor see the prompt and the images together: `processor(text=prompt, images=images, "
+        "return_tensors='pt')`."
     )
 
 

@@ -1,8 +1,8 @@
 """MPT, the decoder of LLaVA-MPT: pre-norm blocks, fused query-key-value, ALiBi, no biases, head tied to the embedding.
 
-After MosaicML's `modeling_mpt.py`, inference only. The names of the modules are those of the checkpoint. transformers has an
-`MptForCausalLM` too, but its ALiBi is a constant of `max_seq_len` positions counted from the end: it stops at 2048 tokens, loses
-precision in bf16, and PagedAttention drops it (see [`attention_bias`]).
+After MosaicML's `modeling_mpt.py`, inference only. The names of the modules are those of the checkpoint. transformers
+has an `MptForCausalLM` too, but its ALiBi is a constant of `max_seq_len` positions counted from the end: it stops at
+2048 tokens, loses precision in bf16, and PagedAttention drops it (see [`attention_bias`]).
 """
 
 from __future__ import annotations
@@ -88,18 +88,20 @@ class MptTransformer(nn.Module):
 
 
 class MptLanguageModel(nn.Module):
-    """Decoder over embeddings. Its modules have the names that PEFT's adapters for MPT use: `transformer.blocks.0.attn.Wqkv`, ...
+    """Decoder over embeddings. Its modules have the names that PEFT's adapters for MPT use:
+    `transformer.blocks.0.attn.Wqkv`, ...
 
     Args:
-        config ([`MptConfig`]): as made by [`~optimum_llava_ov.checkpoint.config.mpt_config`]. The last of its `vocab_size` tokens is
-            `<image>`.
+        config ([`MptConfig`]): as made by [`~optimum_llava_ov.checkpoint.config.mpt_config`]. The last of its
+            `vocab_size` tokens is `<image>`.
     """
 
     def __init__(self, config: MptConfig):
         super().__init__()
         self.config = config
         self.transformer = MptTransformer(config)
-        # Logits processors look up the ids of the prompt in the logits, so `<image>` needs a logit that is never the largest.
+        # Logits processors look up the ids of the prompt in the logits, so `<image>` needs a logit that is never the
+        # largest.
         self.lm_head = nn.Linear(config.d_model, config.vocab_size)
         self.lm_head.bias = nn.Parameter(head_bias(config.vocab_size), requires_grad=False)
         scale = config.logit_scale
@@ -141,7 +143,8 @@ class MptLanguageModel(nn.Module):
 def head_bias(vocab_size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Bias of the head, `(vocab_size,)`: zero for every token but the last, `<image>`, which it makes impossible.
 
-    -32768 is far below every logit, and finite and exact in float32, bf16 and f16, so no product or difference of it is a NaN.
+    -32768 is far below every logit, and finite and exact in float32, bf16 and f16, so no product or difference of it
+    is a NaN.
     """
     bias = torch.zeros(vocab_size, dtype=dtype)
     bias[-1] = -32768.0

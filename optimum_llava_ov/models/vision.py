@@ -1,4 +1,6 @@
-"""What the language model sees of an image: CLIP patches, projected, between the embeddings of `<im_start>` and `<im_end>`."""
+"""What the language model sees of an image: CLIP patches, projected, between the embeddings of `<im_start>` and
+`<im_end>`.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ class ClipFeatures(nn.Module):
 class ImageEncoder(nn.Module):
     """Tower, projector and the image's borders.
 
-    The borders are part of the encoder's output because GenAI and Model Server expand one `<image>` in the prompt in their own
-    way and know nothing of `<im_start>`: so the prompt only ever says `<image>`.
+    The borders are part of the encoder's output because GenAI and Model Server expand one `<image>` in the prompt in
+    their own way and know nothing of `<im_start>`: so the prompt only ever says `<image>`.
     """
 
     def __init__(self, features: ClipFeatures, projector: nn.Module, text_size: int, num_borders: int):

@@ -23,8 +23,8 @@ def load_weights(model: LlavaMptForConditionalGeneration, checkpoint: OriginalCh
     Only the embedding table is copied, to append a row for `<image>` (412 MB at 7B in fp16). The head shares the copy.
 
     Raises:
-        [`InvalidCheckpointError`]: A tensor is missing, is not expected, does not hold floats, or has another shape than the
-            configuration says.
+        [`InvalidCheckpointError`]: A tensor is missing, is not expected, does not hold floats, or has another shape
+            than the configuration says.
     """
     state_dict = _language_tensors(checkpoint, model)
     state_dict.update(_vision_tensors(checkpoint, model))
@@ -87,7 +87,8 @@ def _check_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditional
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise InvalidCheckpointError(
-            f"The weights of {checkpoint.repository.name!r} (vision tower: {checkpoint.vision_repository.name!r}) do not fit their "
+            f"The weights of {checkpoint.repository.name!r} (vision tower: {checkpoint.vision_repository.name!r}) do "
+            "not fit their "
             f"configuration: {shown}. Check that all files come from the same checkpoint and the same revision."
         )
 

@@ -155,7 +155,9 @@ def hook_modeling() -> None:
 
 
 def _from_pretrained_for_all(visual: type, llava: type) -> Callable:
-    """Let our class load folders that hold a LLaVA-MPT. Without a network, the host looks for any folder in the Hub's cache."""
+    """Let our class load folders that hold a LLaVA-MPT. Without a network, the host looks for any folder in the Hub's
+    cache.
+    """
     original = visual.from_pretrained.__func__
 
     @functools.wraps(original)
