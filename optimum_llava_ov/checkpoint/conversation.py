@@ -92,8 +92,18 @@ def _llama_2(name: str, system: str, between_rounds: str) -> Conversation:
 
 def _chatml(name: str, system: str) -> Conversation:
     # No newline after <|im_end|>
-    around = {role: (f"{TURN_START_TOKEN}{role}\n", TURN_END_TOKEN) for role in ("system", "user", "assistant")}
-    return Conversation(name, system, *around.values(), f"{TURN_START_TOKEN}assistant\n", (TURN_END_TOKEN,))
+    around_system, around_user, around_assistant = (
+        (f"{TURN_START_TOKEN}{role}\n", TURN_END_TOKEN) for role in ("system", "user", "assistant")
+    )
+    return Conversation(
+        name,
+        system,
+        around_system,
+        around_user,
+        around_assistant,
+        generation_prompt=around_assistant[0],
+        stop_strings=(TURN_END_TOKEN,),
+    )
 
 
 VICUNA_V1 = _vicuna("vicuna_v1", _USER)
@@ -104,8 +114,7 @@ LLAVA_V0 = Conversation(
 LLAVA_LLAMA_2 = _llama_2(
     "llava_llama_2",
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and "
-    "assist the user with a variety of tasks using natural language.",
+    "provides, and assist the user with a variety of tasks using natural language.",
     between_rounds="<s>",
 )
 MISTRAL_INSTRUCT = _llama_2("mistral_instruct", "", between_rounds="")

@@ -76,7 +76,8 @@ class SentencePieceModel:
         try:
             model = list(_fields(file.read_bytes()))
             pieces = [_piece(dict(_fields(value))) for number, value in model if number == _MODEL_PIECES]
-            trainer, normalizer = {}, {}
+            trainer: dict[int, Any] = {}
+            normalizer: dict[int, Any] = {}
             for number, value in model:  # a message that is there twice is merged, by the format's rules
                 if number == _MODEL_TRAINER:
                     trainer.update(_fields(value))
@@ -88,8 +89,7 @@ class SentencePieceModel:
                 raise
             raise InvalidCheckpointError(
                 f"{file} ({file.stat().st_size:,} bytes) is damaged, or is not a SentencePiece model ({error}). "
-                "Expected the "
-                "file that the checkpoint's own repository has under this name; download it again."
+                "Expected the file of this name in the checkpoint's own repository. Download it again."
             ) from error
         return cls(pieces, bool(normalizer.get(_NORMALIZER_ADD_DUMMY_PREFIX, True)))
 
@@ -105,8 +105,8 @@ class SentencePieceModel:
             merges += [(-self.pieces[index].score, index, ids[left], ids[right], left, right) for left, right in known]
         return [(left, right) for *_, left, right in sorted(merges)]
 
-    def texts(self, type: PieceType) -> list[str]:
-        return [piece.text for piece in self.pieces if piece.type is type]
+    def texts(self, piece_type: PieceType) -> list[str]:
+        return [piece.text for piece in self.pieces if piece.type is piece_type]
 
 
 # Numbers of the fields in `sentencepiece_model.proto`
@@ -119,14 +119,15 @@ _MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 _BPE = 2
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of the fields of one protobuf message: integers, or the bytes of everything else."""
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield number and value of each field of a protobuf message: an integer, or the bytes of everything else."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
         number, wire_type = key >> 3, key & 7
         if wire_type == 0:
-            value, position = _varint(data, position)
+            integer, position = _varint(data, position)
+            yield number, integer
         else:
             if wire_type == 2:
                 size, position = _varint(data, position)
@@ -138,7 +139,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             if len(value) != size:
                 raise ValueError(f"it ends within a field of {size:,} bytes")
             position += size
-        yield number, value
+            yield number, value
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
@@ -241,15 +242,15 @@ class _Settings:
         additional = config.get("additional_special_tokens") or []
         for token in [*added.values(), *tokens.values(), *additional]:
             _check_token(repository, token)
-        special = {name: _text(token) for name, token in tokens.items()}
+        special = {name: _text(token) for name, token in tokens.items() if token is not None}
         additional = [_text(token) for token in additional]
         all_special = {*special.values(), *additional}
         return cls(
             special,
             additional,
             {
-                id: _added(token["content"], token.get("special") or token["content"] in all_special)
-                for id, token in added.items()
+                token_id: _added(token["content"], token.get("special") or token["content"] in all_special)
+                for token_id, token in added.items()
             },
             # Absent is true: "the default legacy behaviour" that transformers warns of
             legacy=config.get("legacy") is not False,
@@ -276,8 +277,9 @@ def _read_added(repository: Repository, config: dict[str, Any]) -> dict[int, dic
     """Descriptions of the tokens that a file gives an id."""
     try:
         if "added_tokens_decoder" in config:
-            return {int(id): dict(token) for id, token in config["added_tokens_decoder"].items()}
-        return {int(id): {"content": text} for text, id in _read_json(repository, "added_tokens.json").items()}
+            return {int(token_id): dict(token) for token_id, token in config["added_tokens_decoder"].items()}
+        file = _read_json(repository, "added_tokens.json")
+        return {int(token_id): {"content": text} for text, token_id in file.items()}
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InvalidCheckpointError):
             raise
@@ -401,10 +403,10 @@ def _add_tokens(
     tokens = [token for text, token in splits.items() if text != IMAGE_TOKEN]
     tokenizer.add_tokens([_added(text, special=False) for text in user_defined if text not in splits])
     tokenizer.add_tokens(sorted(tokens, key=lambda token: tokenizer.token_to_id(token.content) is None))
-    for id, token in settings.added.items():
-        if token.content != IMAGE_TOKEN and (found := tokenizer.token_to_id(token.content)) != id:
+    for token_id, token in settings.added.items():
+        if token.content != IMAGE_TOKEN and (found := tokenizer.token_to_id(token.content)) != token_id:
             raise InvalidCheckpointError(
-                f"The tokenizer files of {repository.name!r} give {token.content!r} the id {id}, but after the "
+                f"The tokenizer files of {repository.name!r} give {token.content!r} the id {token_id}, but after the "
                 f"{size:,} pieces of "
                 f"tokenizer.model it is {found}. These files are not of one checkpoint; download them again."
             )

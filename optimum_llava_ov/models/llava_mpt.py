@@ -46,7 +46,11 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, config: LlavaMptConfig | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *args,  # noqa: ARG003  transformers passes them
+        config: LlavaMptConfig | None = None,
+        **kwargs,
     ) -> LlavaMptForConditionalGeneration:
         """Load an original LLaVA-MPT checkpoint without copying its weights.
 

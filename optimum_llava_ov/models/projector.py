@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
 
@@ -17,8 +15,8 @@ def build_projector(projector_type: str, vision_size: int, text_size: int) -> nn
         return nn.Identity()
     if projector_type == "linear":
         return nn.Linear(vision_size, text_size)
-    depth = int(re.fullmatch(r"mlp(\d+)x_gelu", projector_type).group(1))
-    layers = [nn.Linear(vision_size, text_size)]
+    depth = int(projector_type.removeprefix("mlp").removesuffix("x_gelu"))
+    layers: list[nn.Module] = [nn.Linear(vision_size, text_size)]
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(text_size, text_size)]
     return nn.Sequential(*layers)

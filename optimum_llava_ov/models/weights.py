@@ -26,16 +26,14 @@ def load_weights(model: LlavaMptForConditionalGeneration, checkpoint: OriginalCh
         [`InvalidCheckpointError`]: A tensor is missing, is not expected, does not hold floats, or has another shape
             than the configuration says.
     """
-    state_dict = _language_tensors(checkpoint, model)
+    state_dict = _language_tensors(checkpoint)
     state_dict.update(_vision_tensors(checkpoint, model))
     _check_tensors(checkpoint, model, state_dict)
     model.load_state_dict(state_dict, assign=True)
     _materialize_buffers(model)
 
 
-def _language_tensors(
-    checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration
-) -> dict[str, torch.Tensor]:
+def _language_tensors(checkpoint: OriginalCheckpoint) -> dict[str, torch.Tensor]:
     config, head = checkpoint.config, "language_model.lm_head"
     state_dict = {}
     for name, tensor in checkpoint.tensors().items():

@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimum_llava_ov.host import is_supported
 
@@ -154,7 +154,7 @@ def hook_modeling() -> None:
     visual.from_pretrained = classmethod(_from_pretrained_for_all(visual, llava))
 
 
-def _from_pretrained_for_all(visual: type, llava: type) -> Callable:
+def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
     """Let our class load folders that hold a LLaVA-MPT. Without a network, the host looks for any folder in the Hub's
     cache.
     """
@@ -187,7 +187,7 @@ def _is_in_folder(folder: Path) -> bool:
     return names_our_model(file)
 
 
-def _llava_class(stock: type) -> type:
+def _llava_class(stock: type) -> Any:
     """Make a class for the model type "llava" that chooses between Optimum's class and ours by the language model."""
 
     class OVLlava(stock):
@@ -200,7 +200,7 @@ def _llava_class(stock: type) -> type:
     return OVLlava
 
 
-def _our_class(llava: type) -> type:
+def _our_class(llava: Any) -> Any:
     """Return our class. `isinstance` with the class `llava` of the host's table is true for its models."""
     from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
