@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import nncf
 import openvino
-import openvino_tokenizers
 import torch
 from optimum.exporters.openvino import main_export as optimum_main_export
 from optimum.exporters.openvino.convert import export
@@ -27,13 +26,13 @@ from transformers import LlavaProcessor
 
 from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
-from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS, TOKENIZERS
+from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS
 from optimum_llava_ov.bundle.provenance import openvino_config
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import prepare_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
-from optimum_llava_ov.errors import BundleError, UnsupportedCheckpointError
+from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
@@ -41,6 +40,7 @@ from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.names import name_after_module
 from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.spill import Spill
+from optimum_llava_ov.export.tokenizers import export_tokenizers
 from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
 from optimum_llava_ov.options import check_options, names_of
 from optimum_llava_ov.system.memory import free, move_to_disk, read_ahead
@@ -326,24 +326,3 @@ def _finish(
             graph = compress(graph, config, dataset)
     progress.set_description(f"Writing {name}")
     return graph
-
-
-def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
-    """Write tokenizer and detokenizer as OpenVINO models, for GenAI.
-
-    Raises:
-        [`UnsupportedCheckpointError`]: the tokenizer has a step that openvino-tokenizers does not support.
-    """
-    try:
-        models = openvino_tokenizers.convert_tokenizer(
-            processor.tokenizer, with_detokenizer=True, skip_special_tokens=True
-        )
-    except Exception as error:  # openvino-tokenizers has no common error class
-        raise UnsupportedCheckpointError(
-            f"openvino-tokenizers cannot convert this tokenizer.json ({error}). Take it from the original checkpoint, "
-            "or export with --disable-convert-tokenizer: the bundle then runs everywhere except in GenAI."
-        ) from error
-    # GenAI reads the chat template from here if the bundle has no other
-    models[0].set_rt_info(processor.chat_template, "chat_template")
-    for model, name in zip(models, TOKENIZERS):
-        openvino.save_model(model, os.fspath(folder / name))

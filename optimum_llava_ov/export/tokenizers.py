@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from optimum_llava_ov.bundle.layout import TOKENIZERS
+from optimum_llava_ov.errors import UnsupportedCheckpointError
 
 
 if TYPE_CHECKING:
@@ -27,9 +28,18 @@ def export_tokenizers(processor: LlavaProcessor, folder: Path) -> None:
     openvino_tokenizers splits a text at special tokens, then it normalizes the parts between them. Rules that match
     special tokens, such as those of `checkpoint/sentencepiece.py`, need the whole text, so they are moved before the
     split.
+
+    Raises:
+        [`UnsupportedCheckpointError`]: the tokenizer has a step that openvino-tokenizers does not support.
     """
     tokenizer, rules = _without_rules(processor.tokenizer)
-    models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True, skip_special_tokens=True)
+    try:
+        models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True, skip_special_tokens=True)
+    except Exception as error:  # openvino-tokenizers has no common error class
+        raise UnsupportedCheckpointError(
+            f"openvino-tokenizers cannot convert this tokenizer.json ({error}). Take it from the original checkpoint, "
+            "or export with --disable-convert-tokenizer: the bundle then runs everywhere except in GenAI."
+        ) from error
     _prepend(models[0], rules)
     # GenAI reads the chat template from here if the bundle has no other
     models[0].set_rt_info(processor.chat_template, "chat_template")
