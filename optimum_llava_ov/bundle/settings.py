@@ -44,12 +44,12 @@ def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
         # Must be exact: with a larger value, optimum-intel merges images in its legacy way.
         image_seq_length=image_seq_length(config),
         vision_feature_layer=config.mm_vision_select_layer,
-        # "full": patches and additional tokens. The graph itself drops the class token.
+        # "full": patches and additional tokens. The graph itself drops the class token if it is not kept.
         vision_feature_select_strategy="full",
         projector_hidden_act="gelu",
         tie_word_embeddings=True,
         pad_token_id=checkpoint.tokenizer.pad_token_id,
-        # The original writes the borders into the prompt. These ids tell such a prompt.
+        # The original writes the borders into the prompt. Such prompts are recognised by these ids.
         im_start_token_id=config.im_start_token_id,
         im_end_token_id=config.im_end_token_id,
         architectures=["LlavaForConditionalGeneration"],

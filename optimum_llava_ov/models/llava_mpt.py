@@ -60,9 +60,8 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
             dtype, torch_dtype (`torch.dtype` or `str`, *optional*):
                 Dtype to convert all weights to. They stay as stored if it is `"auto"` or not given.
             config ([`LlavaMptConfig`], *optional*):
-                The checkpoint's configuration, which the Auto classes pass. Only its `dtype` is read, and only if
-                `dtype`
-                is not given: the Auto classes store the dtype that their caller asked for there.
+                The checkpoint's configuration, which the Auto classes pass. Only its `dtype` is read, if `dtype`
+                is not given: the Auto classes store there the dtype that their caller asked for.
             device_map (`str` or `torch.device`, *optional*): device of the model. The CPU if it is `"auto"` or not
                 given.
             subfolder, revision, cache_dir, token, local_files_only, force_download: as everywhere in transformers.
@@ -164,7 +163,7 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
 
 
 def generation_config(config: LlavaMptConfig, tokenizer) -> GenerationConfig:
-    """Return greedy generation that ends at `<|im_end|>`, the end of the assistant's turn, or at `<|endoftext|>`."""
+    """Return settings for greedy generation that ends at `<|im_end|>`, the end of a turn, or at `<|endoftext|>`."""
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=config.eos_token_id,
