@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say. Everything else is there."""
+"""Settings that pyproject.toml cannot express. All others are there."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from setuptools.command.egg_info import egg_info
 
 
 class EggInfo(egg_info):
-    """Does not list `optimum` among the names that belong to this package.
+    """Do not list `optimum` among the top-level names of this package.
 
-    One file of this package is in `optimum.commands.register`. Libraries that look up which distribution a name is of,
-    as diffusers does for the version of `optimum`, would take the version of this package for Optimum's.
+    One file of this package is in `optimum.commands.register`. Some libraries look up the distribution of a name:
+    diffusers does so for the version of `optimum`. They would take the version of this package for Optimum's.
     """
 
     def run(self):

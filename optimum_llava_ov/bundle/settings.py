@@ -1,6 +1,4 @@
-"""Everything in a bundle that is neither weights nor the card: configuration, processor, tokenizer, generation
-settings.
-"""
+"""Build and save the small files of a bundle: configuration, processor, tokenizer and generation settings."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 def image_seq_length(config: LlavaMptConfig) -> int:
-    """Rows of the image encoder's output: patches, the class token if kept, and the borders."""
+    """Return the number of tokens of one image: patches, the class token if it is kept, and the borders."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     return patches + _num_additional_image_tokens(config)
 
@@ -34,24 +32,24 @@ def _num_additional_image_tokens(config: LlavaMptConfig) -> int:
 
 
 def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
-    """`config.json` of the bundle: a "llava", which optimum-intel, GenAI and Model Server all know, around an "mpt".
+    """Build `config.json` of the bundle: an "mpt" in a "llava", which optimum-intel, GenAI and Model Server support.
 
-    Where it came from is under `converted_from`.
+    `converted_from` names the source of the bundle.
     """
     config = checkpoint.config
     return LlavaConfig(
         text_config=config.text_config.to_dict(),
         vision_config=config.vision_config.to_dict(),
         image_token_index=config.image_token_id,
-        # Exact: a larger value pushes optimum-intel into its legacy way of merging images.
+        # Must be exact: with a larger value, optimum-intel merges images in its legacy way.
         image_seq_length=image_seq_length(config),
         vision_feature_layer=config.mm_vision_select_layer,
-        # "full": as many rows as patches and additional tokens. The class token is dropped in the graph already.
+        # "full": patches and additional tokens. The graph itself drops the class token if it is not kept.
         vision_feature_select_strategy="full",
         projector_hidden_act="gelu",
         tie_word_embeddings=True,
         pad_token_id=checkpoint.tokenizer.pad_token_id,
-        # The original spells the borders in the prompt; prompts written for it are recognised by these ids.
+        # The original writes the borders into the prompt. Such prompts are recognised by these ids.
         im_start_token_id=config.im_start_token_id,
         im_end_token_id=config.im_end_token_id,
         architectures=["LlavaForConditionalGeneration"],
@@ -73,15 +71,15 @@ def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
 
 
 def _public_name(repository: Repository) -> str:
-    """A model id as it is; of a folder only its name, for a path tells strangers nothing but about its owner."""
+    """Return a model id unchanged, but only the name of a folder: its path could reveal private data of its owner."""
     return repository.folder.resolve().name if repository.is_local else repository.name
 
 
 def build_processor(checkpoint: OriginalCheckpoint) -> LlavaProcessor:
-    """`LlavaProcessor`, with pictures prepared by PIL as in the original.
+    """Build a `LlavaProcessor` that prepares images with PIL, as the original does.
 
-    The torchvision backend resamples differently, and half a grey level moves logits by 0.5 to 1.2 on the golden
-    models.
+    The torchvision backend resamples differently. A difference of half a grey level changes logits by 0.5 to 1.2 on
+    the golden models.
     """
     config, settings = checkpoint.config, dict(checkpoint.image_processor)
     settings["do_convert_rgb"] = True
@@ -100,7 +98,7 @@ def build_processor(checkpoint: OriginalCheckpoint) -> LlavaProcessor:
 
 
 class LlavaMptProcessor(LlavaProcessor):
-    """What `AutoProcessor` gives for an original checkpoint: the processor that its bundle will have."""
+    """The class that `AutoProcessor` uses for an original checkpoint. It builds the processor of the bundle."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> LlavaProcessor:
@@ -129,18 +127,18 @@ def _save_config(config: LlavaConfig, folder: Path) -> None:
     config.save_pretrained(folder)
     file = folder / "config.json"
     values = json.loads(file.read_text())
-    # transformers saves an empty `model_type` and all that configurations in general have here, and does not accept
-    # all of it on loading in every version.
+    # transformers also saves an empty `model_type` and the options that every configuration has. Some versions do not
+    # accept all of them on loading.
     attn_config = values["text_config"]["attn_config"]
     values["text_config"]["attn_config"] = {name: attn_config[name] for name in MptAttentionConfig.__annotations__}
     write_json(file, values)
 
 
 def _pin_image_backend(processor: LlavaProcessor, folder: Path) -> None:
-    """Name the PIL class, which transformers 5 would replace by torchvision's where that is installed.
+    """Write the name of the PIL class. Otherwise transformers 5 uses torchvision's, if torchvision is installed.
 
-    Only in `processor_config.json`: transformers 4 reads `preprocessor_config.json`, defaults to PIL, and knows no
-    such name.
+    Only `processor_config.json` is changed: transformers 4 reads `preprocessor_config.json`, uses PIL by default, and
+    does not have a class of this name.
     """
     file = folder / "processor_config.json"
     values = json.loads(file.read_text())
@@ -149,14 +147,14 @@ def _pin_image_backend(processor: LlavaProcessor, folder: Path) -> None:
 
 
 def _special_tokens_map(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """transformers 5 keeps these in `tokenizer_config.json`; other readers still look here."""
+    """Return the special tokens. transformers 5 has them in `tokenizer_config.json`, but other readers look here."""
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write a file as a whole or not at all.
+    """Write a JSON file completely or not at all.
 
     Raises:
-        `OSError`: it cannot be written. What was in the file before is still there.
+        `OSError`: it cannot be written. The file then still has its old content.
     """
     replace_text(file, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""`config.json` of an original LLaVA-MPT checkpoint: reading it, and refusing what we would compute wrongly."""
+"""Read `config.json` of an original LLaVA-MPT checkpoint, and refuse what this package does not compute."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Not from `transformers`: this module is imported while modules of transformers are, and this one is ready by then
+# Not from `transformers`: this module may be imported while `transformers` itself still is
 from transformers.configuration_utils import PretrainedConfig
 
 from optimum_llava_ov.checkpoint.options import (
@@ -29,7 +29,7 @@ from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpoin
 if TYPE_CHECKING:
     from transformers import MptConfig
 
-# Far beyond any model there is, and still built in a second
+# Larger than in any known model. A model of this size is still built in a second.
 MAX_LAYERS = 512
 MAX_PROJECTOR_LAYERS = 16
 MAX_WIDTH = 65_536
@@ -42,25 +42,25 @@ class LlavaMptConfig(PretrainedConfig):
     """Configuration of an original LLaVA-MPT checkpoint (`model_type: "llava_mpt"`), flat as it is on disk.
 
     The names are those of the original code: MosaicML's for the language model (`d_model`, `n_heads`, `n_layers`,
-    `attn_config`, ...), LLaVA's for the rest (`mm_vision_tower`, `mm_projector_type`, `mm_vision_select_layer`, ...).
-    They are explained in `docs/checkpoints.md`.
+    `attn_config`, ...), and LLaVA's for the rest (`mm_vision_tower`, `mm_projector_type`, `mm_vision_select_layer`,
+    ...). `docs/checkpoints.md` explains them.
 
     Args:
         vision_config (`CLIPVisionConfig`, *optional*):
-            The vision tower's own configuration. It lives in another repository and is filled in when that is read.
+            The vision tower's own configuration. It is in another repository, and is filled in when that is read.
         im_start_token_id, im_end_token_id (`int`, *optional*):
-            Ids of `<im_start>` and `<im_end>`, from the tokenizer, if the checkpoint puts them around an image.
+            Ids of `<im_start>` and `<im_end>` in the tokenizer, if the checkpoint puts them around an image.
         eos_token_id (`list[int]`, *optional*):
             Ids that end an answer: `<|im_end|>` and the checkpoint's own end of text.
         image_token_id (`int`, *optional*):
-            Id of `<image>`, which the original spells -200 and no tokenizer of its knows.
+            Id of `<image>`. The original writes -200, and its tokenizers do not have this token.
         padded_vocab_size (`int`, *optional*):
-            Rows of the checkpoint's embedding table; `vocab_size` are those in use and one for `<image>`.
+            Number of rows of the checkpoint's embedding table. `vocab_size` counts the used ones, and `<image>`.
     """
 
     model_type = "llava_mpt"
 
-    # Class attributes are the original code's defaults for options a checkpoint may leave out.
+    # Defaults of the original code, for options that a checkpoint may leave out
     mm_vision_tower: str | None = None
     mm_hidden_size: int | None = None
     mm_projector_type: str | None = None
@@ -77,11 +77,9 @@ class LlavaMptConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> LlavaMptConfig:
-        """Take the known options of a `config.json` and drop the rest, among which some choose code
-        (`_attn_implementation`).
-        """
+        """Take the known options of a `config.json`. Drop all others: some choose code (`_attn_implementation`)."""
         known = {name: config_dict[name] for name in _OPTIONS if config_dict.get(name) is not None}
-        # What the Auto classes load, if they are not asked for another. Any other name would be looked up in torch.
+        # The dtype that the Auto classes load by default. They would look up any other name in torch.
         known |= {name: config_dict[name] for name in ("dtype", "torch_dtype") if config_dict.get(name) in _DTYPES}
         if isinstance(known.get("attn_config"), dict):
             known["attn_config"] = {
@@ -91,7 +89,7 @@ class LlavaMptConfig(PretrainedConfig):
 
     @property
     def text_config(self) -> MptConfig:
-        """The language model's part, with the names and defaults of transformers."""
+        """Configuration of the language model, with the names and defaults of transformers."""
         return mpt_config(self)
 
     @property
@@ -104,17 +102,17 @@ class LlavaMptConfig(PretrainedConfig):
 
     @property
     def num_border_tokens(self) -> int:
-        """Rows that frame the patches of one image: `<im_start>` and `<im_end>`, or none."""
+        """Number of embeddings around the patches of one image: 2 for `<im_start>` and `<im_end>`, or 0."""
         return 2 if self.mm_use_im_start_end else 0
 
 
 def mpt_config(config: PretrainedConfig) -> MptConfig:
-    """Language model part of a flat LLaVA-MPT configuration.
+    """Return the configuration of the language model in a flat LLaVA-MPT configuration.
 
-    Only what has a meaning is copied: `attn_config` as transformers re-saves it contains an empty `model_type` and
-    training options, with types that newer versions reject.
+    Only options that inference reads are copied: `attn_config`, as transformers saves it again, contains an empty
+    `model_type` and training options, with types that newer versions reject.
     """
-    # Brings transformers' table of configurations, which asks for this module when it is registered there
+    # Imports transformers' table of configurations, which imports this module when it is registered there
     from transformers import MptConfig
 
     alibi_bias_max, softmax_scale, clip_qkv = (
@@ -143,7 +141,7 @@ _REQUIRED = ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "exp
 _PROJECTORS = ("linear", "identity", *(f"mlp{depth}x_gelu" for depth in range(MAX_PROJECTOR_LAYERS + 1)))
 _DTYPES = ("float16", "bfloat16", "float32")
 
-# All options that are read, and for which values our graph is the original's
+# All options that are read, and the values for which our graph computes what the original does
 _OPTIONS = {
     "d_model": integer(1, MAX_WIDTH),
     "n_heads": integer(1, MAX_HEADS),
@@ -182,9 +180,7 @@ _ATTENTION_OPTIONS = {
 
 
 def names_our_model(file: Path) -> bool:
-    """Whether a `config.json` says that it is of a LLaVA-MPT. A damaged one that says so is ours, too: ours to
-    report.
-    """
+    """Return whether a `config.json` names a LLaVA-MPT. A damaged one counts too: this package reports it."""
     try:
         return read_json(file).get("model_type") == LlavaMptConfig.model_type
     except InvalidCheckpointError:
@@ -194,28 +190,27 @@ def names_our_model(file: Path) -> bool:
 
 
 def read_config(file: Path) -> LlavaMptConfig:
-    """Configuration of an original checkpoint, from its `config.json`.
+    """Read the configuration of an original checkpoint from its `config.json`.
 
     Raises:
         [`InvalidCheckpointError`]: the file is not a JSON object.
-        [`UnsupportedCheckpointError`]: it describes another kind of model, or one that our graph does not compute.
+        [`UnsupportedCheckpointError`]: it describes another kind of model, or a model that our graph does not compute.
     """
     values = read_json(file)
     if values.get("model_type") != "llava_mpt":
         raise UnsupportedCheckpointError(
             f"Found model_type {shown(values.get('model_type'))} in {file}, expected 'llava_mpt': this package "
-            "converts original-format "
-            "LLaVA-MPT checkpoints, such as liuhaotian/LLaVA-Lightning-MPT-7B-preview."
+            "converts original-format LLaVA-MPT checkpoints, such as liuhaotian/LLaVA-Lightning-MPT-7B-preview."
         )
     _check_values(values, file)
     return LlavaMptConfig.from_dict(values)
 
 
 def _check_values(values: dict[str, Any], file: Path) -> None:
-    """Refuse, by the option's name, a configuration that our graph does not compute.
+    """Refuse a configuration that our graph does not compute, and name the options.
 
-    transformers' MPT silently drops biases, `qk_ln` and prefix-LM; a model converted from such a checkpoint would
-    load, run and be wrong.
+    transformers' MPT silently drops biases, `qk_ln` and prefix-LM. A model converted from such a checkpoint would load
+    and run, but its answers would be wrong.
     """
     missing = [name for name in _REQUIRED if values.get(name) is None]
     if missing:
@@ -227,7 +222,7 @@ def _check_values(values: dict[str, Any], file: Path) -> None:
     problems = broken_rules(values, _OPTIONS)
     if isinstance(values["attn_config"], dict):
         problems += broken_rules(values["attn_config"], _ATTENTION_OPTIONS, "attn_config.")
-    if not problems:  # each value makes sense; do they together?
+    if not problems:  # each value is valid; check them together
         d_model, n_heads, mm_hidden_size = values["d_model"], values["n_heads"], values.get("mm_hidden_size")
         if values.get("mm_projector_type") == "identity" and mm_hidden_size not in (None, d_model):
             problems.append(f"mm_projector_type='identity' with mm_hidden_size={mm_hidden_size} != d_model={d_model}")

@@ -1,7 +1,6 @@
-"""How a conversation is written as one prompt: each style as data, its chat template, and the rule that chooses the
-style.
+"""Write a conversation as one prompt: each style as data, its chat template, and the rule that chooses the style.
 
-The styles and their texts are those of the original (`llava/conversation.py`). BOS is in none of them: the tokenizer
+The styles and their texts are those of the original (`llava/conversation.py`). They do not contain BOS: the tokenizer
 writes it (see `checkpoint/sentencepiece.py`). Only `llava_llama_2` spells it, between two rounds.
 """
 
@@ -22,14 +21,13 @@ class Conversation:
     """
     Attributes:
         name (`str`): the key in the original's `conv_templates`.
-        system (`str`): system text where the caller gives none.
-        around_system, around_user, around_assistant (`tuple[str, str]`): what is written before and after the text of
-            a message.
-        generation_prompt (`str`): what comes after the last message, for the model to continue.
+        system (`str`): system text if the caller does not give one.
+        around_system, around_user, around_assistant (`tuple[str, str]`): texts before and after the text of a message.
+        generation_prompt (`str`): text after the last message, which the model continues.
         stop_strings (`tuple[str, ...]`): an answer ends before any of these.
         system_in_user (`bool`): whether a system text is written into the user's message that follows, before its
-            text. An empty one is then not written.
-        between_rounds (`str`): what is written before each message of the user except the first.
+            text. An empty system text is then left out.
+        between_rounds (`str`): text before each message of the user except the first.
     """
 
     name: str
@@ -46,16 +44,18 @@ class Conversation:
     def chat_template(self) -> str:
         """The style as a Jinja template, in the part of the language that transformers and GenAI have in common.
 
-        Images come first within a message, whatever their place in its content, as GenAI puts them; a newline
-        separates them and the texts. A caller's system message replaces the default.
+        Within a message all images come before all texts, as in GenAI. A newline separates them. A system message of
+        the caller replaces the default.
         """
         style = {name: value for name, value in asdict(self).items() if name != "stop_strings"}
-        # JSON's texts, lists, true and false are written alike in Jinja
+        # Strings, lists, true and false are the same in JSON and in Jinja
         return f"{{%- set style = {json.dumps(style)} -%}}{_CHAT_TEMPLATE}"
 
     def stops(self, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[str]]:
-        """What ends an answer: ids of tokens (`eos_token_id` of a generation configuration), and the `stop_strings`
-        that are no tokens.
+        """Return what ends an answer.
+
+        Returns:
+            Ids of tokens (`eos_token_id` of a generation configuration), and the `stop_strings` that are not tokens.
         """
         tokens = [text for text in self.stop_strings if text in tokenizer.get_vocab()]
         ids = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(tokens)]
@@ -101,7 +101,7 @@ def _chatml(name: str, system: str) -> Conversation:
         around_system,
         around_user,
         around_assistant,
-        generation_prompt=around_assistant[0],
+        generation_prompt=f"{TURN_START_TOKEN}assistant\n",
         stop_strings=(TURN_END_TOKEN,),
     )
 
@@ -131,10 +131,10 @@ CONVERSATIONS = {
 
 
 def conversation_named(name: str) -> Conversation:
-    """The style that a caller asks for.
+    """Return the style of this name.
 
     Raises:
-        `ValueError`: there is none of this name.
+        `ValueError`: there is no such style.
     """
     if name not in CONVERSATIONS:
         raise ValueError(f"There is no conversation {name!r}. Expected one of: {', '.join(CONVERSATIONS)}.")
@@ -145,14 +145,14 @@ class Choice(NamedTuple):
     """
     Attributes:
         conversation ([`Conversation`]): the style.
-        reason (`str`): why, as a sentence for the user.
+        reason (`str`): why this style was chosen, as a sentence for the user.
     """
 
     conversation: Conversation
     reason: str
 
 
-# What a name must contain (without regard to case), the style, and what such a name says
+# A pattern to find in the name in lower case, the style, and what such a name stands for
 _NAMES = (
     (r"llama-?2.*chat", LLAVA_LLAMA_2, "Llama 2 Chat"),
     (r"(?<![a-z0-9])v0(?![0-9])", LLAVA_V0, "version 0 of LLaVA or Vicuna"),
@@ -166,22 +166,21 @@ def choose_conversation(
     base_model: str | None = None,
     name: str | None = None,
 ) -> Choice:
-    """The style that a checkpoint was trained with, as far as the checkpoint says it. The first rule that applies
-    counts:
+    """Choose the style that a checkpoint was trained with, as far as the checkpoint says it. The first match wins:
 
     1. An MPT model: `mpt`.
-    2. Its tokenizer has `<|im_start|>` and `<|im_end|>`: `chatml_direct`.
-    3. A Mistral model: `vicuna_v1` if it is BakLLaVA by one of its names, else `mistral_instruct`.
-    4. What the name of its base model says, or if that says nothing, its own: `llava_llama_2` for Llama 2 Chat,
-       `llava_v0` for version 0, `vicuna_v1` for Vicuna and versions 1, 1.5 and 1.6.
+    2. A tokenizer with `<|im_start|>` and `<|im_end|>`: `chatml_direct`.
+    3. A Mistral model: `vicuna_v1` if one of its names contains BakLLaVA, else `mistral_instruct`.
+    4. The name of the base model, then the checkpoint's own: `llava_llama_2` for Llama 2 Chat, `llava_v0` for
+       version 0, `vicuna_v1` for Vicuna and versions 1, 1.5 and 1.6.
     5. `vicuna_v1`.
 
-    The original's command line looks at the name of the folder alone, takes `llava_v0` for names it does not know, and
-    `llava_v1` where training and evaluation take `vicuna_v1`.
+    The original's command line looks only at the name of the folder. It takes `llava_v0` for names that it does not
+    know, and `llava_v1` where training and evaluation take `vicuna_v1`.
 
     Args:
         architecture: the first of `architectures` in `config.json`.
-        tokenizer: the checkpoint's.
+        tokenizer: the tokenizer of the checkpoint.
         base_model: folder or model id that it was trained from: `base_model_name_or_path` of an adapter, or
             `_name_or_path` of `config.json`.
         name: folder or model id of the checkpoint.
@@ -203,12 +202,12 @@ def choose_conversation(
                 return Choice(conversation, f"The {what} {text!r} stands for {meaning}.")
     return Choice(
         VICUNA_V1,
-        "Neither the architecture, the tokenizer nor a name says otherwise, and the original's training scripts take "
-        "it.",
+        "Neither the architecture, the tokenizer nor a name says otherwise, and the original's training scripts "
+        "take it.",
     )
 
 
-# In the subset of Jinja that GenAI understands: no `replace`. `state.text` becomes the text of one message.
+# In the subset of Jinja that GenAI understands: without `replace`. `state.text` becomes the text of one message.
 _CHAT_TEMPLATE = """
 {%- set state = namespace(system=style['system'], text='', newline='', before_user='') -%}
 {%- if messages[0]['role'] == 'system' -%}

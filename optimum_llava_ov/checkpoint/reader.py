@@ -1,4 +1,4 @@
-"""An original LLaVA checkpoint as a whole: everything but the weights is read, and checked, when it is opened."""
+"""Open an original LLaVA checkpoint: read and check everything except the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpoin
 
 logger = logging.getLogger(__name__)
 
-# name of a single file, name of its index: in the order of preference
+# Name of a single file and name of an index of several, in the order of preference
 _WEIGHT_FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -36,7 +36,7 @@ class OriginalCheckpoint:
         repository ([`Repository`]): where the language model and the projector are.
         vision_repository ([`Repository`]): where the vision tower is.
         config ([`LlavaMptConfig`]): with `vision_config` and the ids of the image tokens filled in.
-        tokenizer ([`PreTrainedTokenizerFast`]): with `<image>` added behind the checkpoint's vocabulary.
+        tokenizer ([`PreTrainedTokenizerFast`]): with `<image>` added after the checkpoint's vocabulary.
         image_processor (`dict`): options of `preprocessor_config.json` of the vision tower.
     """
 
@@ -48,12 +48,11 @@ class OriginalCheckpoint:
 
     @classmethod
     def open(cls, name_or_path: str | Path, vision_tower: str | None = None, **kwargs) -> OriginalCheckpoint:
-        """Read configurations and tokenizer, and check that all of it can be converted, before any weights are
-        downloaded.
+        """Read configurations and tokenizer, and check that they can be converted. Weights are not downloaded yet.
 
         Args:
             name_or_path: a folder, or a model id on the Hub.
-            vision_tower: folder or model id to take the vision tower from, instead of what `mm_vision_tower` says.
+            vision_tower: folder or model id of the vision tower, instead of `mm_vision_tower`.
             kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
         """
         options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
@@ -69,7 +68,7 @@ class OriginalCheckpoint:
         vision_repository = vision_repository.pinned(vision_file)
         config.vision_config = read_vision_config(vision_file)
         _check_vision_config(config)
-        processor_file = vision_repository.require("preprocessor_config.json", "it says how pictures are prepared")
+        processor_file = vision_repository.require("preprocessor_config.json", "it says how images are prepared")
         image_processor = read_image_processor(
             processor_file, config.vision_config.image_size, pads=config.image_aspect_ratio == "pad"
         )
@@ -79,23 +78,22 @@ class OriginalCheckpoint:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """Paths of the language model's weights; downloads them."""
+        """Paths of the language model's weights, which are downloaded first."""
         return _weight_files(self.repository, "the weights")
 
     @cached_property
     def vision_weight_files(self) -> list[Path]:
-        """Paths of the vision tower's weights; downloads them."""
+        """Paths of the vision tower's weights, which are downloaded first."""
         return _weight_files(self.vision_repository, "the vision tower's weights")
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The language model and the projector, by the names of the checkpoint, mapped. A tower inside is left out."""
+        """Map the tensors of the language model and the projector, by their names. A vision tower is left out."""
         tensors = _merge(self.weight_files)
-        # Fine-tuned checkpoints carry the tower along; the original code loads it from its own repository all the
-        # same.
+        # Fine-tuned checkpoints may contain the tower, but the original code loads it from its own repository.
         return {name: tensor for name, tensor in tensors.items() if ".vision_tower." not in f".{name}"}
 
     def vision_tensors(self) -> dict[str, torch.Tensor]:
-        """The vision tower, by the names of `CLIPVisionModel`, mapped. CLIP's text half is left out."""
+        """Map the tensors of the vision tower, by their names in `CLIPVisionModel`. CLIP's text model is left out."""
         return {
             name: tensor
             for name, tensor in _merge(self.vision_weight_files).items()
@@ -104,25 +102,26 @@ class OriginalCheckpoint:
 
 
 def is_original_checkpoint(name_or_path: str | Path, **kwargs) -> bool:
-    """Whether `name_or_path` is an original-format LLaVA-MPT checkpoint. `False` for anything that cannot be read."""
+    """Return whether `name_or_path` is an original-format LLaVA-MPT checkpoint. `False` if it cannot be read."""
     try:
         return holds_original_checkpoint(name_or_path, **kwargs)
-    except (ValueError, OSError):  # not ours to report: Optimum says what is wrong with it
+    except (ValueError, OSError):  # Optimum reports what is wrong with it
         return False
 
 
 def holds_original_checkpoint(name_or_path: str | Path, any_name: bool = False, **kwargs) -> bool:
-    """Like [`is_original_checkpoint`], but what nobody can read is an error. `False` if there is no readable
-    configuration.
+    """Do the same as [`is_original_checkpoint`], but raise if there is no such folder or model.
+
+    Returns `False` if its configuration is missing or does not name a LLaVA-MPT.
 
     Args:
         name_or_path: a folder, or a model id on the Hub.
-        any_name: also ask the Hub for names without an owner (`gpt2`), which some models of other people have.
+        any_name: also ask the Hub for names without an owner (`gpt2`), which some other models have.
         kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
 
     Raises:
         [`InvalidCheckpointError`], [`HubError`]: there is no such folder or model, or the Hub cannot be reached or
-        refuses it.
+            refuses it.
     """
     options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config_file = Repository(str(name_or_path), any_name=any_name, **options).get("config.json")

@@ -1,10 +1,10 @@
-"""A fast tokenizer from `tokenizer.model`, with the ids that the original LLaVA code feeds to the model.
+"""Build a fast tokenizer from `tokenizer.model`, with the ids that the original LLaVA code feeds to the model.
 
-The original tokenizes the text between two images alone (`tokenizer_image_token` in `llava/mm_utils.py`), with the
-slow tokenizer of transformers, or with the fast one where the language model is Mistral. Each text then begins with
-SentencePiece's dummy prefix, a space. Here one tokenizer reads the whole prompt, and rules of its normalizer write the
-prefixes and BOS into the text. So the ids do not depend on `add_special_tokens`, and `export/tokenizers.py` can move
-the rules to OpenVINO as they are.
+The original tokenizes each text between two images separately (`tokenizer_image_token` in `llava/mm_utils.py`). It
+uses the slow tokenizer of transformers, or the fast one if the language model is Mistral. Each text then begins with
+the dummy prefix of SentencePiece, a space. Here one tokenizer reads the whole prompt, and rules of its normalizer
+write the prefixes and BOS into the text. So the ids do not depend on `add_special_tokens`, and `export/tokenizers.py`
+can convert the rules to OpenVINO unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpoin
 
 IM_PATCH_TOKEN = "<im_patch>"
 _SPACE = "▁"  # how SentencePiece writes a space
-# In this order transformers appends those that the vocabulary lacks
+# transformers appends those that the vocabulary lacks, in this order
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _TOKENIZER_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast")
@@ -58,7 +58,7 @@ class SentencePieceModel:
     """
     Attributes:
         pieces (`list[Piece]`): the vocabulary; a piece's index is its id.
-        add_dummy_prefix (`bool`): whether a text begins with a space that nobody typed.
+        add_dummy_prefix (`bool`): whether SentencePiece writes a space before each text.
     """
 
     pieces: list[Piece]
@@ -70,16 +70,17 @@ class SentencePieceModel:
 
         Raises:
             [`InvalidCheckpointError`]: the file is damaged, or is not a SentencePiece model.
-            [`UnsupportedCheckpointError`]: it is another kind of model than BPE with bytes for unknown characters, or
-                one that changes the text before it is split.
+            [`UnsupportedCheckpointError`]: the model is not BPE with bytes for unknown characters, or it changes the
+                text before it splits it.
         """
         try:
-            model = list(_fields(file.read_bytes()))
-            pieces = [_piece(dict(_fields(value))) for number, value in model if number == _MODEL_PIECES]
+            pieces: list[Piece] = []
             trainer: dict[int, Any] = {}
             normalizer: dict[int, Any] = {}
-            for number, value in model:  # a message that is there twice is merged, by the format's rules
-                if number == _MODEL_TRAINER:
+            for number, value in _fields(file.read_bytes()):
+                if number == _MODEL_PIECES:
+                    pieces.append(_piece(dict(_fields(value))))
+                elif number == _MODEL_TRAINER:  # protobuf merges a message that occurs twice
                     trainer.update(_fields(value))
                 elif number == _MODEL_NORMALIZER:
                     normalizer.update(_fields(value))
@@ -89,14 +90,12 @@ class SentencePieceModel:
                 raise
             raise InvalidCheckpointError(
                 f"{file} ({file.stat().st_size:,} bytes) is damaged, or is not a SentencePiece model ({error}). "
-                "Expected the file of this name in the checkpoint's own repository. Download it again."
+                "Expected the file that the checkpoint's own repository has under this name; download it again."
             ) from error
         return cls(pieces, bool(normalizer.get(_NORMALIZER_ADD_DUMMY_PREFIX, True)))
 
     def merges(self) -> list[tuple[str, str]]:
-        """Pairs of pieces that BPE joins, the most important first: those that make the piece with the highest
-        score.
-        """
+        """List the pairs of pieces that BPE joins. The pairs that make the piece with the highest score come first."""
         ids = {piece.text: index for index, piece in enumerate(self.pieces) if piece.type is PieceType.NORMAL}
         merges = []
         for text, index in ids.items():
@@ -120,11 +119,12 @@ _BPE = 2
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each field of a protobuf message: an integer, or the bytes of everything else."""
+    """Yield number and value of each field of one protobuf message. Values that are not integers are `bytes`."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
         number, wire_type = key >> 3, key & 7
+        value: int | bytes
         if wire_type == 0:
             integer, position = _varint(data, position)
             yield number, integer
@@ -135,9 +135,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
                 size = 8 if wire_type == 1 else 4
             else:
                 raise ValueError(f"wire type {wire_type} at byte {position}")
-            value = data[position : position + size]
-            if len(value) != size:
+            if position + size > len(data):
                 raise ValueError(f"it ends within a field of {size:,} bytes")
+            value = data[position : position + size]
             position += size
             yield number, value
 
@@ -190,21 +190,21 @@ def _check_model(file: Path, pieces: list[Piece], trainer: dict[int, Any], norma
     if problems:
         raise UnsupportedCheckpointError(
             f"{file} is not a SentencePiece model as LLaMA, Vicuna, Mistral and Yi have it: {'; '.join(problems)}. "
-            "Its ids would be "
-            "wrong, so nothing was converted. If the checkpoint should be of that kind, take tokenizer.model from its "
-            "language model."
+            "Its ids would be wrong, so nothing was converted. If the checkpoint should be of that kind, take "
+            "tokenizer.model from its language model."
         )
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What the JSON files beside `tokenizer.model` say, with the defaults and the precedence of transformers 4.37.
+    """Settings in the JSON files beside `tokenizer.model`, with the defaults and the precedence of transformers 4.37.
 
     Attributes:
-        special (`dict[str, str]`): by the names of transformers (`bos_token`, ...).
+        special (`dict[str, str]`): texts of special tokens, by their names in transformers (`bos_token`, ...).
         additional (`list[str]`): special tokens without a name.
-        added (`dict[int, AddedToken]`): by id, tokens that the files give an id.
+        added (`dict[int, AddedToken]`): tokens that the files give an id, by this id.
         legacy (`bool`): whether texts get a dummy prefix after special tokens as well.
+        add_bos (`bool`): whether a prompt begins with BOS.
     """
 
     special: dict[str, str]
@@ -224,21 +224,19 @@ class _Settings:
         if (name := config.get("tokenizer_class")) not in _TOKENIZER_CLASSES:
             raise UnsupportedCheckpointError(
                 f"tokenizer_config.json of {repository.name!r} names the class {name!r}, expected LlamaTokenizer. If "
-                "the language "
-                "model is a LLaMA or Mistral, take the tokenizer's files from its own repository."
+                "the language model is a LLaMA or Mistral, take the tokenizer's files from its own repository."
             )
         if config.get("add_eos_token"):
             raise UnsupportedCheckpointError(
                 f"tokenizer_config.json of {repository.name!r} has add_eos_token=true, so that each prompt would end "
-                "with the end of "
-                "the text. Expected false: set it to false, it is a setting of training."
+                "with the end of the text. Expected false: set it to false, it is a setting of training."
             )
         if "added_tokens_decoder" not in config:
-            # Saved by transformers before 4.34: other files count, and what they say comes first
+            # Saved by transformers before 4.34: another file takes precedence
             config = {**config, **_read_json(repository, "special_tokens_map.json")}
         added = _read_added(repository, config)
-        tokens = {name: config.get(name) or _DEFAULTS.get(name) for name in _SPECIAL_TOKENS}
-        tokens = {name: token for name, token in tokens.items() if token is not None}
+        named = {name: config.get(name) or _DEFAULTS.get(name) for name in _SPECIAL_TOKENS}
+        tokens = {name: token for name, token in named.items() if token is not None}
         additional = config.get("additional_special_tokens") or []
         for token in [*added.values(), *tokens.values(), *additional]:
             _check_token(repository, token)
@@ -252,7 +250,7 @@ class _Settings:
                 token_id: _added(token["content"], token.get("special") or token["content"] in all_special)
                 for token_id, token in added.items()
             },
-            # Absent is true: "the default legacy behaviour" that transformers warns of
+            # transformers takes true if it is absent, and warns of "the default legacy behaviour"
             legacy=config.get("legacy") is not False,
             add_bos=config.get("add_bos_token") is not False,
         )
@@ -274,19 +272,18 @@ def _read_json(repository: Repository, name: str) -> dict[str, Any]:
 
 
 def _read_added(repository: Repository, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Descriptions of the tokens that a file gives an id."""
+    """Return the descriptions of the tokens that a file gives an id, by this id."""
     try:
         if "added_tokens_decoder" in config:
             return {int(token_id): dict(token) for token_id, token in config["added_tokens_decoder"].items()}
-        file = _read_json(repository, "added_tokens.json")
-        return {int(token_id): {"content": text} for text, token_id in file.items()}
+        tokens = _read_json(repository, "added_tokens.json")
+        return {int(token_id): {"content": text} for text, token_id in tokens.items()}
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InvalidCheckpointError):
             raise
         raise InvalidCheckpointError(
             f"The added tokens of {repository.name!r} are not given as ids and tokens ({error}): "
-            "`added_tokens_decoder` of "
-            "tokenizer_config.json, or added_tokens.json. Download these files again."
+            "`added_tokens_decoder` of tokenizer_config.json, or added_tokens.json. Download these files again."
         ) from error
 
 
@@ -296,15 +293,13 @@ def _check_token(repository: Repository, token: str | dict[str, Any]) -> None:
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
         raise InvalidCheckpointError(
             f"The tokenizer files of {repository.name!r} describe a token as {token!r}; expected a text, or an object "
-            "with `content`. "
-            "Download them again."
+            "with `content`. Download them again."
         )
     for option in ("lstrip", "rstrip", "single_word"):
         if token.get(option):
             raise UnsupportedCheckpointError(
-                f"The token {token['content']!r} of {repository.name!r} has {option}=true (supported: false): prompts "
-                "would get other "
-                "ids than in the original."
+                f"The token {token['content']!r} of {repository.name!r} has {option}=true (supported: false): "
+                "prompts would get other ids than in the original."
             )
 
 
@@ -313,29 +308,30 @@ def _text(token: str | dict[str, Any]) -> str:
 
 
 def _added(text: str, special: bool = True) -> AddedToken:
-    # Normalized, so that the rules see the whole text before it is split at these tokens
+    # `normalized=True`: the rules then see the whole text before it is split at these tokens
     return AddedToken(text, special=special, normalized=True)
 
 
 def load_sentencepiece_tokenizer(
     repository: Repository, fast: bool = False, use_im_patch: bool = True, use_im_start_end: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Tokenizer of a LLaMA or Mistral checkpoint, with `<image>` under the first id after all others.
+    """Load the tokenizer of a LLaMA or Mistral checkpoint. `<image>` gets the first id after all others.
 
-    The ids are those of the original's `tokenizer_image_token` on transformers 4.37, `<image>` standing for -200, with
-    two
-    differences that both engines need: a text that spells BOS at its beginning gets no second one, and a text that is
-    nothing but one special token gets none (`encode("<image>")` is one id).
+    The ids are those of the original's `tokenizer_image_token` on transformers 4.37, where `<image>` is -200. Both
+    engines need two differences:
+
+    - A text that begins with BOS does not get a second one.
+    - A text that is exactly one special token does not get BOS: `encode("<image>")` is one id.
 
     Args:
-        repository: folder or model id that has `tokenizer.model`. For an adapter, that of its base.
-        fast: whether the original uses the fast tokenizer, as it does for Mistral; it never treats texts as `legacy:
-            false` does.
-        use_im_patch: `mm_use_im_patch_token` of the checkpoint, which is true where it is absent: adds `<im_patch>`.
+        repository: folder or model id that has `tokenizer.model`. For an adapter, that of its base model.
+        fast: whether the original uses the fast tokenizer, as it does for Mistral. The fast one ignores
+            `legacy: false`.
+        use_im_patch: `mm_use_im_patch_token` of the checkpoint (true if it is absent): adds `<im_patch>`.
         use_im_start_end: `mm_use_im_start_end`: adds `<im_start>` and `<im_end>`.
 
     Raises:
-        [`InvalidCheckpointError`]: a file is missing or damaged, or they do not fit each other.
+        [`InvalidCheckpointError`]: a file is missing or damaged, or the files do not fit each other.
         [`UnsupportedCheckpointError`]: the ids would not be the original's.
     """
     model = SentencePieceModel.read(
@@ -369,20 +365,17 @@ def load_sentencepiece_tokenizer(
         tokenizer_object=tokenizer,
         **{name: settings.special[name] for name in ("bos_token", "eos_token", "unk_token")},
         pad_token=settings.special.get("pad_token", settings.special["unk_token"]),
-        # A decoder continues the last token of a row, so padding goes before the first.
+        # A decoder continues the last token of a sequence, so padding goes before the first.
         padding_side="left",
         truncation_side="left",
-        # In the original a setting of training; what the model can read is `max_position_embeddings` of its
-        # configuration.
+        # The original's value is a setting of training. The model's limit is `max_position_embeddings`.
         model_max_length=int(1e30),
         clean_up_tokenization_spaces=False,
     )
 
 
 def _split_tokens(settings: _Settings, image_tokens: list[str]) -> dict[str, AddedToken]:
-    """All tokens at which the original splits a text, in the order of their ids as far as they are not in the
-    vocabulary.
-    """
+    """Return all tokens at which the original splits a text. Those not in the vocabulary get ids in this order."""
     tokens = {token.content: token for _, token in sorted(settings.added.items())}
     for text in [*settings.all_special, *image_tokens, IMAGE_TOKEN]:
         tokens.setdefault(text, _added(text))
@@ -396,8 +389,11 @@ def _add_tokens(
     splits: dict[str, AddedToken],
     user_defined: list[str],
 ) -> None:
-    """Add the tokens, those of the vocabulary first, so that the others get the ids after it, and `<image>` the last
-    one.
+    """Add the tokens: first those of the vocabulary, so that the others get the ids after it, and `<image>` last.
+
+    Raises:
+        [`InvalidCheckpointError`]: a token gets another id than the files give it.
+        [`UnsupportedCheckpointError`]: the tokenizer already has `<image>`.
     """
     size = tokenizer.get_vocab_size()
     tokens = [token for text, token in splits.items() if text != IMAGE_TOKEN]
@@ -407,8 +403,8 @@ def _add_tokens(
         if token.content != IMAGE_TOKEN and (found := tokenizer.token_to_id(token.content)) != token_id:
             raise InvalidCheckpointError(
                 f"The tokenizer files of {repository.name!r} give {token.content!r} the id {token_id}, but after the "
-                f"{size:,} pieces of "
-                f"tokenizer.model it is {found}. These files are not of one checkpoint; download them again."
+                f"{size:,} pieces of tokenizer.model it is {found}. These files are not of one checkpoint; download "
+                "them again."
             )
 
     if tokenizer.token_to_id(IMAGE_TOKEN) is not None or IMAGE_TOKEN in {
@@ -423,10 +419,10 @@ def _add_tokens(
 def _rules(
     model: SentencePieceModel, settings: _Settings, splits: list[str], image_tokens: list[str], fast: bool
 ) -> list[tuple[str, str]]:
-    """Regular expressions without width, and what is written where they match: BOS and the dummy prefixes.
+    """Return regular expressions without width, each with the text to write where it matches: BOS or a dummy prefix.
 
-    The syntax is common to Oniguruma (`tokenizers`) and PCRE2 (OpenVINO). A text that is one token stays as it is:
-    `tokenizers` normalizes the tokens themselves as well.
+    The syntax is common to Oniguruma (`tokenizers`) and PCRE2 (OpenVINO). No rule matches a text that is exactly one
+    token, because `tokenizers` normalizes the tokens themselves as well.
     """
     rules = []
     lone = rf"(?!(?:{_any_of([*splits, *model.texts(PieceType.USER_DEFINED)])})\z)"
@@ -437,12 +433,12 @@ def _rules(
         start = rf"(?<=\A{bos})"
 
     if fast or settings.legacy:
-        # Each piece between two tokens is tokenized on its own. The fast tokenizer does not ask the model whether to
-        # add a prefix.
+        # The original tokenizes each text between two tokens separately.
+        # The fast tokenizer ignores `add_dummy_prefix` of the model.
         has_prefix, before, after = fast or model.add_dummy_prefix, splits, splits
     else:
-        # Only the text between two images is. Added tokens that are not special get a prefix as words do; of those for
-        # images, the ones that a file gives an id are not special.
+        # The original tokenizes only the texts between two images separately. Added tokens that are not special get a
+        # prefix as words do. A token for images is not special if a file gives it an id.
         saved = {token.content for token in settings.added.values()}
         special = [token for token in [*image_tokens, IMAGE_TOKEN] if token not in saved]
         has_prefix, before, after = True, [IMAGE_TOKEN], [*settings.all_special, *special]

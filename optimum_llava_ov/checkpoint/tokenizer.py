@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, with the one token it lacks: `<image>`."""
+"""Load the checkpoint's tokenizer, and add the one token that it lacks: `<image>`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpoin
 
 IMAGE_TOKEN = "<image>"
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
-# ChatML's, with which a turn begins and ends
+# A turn begins and ends with these tokens of ChatML
 TURN_START_TOKEN, TURN_END_TOKEN = "<|im_start|>", "<|im_end|>"
 
 
 def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrainedTokenizerFast:
-    """Tokenizer that knows `<image>`, under the first id after those of the checkpoint.
+    """Load the tokenizer, and give `<image>` the first id after those of the checkpoint.
 
     The original splits the prompt at `<image>` and writes -200 between the pieces. A special token splits a prompt in
-    just the same way. `image_token_id`, `im_start_token_id`, `im_end_token_id` and `eos_token_id` of `config` are
-    filled in.
+    the same way. Fills in `image_token_id`, `im_start_token_id`, `im_end_token_id` and `eos_token_id` of `config`.
 
-    A vocabulary padded past the tokenizer is cut to it, as the original does when it loads a checkpoint
-    (`llava/model/builder.py`: `resize_token_embeddings(len(tokenizer))`): `vocab_size` becomes the tokenizer's,
-    `<image>` included; `padded_vocab_size` the checkpoint's.
+    A vocabulary that is padded to more than the tokenizer's length is cut to this length, as the original does when it
+    loads a checkpoint (`llava/model/builder.py`: `resize_token_embeddings(len(tokenizer))`). `vocab_size` becomes the
+    number of the tokenizer's tokens, `<image>` included. `padded_vocab_size` becomes the checkpoint's `vocab_size`.
+
+    Raises:
+        [`InvalidCheckpointError`]: a file is missing or damaged, or the tokenizer does not fit the model.
+        [`UnsupportedCheckpointError`]: the tokenizer is of another type, or already has `<image>`.
     """
     tokenizer_file = repository.require("tokenizer.json", "original LLaVA-MPT checkpoints ship a fast tokenizer")
     config_file = repository.get("tokenizer_config.json")
@@ -46,8 +49,7 @@ def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrained
     if len(tokenizer) > config.vocab_size:
         raise InvalidCheckpointError(
             f"The tokenizer of {repository.name!r} has {len(tokenizer)} tokens, the model only {config.vocab_size} "
-            "(vocab_size): "
-            "these files are not of one checkpoint."
+            "(vocab_size): these files are not of one checkpoint."
         )
     num_tokens = len(tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
@@ -58,7 +60,8 @@ def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrained
             "free."
         )
     config.padded_vocab_size, config.vocab_size = config.vocab_size, len(tokenizer)
-    # An answer ends with the turn. Some loaders of a bundle read only the tokenizer's one end, which must be this one.
+    # An answer ends with the turn. Some loaders of a bundle read only `eos_token` of the tokenizer, so it must be
+    # this one.
     config.eos_token_id = [tokenizer.convert_tokens_to_ids(TURN_END_TOKEN), tokenizer.eos_token_id]
     tokenizer.eos_token = TURN_END_TOKEN
     return tokenizer
@@ -72,28 +75,22 @@ def _check_special_tokens(repository: Repository, tokenizer: PreTrainedTokenizer
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             raise InvalidCheckpointError(
                 f"{token!r} is not a token of the tokenizer of {repository.name!r}, but its prompts are written with "
-                "it. Take "
-                "tokenizer.json from the checkpoint's own repository."
+                "it. Take tokenizer.json from the checkpoint's own repository."
             )
 
 
 def _check_ids(file: Path, values: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
-    """The library numbers added tokens after the vocabulary, whatever the file says; then they must be where the file
-    says.
-    """
+    """Check the ids of added tokens. The library numbers them after the vocabulary and ignores the ids in the file."""
     for token in values.get("added_tokens") or ():
         if tokenizer.convert_tokens_to_ids(token["content"]) != token["id"]:
             raise InvalidCheckpointError(
                 f"{file} gives the added token {shown(token['content'])} the id {token['id']}, but the tokens before "
-                "it are not all there. "
-                "Take it from the checkpoint's own repository."
+                "it are not all there. Take it from the checkpoint's own repository."
             )
 
 
 def _special_tokens(config_file: Path) -> dict[str, str]:
-    """The only thing that is read of `tokenizer_config.json`; it could also name code (`auto_map`,
-    `tokenizer_class`).
-    """
+    """Read only the special tokens of `tokenizer_config.json`: it may name code (`auto_map`, `tokenizer_class`)."""
     settings = read_json(config_file, MAX_INDEX_BYTES)
     tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -110,19 +107,19 @@ def _special_tokens(config_file: Path) -> dict[str, str]:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON may also have halves of characters, which no file and no tokenizer can hold."""
+    """Return whether a text has no lone surrogates. JSON allows them, but files and tokenizers do not."""
     return not re.search("[\ud800-\udfff]", text)
 
 
 def _read_tokenizer(file: Path, values: dict[str, Any], tokens: dict[str, str]) -> PreTrainedTokenizerFast:
     """
     Raises:
-        [`InvalidCheckpointError`]: it does not load, or `tokens` are not among its tokens.
-        [`UnsupportedCheckpointError`]: it is not byte-pair encoding, as GPT-NeoX's is.
+        [`InvalidCheckpointError`]: the file does not load, or does not have all of `tokens`.
+        [`UnsupportedCheckpointError`]: the tokenizer is not byte-pair encoding (BPE), as GPT-NeoX's is.
     """
     model = values.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
-    if kind not in (None, "BPE"):  # `None`: written before there was a choice
+    if kind not in (None, "BPE"):  # `None`: an old file, from when BPE was the only type
         raise UnsupportedCheckpointError(
             f"{file} is a tokenizer of the type {shown(kind)}, expected 'BPE', as the original LLaVA-MPT has."
         )
@@ -134,25 +131,22 @@ def _read_tokenizer(file: Path, values: dict[str, Any], tokens: dict[str, str]) 
             if vocabulary.token_to_id(token) is None:
                 raise InvalidCheckpointError(
                     f"{file} does not know the token {shown(token)}, which tokenizer_config.json names as {name}. "
-                    "Take both files from the "
-                    "checkpoint's own repository."
+                    "Take both files from the checkpoint's own repository."
                 )
         return PreTrainedTokenizerFast(
             tokenizer_object=vocabulary,
             **tokens,
-            # A decoder continues the last token of a row, so padding goes before the first.
+            # A decoder continues the last token of a sequence, so padding goes before the first.
             padding_side="left",
             truncation_side="left",
-            # 2048 in the original, and not a limit here: ALiBi is computed for any length.
+            # The original says 2048. It is not a limit here: ALiBi is computed for any length.
             model_max_length=int(1e30),
             clean_up_tokenization_spaces=False,
             add_prefix_space=False,
         )
     except (InvalidCheckpointError, KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # the library is not in Python: what it cannot read is an `Exception`, its panics are not even that
+    except BaseException as error:  # a panic of the library's Rust code is not an `Exception`
         raise InvalidCheckpointError(
             f"{file} is not a tokenizer that loads ({error}). Take it from the checkpoint's own repository, or "
             "download it again."

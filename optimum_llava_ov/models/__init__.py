@@ -1,1 +1,1 @@
-"""Stage 2: the model in torch, in the shape its export needs."""
+"""Build the model in torch, in the form that its export needs."""

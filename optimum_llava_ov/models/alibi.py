@@ -1,7 +1,7 @@
-"""ALiBi, written so that it survives OpenVINO: PagedAttention, bf16, and prompts longer than the training context.
+"""Compute ALiBi so that it stays correct in OpenVINO: with PagedAttention, in bf16, and for long prompts.
 
 Method: Press, Smith, Lewis, "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
-https://arxiv.org/abs/2108.12409. Slopes for head counts that are no power of two: `gen_slopes` in MosaicML's
+https://arxiv.org/abs/2108.12409. Slopes for head counts that are not a power of two: `gen_slopes` in MosaicML's
 llm-foundry, `models/layers/attention.py`.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 
 def alibi_slopes(num_heads: int, bias_max: int = 8) -> torch.Tensor:
-    """Slope of every head, `(num_heads,)` float32, all positive."""
+    """Return the slope of each head, `(num_heads,)` float32, all positive."""
     power_of_two = 2 ** math.ceil(math.log2(num_heads))
     exponents = torch.arange(1, power_of_two + 1, dtype=torch.float32) * (bias_max / power_of_two)
     slopes = 1.0 / torch.pow(2, exponents)
@@ -23,19 +23,18 @@ def alibi_slopes(num_heads: int, bias_max: int = 8) -> torch.Tensor:
 
 
 def attention_bias(attention_mask: torch.Tensor, query_length: int, slopes: torch.Tensor) -> torch.Tensor:
-    """What is added to the attention scores: causal mask, padding mask and ALiBi, once for all layers.
+    """Return the sum of causal mask, padding mask and ALiBi, which all layers add to their attention scores.
 
-    Three properties are load-bearing, each with a test:
+    Three properties must not change. Each has a test:
 
     - The operations `Abs -> Unsqueeze -> Multiply(negative slopes) -> Broadcast -> Unsqueeze -> Add(mask, .)` are one
-      of the few shapes of ALiBi that OpenVINO's SDPA-to-PagedAttention transformation recognises
-      (`sdpa_to_paged_attention/state_management_pattern.cpp`, "jais"). It drops any other without a word. The
-      Broadcast changes nothing; were its shape that of the scores, OpenVINO's CPU plugin would compute it as a product
-      with ones of that shape, two gigabytes for 4,000 tokens at 7B, and one without any shape is dropped when the
-      graph is converted.
-    - Positions are subtracted as integers. In bf16, integers above 256 do not exist; distances that are small, and
-      therefore matter, stay exact this way.
-    - Lengths come from the mask, not from the configuration, so there is no longest prompt.
+      of the few forms of ALiBi that OpenVINO's SDPA-to-PagedAttention transformation recognises
+      (`sdpa_to_paged_attention/state_management_pattern.cpp`, "jais"). It silently drops all other forms. The
+      Broadcast does not change a value. If it had the shape of the scores, OpenVINO's CPU plugin would multiply with
+      ones of that shape, 2 GB for 4,000 tokens at 7B. If it had no shape, the conversion of the graph would drop it.
+    - Positions are subtracted as integers. bf16 cannot represent all integers above 256. This way small distances,
+      which matter most, stay exact.
+    - Lengths come from the mask, not from the configuration, so the length of a prompt is not limited.
 
     Args:
         attention_mask: `(batch, past + query)` integers, 0 for padding.
@@ -52,7 +51,7 @@ def attention_bias(attention_mask: torch.Tensor, query_length: int, slopes: torc
 
     visible = (distance <= 0).unsqueeze(0) & (attention_mask != 0).unsqueeze(1)
     zero = torch.zeros((), dtype=slopes.dtype, device=slopes.device)
-    # fp16's lowest, not float32's: the sum with ALiBi must stay finite in every precision OpenVINO may choose.
+    # The lowest of fp16, not of float32: the sum with ALiBi must stay finite in every precision OpenVINO may choose.
     mask = torch.where(visible, zero, torch.full_like(zero, torch.finfo(torch.float16).min)).unsqueeze(1)
 
     alibi = -slopes.view(-1, 1, 1) * distance.to(slopes.dtype).abs().unsqueeze(0)

@@ -1,4 +1,4 @@
-"""What `generate` needs to know about images, for the torch model and the OpenVINO model alike."""
+"""Let `generate` handle images, for the torch model and for the OpenVINO model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from optimum_llava_ov.models.merge import check_image_count
 
 
 class ImageGenerationMixin(GenerationMixin):
-    """`generate` for prompts whose rows have any number of images.
+    """`generate` for a batch of prompts with any number of images each.
 
-    The class it is mixed into has `config.image_token_id`, `get_image_features`, and a `forward` that takes
-    `image_features` in place of `pixel_values`.
+    The class must have `config.image_token_id`, `get_image_features`, and a `forward` that takes `image_features`
+    instead of `pixel_values`.
     """
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeat rows for beams and several answers, and encode each image once.
+        """Repeat the sequences for beams and several answers, and encode each image once.
 
-        transformers would repeat each image by itself: a, a, b, b for a row with a and b.
+        transformers would repeat each image separately: a, a, b, b for a sequence with the images a and b.
         """
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and input_ids is not None and pixel_values is not None:
@@ -27,12 +27,12 @@ class ImageGenerationMixin(GenerationMixin):
             features = self.get_image_features(pixel_values)
             is_image = input_ids == self.config.image_token_id
             check_image_count(is_image, features)
-            per_row = features.split((is_image.sum(dim=1) // features.shape[1]).tolist())
+            per_sequence = features.split((is_image.sum(dim=1) // features.shape[1]).tolist())
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if pixel_values is not None and "pixel_values" not in model_kwargs:
-            model_kwargs["image_features"] = torch.cat([images for images in per_row for _ in range(expand_size)])
+            model_kwargs["image_features"] = torch.cat([images for images in per_sequence for _ in range(expand_size)])
         return input_ids, model_kwargs
 
     def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
@@ -42,7 +42,7 @@ class ImageGenerationMixin(GenerationMixin):
 
 
 class _TextCandidates(CandidateGenerator):
-    """Lets prompt lookup see prompts without `<image>`, which nobody would generate."""
+    """Hides `<image>` from prompt lookup, because a model never generates it."""
 
     def __init__(self, generator: PromptLookupCandidateGenerator, image_token_id: int):
         self.generator = generator
@@ -57,6 +57,6 @@ class _TextCandidates(CandidateGenerator):
 
 
 def _as_text(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
-    """Each row with its first text token in place of `<image>`."""
+    """Replace `<image>` in each sequence by the first text token of the sequence."""
     is_image = input_ids == image_token_id
     return torch.where(is_image, input_ids.gather(1, is_image.int().argmin(dim=1, keepdim=True)), input_ids)

@@ -1,4 +1,4 @@
-"""LLaVA-MPT in torch: embedding table, image encoder and decoder, loaded from an original checkpoint."""
+"""Load LLaVA-MPT in torch from an original checkpoint: embedding table, image encoder and decoder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from optimum_llava_ov.models.weights import load_weights
 
 
 class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
-    """The torch model, as reference and as source of the export.
+    """The torch model: the reference, and the source of the export.
 
-    Prompts are those of the bundle: `<image>` stands `image_seq_length` times for each image, and the rows it is
-    replaced with include the borders. [`from_pretrained`] takes an original checkpoint.
+    It takes the same prompts as the bundle: `<image>` occurs `image_seq_length` times for each image. The image
+    features that replace it include the borders. [`from_pretrained`] takes an original checkpoint.
     """
 
     config_class = LlavaMptConfig
@@ -34,7 +34,7 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
     def __init__(self, config: LlavaMptConfig):
         super().__init__(config)
         text_config = config.text_config
-        # One row more than the checkpoint's table: <image>, which the head never chooses
+        # One row more than in the checkpoint's table, for <image>, which the head never chooses
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.d_model)
         self.language_model = MptLanguageModel(text_config)
         self.image_encoder = ImageEncoder(
@@ -48,7 +48,7 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path,
-        *args,  # noqa: ARG003  transformers passes them
+        *args,  # noqa: ARG003  part of the signature in transformers
         config: LlavaMptConfig | None = None,
         **kwargs,
     ) -> LlavaMptForConditionalGeneration:
@@ -56,18 +56,19 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): a folder, or a model id on the Hub.
-            vision_tower (`str`, *optional*): where the vision tower is, if not where `mm_vision_tower` says.
+            vision_tower (`str`, *optional*): folder or model id of the vision tower, instead of `mm_vision_tower`.
             dtype, torch_dtype (`torch.dtype` or `str`, *optional*):
-                What to convert all weights to. As stored if `"auto"` or not given.
+                Dtype to convert all weights to. They stay as stored if it is `"auto"` or not given.
             config ([`LlavaMptConfig`], *optional*):
-                The checkpoint's, as the Auto classes hand it on. Only its `dtype` counts, if none is given here: they
-                put there what the caller asked them for.
-            device_map (`str` or `torch.device`, *optional*): where to put the model. On CPU if `"auto"` or not given.
+                The checkpoint's configuration, which the Auto classes pass. Only its `dtype` is read, if `dtype`
+                is not given: the Auto classes store there the dtype that their caller asked for.
+            device_map (`str` or `torch.device`, *optional*): device of the model. The CPU if it is `"auto"` or not
+                given.
             subfolder, revision, cache_dir, token, local_files_only, force_download: as everywhere in transformers.
 
         Raises:
-            [`UnsupportedCheckpointError`], [`InvalidCheckpointError`]: before weights are downloaded where that is
-            possible.
+            [`UnsupportedCheckpointError`], [`InvalidCheckpointError`]: the checkpoint cannot be loaded. Most errors
+                are raised before weights are downloaded.
         """
         checkpoint = OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs)
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or getattr(config, "dtype", None)
@@ -81,13 +82,13 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
     def from_checkpoint(
         cls, checkpoint: OriginalCheckpoint, dtype: torch.dtype | str | None = None
     ) -> LlavaMptForConditionalGeneration:
-        """Build the model of a checkpoint that is open. Its weights stay mapped from the files.
+        """Build the model of an open checkpoint. Its weights stay memory-mapped.
 
         Args:
-            dtype: What to convert the weights to, which copies them. As stored if `None` or `"auto"`.
+            dtype: dtype to convert the weights to, which copies them. They stay as stored if it is `None` or `"auto"`.
 
         Raises:
-            [`InvalidCheckpointError`]: The weights do not fit the configuration.
+            [`InvalidCheckpointError`]: the weights do not fit the configuration.
         """
         with torch.device("meta"):
             model = cls(checkpoint.config)
@@ -106,7 +107,7 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         return self.language_model.lm_head
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(images, 3, height, width)` -> `(images, image_seq_length, d_model)`, borders included."""
+        """Encode `(images, 3, height, width)` to `(images, image_seq_length, hidden_size)`, borders included."""
         return self.image_encoder(pixel_values.to(self.image_encoder.features.embeddings.patch_embedding.weight.dtype))
 
     def forward(
@@ -125,13 +126,12 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         Args:
             input_ids: `(batch, tokens)`.
             attention_mask: `(batch, past + tokens)`, 0 for padding. All ones if not given.
-            pixel_values: `(images, 3, height, width)`, the images of all rows in order; only with the prompt.
-            image_features: `(images, image_seq_length, d_model)`, instead of `pixel_values`.
-            logits_to_keep: compute logits for so many last positions only; 0 for all.
+            pixel_values: `(images, 3, height, width)`, the images of all sequences in order; only with the prompt.
+            image_features: `(images, image_seq_length, hidden_size)`, instead of `pixel_values`.
+            logits_to_keep: number of last positions to compute logits for; 0 for all.
 
         Raises:
-            `ValueError`: an id is not in the table, or there is another number of images than `input_ids` has places
-            for.
+            `ValueError`: an id is not in the table, or the number of images is not the one that `input_ids` expects.
         """
         if inputs_embeds is None:
             check_token_ids(input_ids, self.embed_tokens.num_embeddings)
@@ -163,7 +163,7 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
 
 
 def generation_config(config: LlavaMptConfig, tokenizer) -> GenerationConfig:
-    """Greedy by default, ending at the end of the assistant's turn, `<|im_end|>`, or at `<|endoftext|>`."""
+    """Return settings for greedy generation that ends at `<|im_end|>`, the end of a turn, or at `<|endoftext|>`."""
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=config.eos_token_id,

@@ -1,4 +1,4 @@
-"""Images into the sequence of embeddings, and checks of what they are put into."""
+"""Merge images into the sequence of embeddings, and check images and token ids."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 def merge_image_features(
     input_ids: torch.Tensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_token_id: int
 ) -> torch.Tensor:
-    """Replace the embeddings of `<image>` by the rows of the images, in order.
+    """Replace the embeddings of `<image>` by the image features, in order.
 
     Args:
         input_ids: `(batch, tokens)`.
-        inputs_embeds: `(batch, tokens, d_model)` float.
-        image_features: `(images, rows, d_model)` float.
+        inputs_embeds: `(batch, tokens, hidden_size)` float.
+        image_features: `(images, num_image_tokens, hidden_size)` float.
 
     Raises:
-        `ValueError`: the prompts have places for another number of images.
+        `ValueError`: the prompts expect another number of images.
     """
     is_image = input_ids == image_token_id
     check_image_count(is_image, image_features)
@@ -28,21 +28,21 @@ def merge_image_features(
 def check_image_count(is_image: torch.Tensor, image_features: torch.Tensor) -> None:
     """
     Args:
-        is_image: `(batch, tokens)` bool, true where a row of an image goes.
-        image_features: `(images, rows, d_model)`.
+        is_image: `(batch, tokens)` bool, true for `<image>`.
+        image_features: `(images, num_image_tokens, hidden_size)` float.
 
     Raises:
-        `ValueError`: says how many images there are places for, and how many were given.
+        `ValueError`: another number of images was given than the prompts expect. The message says both.
     """
-    num_tokens, (num_images, rows) = int(is_image.sum()), image_features.shape[:2]
-    if num_tokens == num_images * rows:
+    num_tokens, (num_images, num_image_tokens) = int(is_image.sum()), image_features.shape[:2]
+    if num_tokens == num_images * num_image_tokens:
         return
-    places = f"{num_tokens // rows}" if num_tokens % rows == 0 else f"{num_tokens / rows:.2f}"
+    is_whole = num_tokens % num_image_tokens == 0
+    places = f"{num_tokens // num_image_tokens}" if is_whole else f"{num_tokens / num_image_tokens:.2f}"
     raise ValueError(
-        f"The prompt has places for {places} image(s), but {num_images} image(s) were given. Write `<image>` once for "
-        "each image, "
-        "and let the processor see the prompt and the images together: `processor(text=prompt, images=images, "
-        "return_tensors='pt')`."
+        f"The prompt has places for {places} image(s), but {num_images} image(s) were given. Write `<image>` once "
+        "for each image, and let the processor see the prompt and the images together: `processor(text=prompt, "
+        "images=images, return_tensors='pt')`."
     )
 
 
@@ -50,16 +50,16 @@ def check_token_ids(input_ids: torch.Tensor, num_embeddings: int, others: Collec
     """
     Args:
         input_ids: `(batch, tokens)`.
-        num_embeddings: rows of the embedding table.
-        others: ids that are understood too.
+        num_embeddings: number of rows of the embedding table.
+        others: ids that are allowed too.
 
     Raises:
-        `ValueError`: an id has no row in the table. Says which id, and which ids there are.
+        `ValueError`: an id is not in the table. The message says which id, and which ids are expected.
     """
     if not input_ids.numel():
         return
     lowest, highest = input_ids.aminmax()
-    if int(lowest) >= 0 and int(highest) < num_embeddings:  # all there is to do in a step of `generate`
+    if int(lowest) >= 0 and int(highest) < num_embeddings:  # the only check in most steps of `generate`
         return
     is_wrong = (input_ids < 0) | (input_ids >= num_embeddings)
     for other in others:

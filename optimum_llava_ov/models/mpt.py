@@ -35,9 +35,8 @@ class MptAttention(nn.Module):
         if self.clip_qkv:
             qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         query, key, value = (
-            part.view(batch_size, query_length, self.num_heads, self.head_dim).transpose(
-                1, 2
-            )  # (batch, head, token, dim)
+            # (batch, head, token, dim)
+            part.view(batch_size, query_length, self.num_heads, self.head_dim).transpose(1, 2)
             for part in qkv.chunk(3, dim=-1)
         )
         if past_key_values is not None:
@@ -88,8 +87,9 @@ class MptTransformer(nn.Module):
 
 
 class MptLanguageModel(nn.Module):
-    """Decoder over embeddings. Its modules have the names that PEFT's adapters for MPT use:
-    `transformer.blocks.0.attn.Wqkv`, ...
+    """Decoder over embeddings.
+
+    Its modules have the names that PEFT's adapters for MPT use: `transformer.blocks.0.attn.Wqkv`, ...
 
     Args:
         config ([`MptConfig`]): as made by [`~optimum_llava_ov.checkpoint.config.mpt_config`]. The last of its
@@ -100,8 +100,7 @@ class MptLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = MptTransformer(config)
-        # Logits processors look up the ids of the prompt in the logits, so `<image>` needs a logit that is never the
-        # largest.
+        # Logits processors read the logits of the ids in the prompt, so `<image>` needs one that is never the largest.
         self.lm_head = nn.Linear(config.d_model, config.vocab_size)
         self.lm_head.bias = nn.Parameter(head_bias(config.vocab_size), requires_grad=False)
         scale = config.logit_scale
@@ -117,11 +116,11 @@ class MptLanguageModel(nn.Module):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            inputs_embeds: `(batch, query, d_model)` float.
+            inputs_embeds: `(batch, query, hidden_size)` float.
             attention_mask: `(batch, past + query)` integers, 0 for padding.
-            position_ids: `(batch, query)`, ignored: ALiBi counts distances. GenAI sets this input unconditionally.
+            position_ids: `(batch, query)`, ignored: ALiBi uses distances. GenAI always sets this input.
             past_key_values: cache of earlier positions, extended in place.
-            logits_to_keep: compute logits for so many last positions only; 0 for all.
+            logits_to_keep: number of last positions to compute logits for; 0 for all.
 
         Returns:
             `logits` `(batch, query or logits_to_keep, vocab_size)`; `past_key_values`.
@@ -135,16 +134,16 @@ class MptLanguageModel(nn.Module):
         if logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
         if self.logit_scale is not None:
-            # Before the head: GenAI computes one row of logits only where the graph ends with the head and its bias.
+            # Before the head: GenAI computes only the last logits if the graph ends with the head and its bias.
             hidden_states = hidden_states * self.logit_scale
         return CausalLMOutputWithPast(logits=self.lm_head(hidden_states), past_key_values=past_key_values)
 
 
 def head_bias(vocab_size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Bias of the head, `(vocab_size,)`: zero for every token but the last, `<image>`, which it makes impossible.
+    """Return the bias of the head, `(vocab_size,)`: 0 for each token but the last, `<image>`, which is never chosen.
 
-    -32768 is far below every logit, and finite and exact in float32, bf16 and f16, so no product or difference of it
-    is a NaN.
+    -32768 is far below every logit. It is finite and exact in float32, bf16 and fp16, so its products and differences
+    are never NaN.
     """
     bias = torch.zeros(vocab_size, dtype=dtype)
     bias[-1] = -32768.0

@@ -1,6 +1,4 @@
-"""What the language model sees of an image: CLIP patches, projected, between the embeddings of `<im_start>` and
-`<im_end>`.
-"""
+"""Encode images for the language model: CLIP patches, projected, between `<im_start>` and `<im_end>`."""
 
 from __future__ import annotations
 
@@ -10,11 +8,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 
 class ClipFeatures(nn.Module):
-    """One hidden layer of a CLIP vision tower, without the layers behind it.
+    """One hidden layer of a CLIP vision tower, without the layers after it.
 
     Args:
         config ([`CLIPVisionConfig`]): of the whole tower.
-        select_layer (`int`): which hidden state; 0 is the embedding, -1 the last layer's output, -2 the one before.
+        select_layer (`int`): which hidden state: 0 is the embedding, -1 the output of the last layer, -2 the one
+            before.
         select_feature (`str`): `patch` drops the class token, `cls_patch` keeps it.
     """
 
@@ -39,17 +38,17 @@ class ClipFeatures(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Tower, projector and the image's borders.
+    """Vision tower, projector and borders of the image.
 
-    The borders are part of the encoder's output because GenAI and Model Server expand one `<image>` in the prompt in
-    their own way and know nothing of `<im_start>`: so the prompt only ever says `<image>`.
+    The borders are part of the encoder's output because GenAI and Model Server expand one `<image>` of the prompt
+    themselves, and do not support `<im_start>`. So the prompt contains only `<image>`.
     """
 
     def __init__(self, features: ClipFeatures, projector: nn.Module, text_size: int, num_borders: int):
         super().__init__()
         self.features = features
         self.projector = projector
-        # (2, text_size), or none: embeddings of <im_start> and <im_end>
+        # (2, text_size), or `None`: embeddings of <im_start> and <im_end>
         self.borders = nn.Parameter(torch.empty(num_borders, text_size), requires_grad=False) if num_borders else None
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The torch model's weights, taken from a checkpoint without copying them."""
+"""Load the torch model's weights from a checkpoint without copying them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_weights(model: LlavaMptForConditionalGeneration, checkpoint: OriginalCheckpoint) -> None:
-    """Let the parameters of a model on the `meta` device be the mapped tensors of a checkpoint.
+    """Set the parameters of a model on the `meta` device to the memory-mapped tensors of a checkpoint.
 
     Only the embedding table is copied, to append a row for `<image>` (412 MB at 7B in fp16). The head shares the copy.
 
     Raises:
-        [`InvalidCheckpointError`]: A tensor is missing, is not expected, does not hold floats, or has another shape
-            than the configuration says.
+        [`InvalidCheckpointError`]: a tensor is missing, is not expected, is not of a float type, or its shape does not
+            fit the configuration.
     """
     state_dict = _language_tensors(checkpoint)
     state_dict.update(_vision_tensors(checkpoint, model))
@@ -62,19 +62,19 @@ def _language_tensors(checkpoint: OriginalCheckpoint) -> dict[str, torch.Tensor]
 def _vision_tensors(
     checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration
 ) -> dict[str, torch.Tensor]:
-    wanted = dict(model.image_encoder.features.named_parameters())
+    expected = dict(model.image_encoder.features.named_parameters())
     tensors = {name.removeprefix("vision_model."): tensor for name, tensor in checkpoint.vision_tensors().items()}
-    # The layers behind the selected one are not part of the model.
-    return {f"image_encoder.features.{name}": tensor for name, tensor in tensors.items() if name in wanted}
+    # The layers after the selected one are not part of the model.
+    return {f"image_encoder.features.{name}": tensor for name, tensor in tensors.items() if name in expected}
 
 
 def _check_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration, state_dict: dict) -> None:
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    problems = [f"missing: {name}" for name in wanted if name not in state_dict]
-    problems += [f"not expected: {name}" for name in state_dict if name not in wanted]
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    problems = [f"missing: {name}" for name in expected if name not in state_dict]
+    problems += [f"not expected: {name}" for name in state_dict if name not in expected]
     problems += [
         f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(shape)}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if name in state_dict and state_dict[name].shape != shape
     ]
     problems += [
@@ -86,8 +86,8 @@ def _check_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditional
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise InvalidCheckpointError(
             f"The weights of {checkpoint.repository.name!r} (vision tower: {checkpoint.vision_repository.name!r}) do "
-            "not fit their "
-            f"configuration: {shown}. Check that all files come from the same checkpoint and the same revision."
+            f"not fit their configuration: {shown}. Check that all files come from the same checkpoint and the same "
+            "revision."
         )
 
 

@@ -154,11 +154,12 @@ def hook_modeling() -> None:
     visual.from_pretrained = classmethod(_from_pretrained_for_all(visual, llava))
 
 
-def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
-    """Let our class load folders that hold a LLaVA-MPT. Without a network, the host looks for any folder in the Hub's
-    cache.
+def _from_pretrained_for_all(visual: type, llava: type) -> Callable:
+    """Let our class load folders that hold a LLaVA-MPT.
+
+    Without a network, the host looks for any folder in the Hub's cache.
     """
-    original = visual.from_pretrained.__func__
+    original = visual.from_pretrained.__func__  # type: ignore[attr-defined]  # a class of the host, known at runtime
 
     @functools.wraps(original)
     def from_pretrained(cls, *args, **kwargs):
@@ -167,7 +168,7 @@ def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
             return original(cls, *args, **kwargs)
         arguments.update(arguments.pop("kwargs", {}))
         del arguments["cls"]
-        return _our_class(llava).from_pretrained(**arguments)
+        return _our_class(llava).from_pretrained(**arguments)  # type: ignore[attr-defined]  # as above
 
     return from_pretrained
 
@@ -204,5 +205,5 @@ def _our_class(llava: Any) -> Any:
     """Return our class. `isinstance` with the class `llava` of the host's table is true for its models."""
     from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
-    llava.register(OVModelForLlavaMPT)
+    llava.register(OVModelForLlavaMPT)  # type: ignore[attr-defined]  # Optimum's models have the metaclass ABCMeta
     return OVModelForLlavaMPT
