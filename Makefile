@@ -20,7 +20,7 @@ quickstart: install
 
 # In parallel, but not beyond what a few large imports and models take of memory
 test: install
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Damaged files, hostile images and random conversations, for as long as you like: make fuzz SECONDS=3600 SEED=$$RANDOM
 SECONDS ?= 600

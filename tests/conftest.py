@@ -117,15 +117,6 @@ def fill_hub_cache(cache: Path, repositories: dict[str, Path]) -> None:
             (snapshot / "config.json").write_text(json.dumps({**config, "mm_vision_tower": tower}))
 
 
-SHARE_NOTHING = ("test_documentation",)
-
-
-def pytest_itemcollected(item):
-    """Tests of a file share what they have set up. Where tests run in parallel, they stay in one process."""
-    if item.path.stem not in SHARE_NOTHING:
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def frozen_heap():
     """Each export collects garbage several times. What the imports have left need not be looked through again each time."""

@@ -214,7 +214,9 @@ class CtrlC(SlowProcessor):
         if self.pressed and threading.current_thread().name == "answer":
             while signal.getsignal(signal.SIGINT) is self.handler:  # the answer is not shown yet
                 time.sleep(0.01)
-            signal.getsignal(signal.SIGINT)(signal.SIGINT, None)  # a real one could hit the process that runs the tests
+            signal.getsignal(signal.SIGINT)(
+                signal.SIGINT, None
+            )  # a real one could hit the process that runs the tests
         return self.processor.tokenizer
 
 

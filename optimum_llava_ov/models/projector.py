@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from optimum_llava_ov.errors import UnsupportedCheckpointError

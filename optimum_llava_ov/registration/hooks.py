@@ -159,7 +159,7 @@ def _from_pretrained_for_all(visual: type, llava: type) -> Callable:
 
     Without a network, the host looks for any folder in the Hub's cache.
     """
-    original = visual.from_pretrained.__func__  # type: ignore[attr-defined]  # a class of the host, known at runtime
+    original = visual.from_pretrained.__func__
 
     @functools.wraps(original)
     def from_pretrained(cls, *args, **kwargs):
@@ -168,7 +168,7 @@ def _from_pretrained_for_all(visual: type, llava: type) -> Callable:
             return original(cls, *args, **kwargs)
         arguments.update(arguments.pop("kwargs", {}))
         del arguments["cls"]
-        return _our_class(llava).from_pretrained(**arguments)  # type: ignore[attr-defined]  # as above
+        return _our_class(llava).from_pretrained(**arguments)
 
     return from_pretrained
 
@@ -205,5 +205,5 @@ def _our_class(llava: Any) -> Any:
     """Return our class. `isinstance` with the class `llava` of the host's table is true for its models."""
     from optimum_llava_ov.modeling import OVModelForLlavaMPT
 
-    llava.register(OVModelForLlavaMPT)  # type: ignore[attr-defined]  # Optimum's models have the metaclass ABCMeta
+    llava.register(OVModelForLlavaMPT)
     return OVModelForLlavaMPT
