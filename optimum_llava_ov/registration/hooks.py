@@ -154,7 +154,7 @@ def hook_modeling() -> None:
     visual.from_pretrained = classmethod(_from_pretrained_for_all(visual, llava))
 
 
-def _from_pretrained_for_all(visual: type, llava: type) -> Callable:
+def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
     """Let our class load folders that hold a LLaVA-MPT.
 
     Without a network, the host looks for any folder in the Hub's cache.
