@@ -33,7 +33,7 @@ def test_mode_and_link_stay(tmp_path):
 def test_full_disk(tmp_path, full_disk, write):
     file = tmp_path / "eval.json"
     file.write_text("before")
-    with pytest.raises(OSError, match="Not saved, and what was there before is unchanged: .*eval.json"):
+    with pytest.raises(OSError, match=r"Not saved\. The earlier content of the file is unchanged: .*eval.json"):
         write(file, "a" * 200)
     assert file.read_text() == "before"
     assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
@@ -45,7 +45,7 @@ def test_card_on_a_full_disk(bundles, tmp_path, full_disk):
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "README.md").unlink()
     (tmp_path / "README.md").write_text("Of the user.")
-    with pytest.raises(OSError, match="Not saved, and what was there before is unchanged: .*README.md"):
+    with pytest.raises(OSError, match=r"Not saved\. The earlier content of the file is unchanged: .*README.md"):
         update_card(tmp_path)
     assert (tmp_path / "README.md").read_text() == "Of the user."
 
