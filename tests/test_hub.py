@@ -562,7 +562,7 @@ class TestExportFromTheHub:
         hub.add("me/rmsnorm", files)
         start = len(hub.requests)
         assert "rmsnorm" in client.error(self.export("me/rmsnorm", tmp_path / "out"))
-        asked = [path for _, path, *_ in hub.requests[start:] if "me/llama" in path]
+        asked = [path for _, path, *_ in hub.requests[start:] if "me/rmsnorm" in path]
         assert {path.split("/")[-1] for path in asked} == {"config.json"}
 
     def test_missing_tower(self, hub, client, tmp_path):

@@ -19,7 +19,7 @@ from optimum_llava_ov.bundle.settings import build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.loading import session_factory
-from optimum_llava_ov.samples import question_inputs
+from optimum_llava_ov.samples.files import question_inputs
 
 
 IMAGE = Golden("linear_fp16_sharded").image("img0_300x200")
