@@ -36,7 +36,7 @@ imports: install
 compat: install
 	$(BIN)/python tests/compat/run.py $(PEERS)
 
-# The core, in two minutes on two cores: no programs, no browser, no other engines, no server.
+# The core, in a few minutes: no programs, no browser, no other engines, no server.
 test-fast: install
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "not slow and not browser and not genai and not hub"
 
