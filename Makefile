@@ -18,9 +18,9 @@ quickstart: install
 	$(BIN)/optimum-cli export openvino --model examples/shapes/checkpoint shapes-ov
 	$(BIN)/python examples/quickstart.py shapes-ov
 
-# Three processes keep two cores busy while the programs of the tests start, and fit into 8 GB of memory.
+# In parallel, but not beyond what a few large imports and models take of memory
 test: install
-	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Damaged files, hostile images and random conversations, for as long as you like: make fuzz SECONDS=3600 SEED=$$RANDOM
 SECONDS ?= 600
@@ -38,12 +38,12 @@ compat: install
 
 # The core, in a few minutes: no programs, no browser, no other engines, no server.
 test-fast: install
-	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "not slow and not browser and not genai and not hub"
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal -m "not slow and not browser and not genai and not hub"
 
 # What the tests in this process reach; programs that they start do not count. The share must not fall.
 coverage: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest-cov
-	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered
 
 # The extra `quality` of pyproject.toml, by name: to ask for the package again would bring torchvision back
 $(BIN)/mypy: install
