@@ -9,11 +9,10 @@ from contextlib import redirect_stdout
 
 from optimum.commands.base import CommandInfo
 
-from optimum_llava_ov.cli.base import Command
-from optimum_llava_ov.cli.chat import add_engine_arguments, list_devices
+from optimum_llava_ov.cli.engine import EngineCommand, add_engine_arguments
 
 
-class BenchCommand(Command):
+class BenchCommand(EngineCommand):
     COMMAND = CommandInfo(name="bench", help="Measure speed and memory of a bundle on this machine.")
 
     @staticmethod
@@ -49,14 +48,9 @@ class BenchCommand(Command):
             help="Print only JSON, with the results of each answer.",
         )
 
-    def execute(self) -> None:
+    def execute_on_device(self) -> None:
         args = self.args
-        if args.device == "list":
-            return list_devices()
         with redirect_stdout(sys.stderr):  # messages of libraries are not part of the result
-            from optimum_llava_ov.system.devices import check_device
-
-            check_device(args.device)
             from optimum_llava_ov.benchmark.result import report
             from optimum_llava_ov.benchmark.run import benchmark
             from optimum_llava_ov.chat.terminal import load_image
@@ -71,4 +65,4 @@ class BenchCommand(Command):
                 device=args.device,
                 engine=args.engine,
             )
-        return print(json.dumps(result.to_dict(), indent=2) if args.json else report(result))
+        print(json.dumps(result.to_dict(), indent=2) if args.json else report(result))

@@ -8,22 +8,7 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import CommandInfo
 
-from optimum_llava_ov.cli.base import Command
-
-
-def add_engine_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        default="CPU",
-        help='OpenVINO device, such as CPU, GPU or AUTO. "list" shows the devices of this machine.',
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("auto", "openvino", "genai"),
-        default="auto",
-        help="genai: OpenVINO GenAI. openvino: this package's own engine. auto (default): genai if it is installed "
-        "and can read the model, otherwise openvino.",
-    )
+from optimum_llava_ov.cli.engine import EngineCommand, add_engine_arguments
 
 
 def _add_common_arguments(parser: ArgumentParser) -> None:
@@ -54,7 +39,7 @@ def _add_common_arguments(parser: ArgumentParser) -> None:
     )
 
 
-class ChatCommand(Command):
+class ChatCommand(EngineCommand):
     COMMAND = CommandInfo(name="chat", help="Chat with a LLaVA-MPT about images, in the terminal or through a pipe.")
 
     @staticmethod
@@ -66,19 +51,14 @@ class ChatCommand(Command):
         parser.add_argument("--load", help="Continue the conversation in this file, which /save wrote.")
         parser.add_argument("--stats", action="store_true", help="Show tokens per second and time to the first token.")
 
-    def execute(self) -> None:
-        args = self.args
-        if args.device == "list":
-            return list_devices()
+    def execute_on_device(self) -> None:
         if not sys.stdin.isatty():
             # The output of a pipe is the answer alone, without progress bars
             os.environ.setdefault("TQDM_DISABLE", "1")
-        from optimum_llava_ov.system.devices import check_device
-
-        check_device(args.device)
         from optimum_llava_ov.chat.terminal import run_chat
         from optimum_llava_ov.loading import sampling_options, session_factory
 
+        args = self.args
         factory = session_factory(args.model, args.device, engine=args.engine)
         chat = factory(
             system=args.system,
@@ -87,16 +67,10 @@ class ChatCommand(Command):
             when_full=args.when_full,
             **sampling_options(args.temperature, args.top_p, args.max_new_tokens),
         )
-        return run_chat(chat, args.image, args.stats, sys.stdin, sys.stdout)
+        run_chat(chat, args.image, args.stats, sys.stdin, sys.stdout)
 
 
-def list_devices() -> None:
-    from optimum_llava_ov.system.devices import available_devices
-
-    print("\n".join(available_devices()))
-
-
-class DemoCommand(Command):
+class DemoCommand(EngineCommand):
     COMMAND = CommandInfo(name="demo", help="Serve a page on which visitors chat with a LLaVA-MPT about images.")
 
     @staticmethod
@@ -167,13 +141,7 @@ class DemoCommand(Command):
             help="Maximum size of an image in megapixels (default: %(default)s).",
         )
 
-    def execute(self) -> None:
-        args = self.args
-        if args.device == "list":
-            return list_devices()
-        from optimum_llava_ov.system.devices import available_devices, check_device
-
-        check_device(args.device)
+    def execute_on_device(self) -> None:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             import gradio  # noqa: F401
@@ -184,13 +152,9 @@ class DemoCommand(Command):
         from optimum_llava_ov.demo.page import Demo, Limits, Visitors, build_page, run_demo
         from optimum_llava_ov.images import ImageLimits
         from optimum_llava_ov.loading import session_factory
+        from optimum_llava_ov.system.devices import available_devices
 
-        def factory_of(device: str):
-            options = {"system": args.system, "context_window": args.context_window, "when_full": args.when_full}
-            options["image_limits"] = ImageLimits(limits.max_bytes, limits.max_pixels)
-            factory = session_factory(args.model, device, engine=args.engine)
-            return lambda: factory(**options)
-
+        args = self.args
         limits = Limits(
             answers=args.parallel_answers,
             queue=args.max_queue,
@@ -204,10 +168,17 @@ class DemoCommand(Command):
             hosts=tuple(args.allow_host),
             names=tuple(args.allow_name),
         )
+
+        def factory_of(device: str):
+            options = {"system": args.system, "context_window": args.context_window, "when_full": args.when_full}
+            options["image_limits"] = ImageLimits(limits.max_bytes, limits.max_pixels)
+            factory = session_factory(args.model, device, engine=args.engine)
+            return lambda: factory(**options)
+
         devices = list(dict.fromkeys([args.device, *available_devices()]))
         visitors = Visitors(factory_of, limits.sessions, limits.idle_seconds)
         visitors.load(args.device)
         title = args.title or os.path.basename(os.path.normpath(args.model))  # noqa: PTH119  also of "."
         demo = Demo(visitors, limits)
         page = build_page(demo, title, devices, args.temperature, args.top_p, args.max_new_tokens)
-        return run_demo(page, demo, args.host, args.port, not args.no_browser)
+        run_demo(page, demo, args.host, args.port, not args.no_browser)

@@ -1,0 +1,42 @@
+"""The base class of the commands that run a bundle on a device. Must be fast to import."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from optimum_llava_ov.cli.base import Command
+
+
+class EngineCommand(Command):
+    """Check the device, then run the command. `--device list` shows the devices instead.
+
+    Subclasses implement `add_arguments`, which calls [`add_engine_arguments`], and `execute_on_device`.
+    """
+
+    def execute(self) -> None:
+        from optimum_llava_ov.system.devices import available_devices, check_device
+
+        if self.args.device == "list":
+            print("\n".join(available_devices()))
+        else:
+            check_device(self.args.device)
+            self.execute_on_device()
+
+    def execute_on_device(self) -> None:
+        """Execute the command with `self.args`. OpenVINO has the device."""
+        raise NotImplementedError
+
+
+def add_engine_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="CPU",
+        help='OpenVINO device, such as CPU, GPU or AUTO. "list" shows the devices of this machine.',
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "openvino", "genai"),
+        default="auto",
+        help="genai: OpenVINO GenAI. openvino: this package's own engine. auto (default): genai if it is installed "
+        "and can read the model, otherwise openvino.",
+    )
