@@ -7,14 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import openvino
 from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig
 from optimum.intel.openvino.modeling_base import OVBaseModel
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from optimum_llava_ov.bundle.card import update_card
-from optimum_llava_ov.bundle.check import check_is_llava_mpt, check_readable, load_processor, naming_damage
+from optimum_llava_ov.bundle.check import check_is_llava_mpt, check_readable, load_processor, naming_damage, read_graph
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS
 from optimum_llava_ov.bundle.precision import weight_shares
 from optimum_llava_ov.bundle.provenance import openvino_config
@@ -38,7 +37,8 @@ from optimum_llava_ov.runtime.modeling import ATTENTION_BACKEND, OVLlavaModel
 class OVModelForLlava(OVLlavaModel):
     """Run a LLaVA on OpenVINO with the interface of transformers.
 
-    [`generate`] takes the arguments of transformers' `generate`. Calls from several threads run one after the other.
+    [`generate`] takes the arguments of transformers' `generate`. Calls from several threads run one after the
+    other, unless each has its own cache ([`new_cache`]).
 
     Example:
         model = OVModelForLlava.from_pretrained("llava-mpt-ov")
@@ -64,8 +64,7 @@ class OVModelForLlava(OVLlavaModel):
                 config.json names.
             kwargs: Arguments of [`OVModelForVisualCausalLM.from_pretrained`]: `device`, `ov_config`, `compile`,
                 `cache_dir`, `token`, `revision`, `subfolder`, `local_files_only`, ... `ov_config` may also have
-                GenAI's
-                `ATTENTION_BACKEND`: `"PA"` (paged attention, the default on CPU) or `"SDPA"`.
+                GenAI's `ATTENTION_BACKEND`: `"PA"` (paged attention, the default on CPU) or `"SDPA"`.
 
         Raises:
             [`BundleError`]: `model_id` is not a LLaVA-MPT, or one of its files is missing or damaged.
@@ -158,10 +157,12 @@ class OVModelForLlava(OVLlavaModel):
             only_trainable: Count trainable parameters only. There are none.
             exclude_embeddings: Leave out the embedding table.
         """
+        if only_trainable:
+            return 0
         files = [PARTS["language_model"], PARTS["vision_embeddings_model"]]
         files += [] if exclude_embeddings else [PARTS["text_embeddings_model"]]
-        graphs = [openvino.Core().read_model(Path(self.model_save_dir) / file) for file in files]
-        return 0 if only_trainable else sum(share.parameters for graph in graphs for share in weight_shares(graph))
+        graphs = [read_graph(Path(self.model_save_dir) / file) for file in files]
+        return sum(share.parameters for graph in graphs for share in weight_shares(graph))
 
     def chat(self, processor: Any, **kwargs) -> ChatSession:
         """Begin a conversation that keeps the cache of its earlier turns.

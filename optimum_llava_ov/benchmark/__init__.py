@@ -1,1 +1,1 @@
-"""Stage 6: measure speed and memory of a bundle on this machine."""
+"""Measure speed and memory of a bundle on this machine."""

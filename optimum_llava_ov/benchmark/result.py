@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from optimum_llava_ov.table import table_lines
+
 
 @dataclass(frozen=True)
 class Run:
@@ -125,8 +127,7 @@ def _table(benchmark: Benchmark) -> str:
             for speed in benchmark.speeds
         ),
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) for row in rows)
+    return "\n".join(table_lines(rows, ">" * len(rows[0])))
 
 
 def _precision(settings: dict[str, str | int | None]) -> str:

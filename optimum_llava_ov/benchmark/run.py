@@ -85,15 +85,11 @@ def benchmark(
 
 def _load(engine: str, folder: Path, device: str, ov_config: dict[str, str] | None) -> Engine:
     with naming_damage(folder, tokenizers=engine == GENAI):
-        return _engine(engine, folder, device, ov_config)
+        if engine == GENAI:
+            from optimum_llava_ov.benchmark.genai import GenAIEngine
 
-
-def _engine(engine: str, folder: Path, device: str, ov_config: dict[str, str] | None) -> Engine:
-    if engine == GENAI:
-        from optimum_llava_ov.benchmark.genai import GenAIEngine
-
-        return GenAIEngine(folder, device, ov_config)
-    return OpenVINOEngine(folder, device, ov_config)
+            return GenAIEngine(folder, device, ov_config)
+        return OpenVINOEngine(folder, device, ov_config)
 
 
 def _measure(

@@ -83,14 +83,13 @@ def check_settings(folder: Path) -> dict[str, Any]:
     Raises:
         [`BundleError`]: a file is damaged, or does not belong to a bundle; names it.
     """
-    for name in FILES:
-        if name.endswith(".json") and (folder / name).exists():
-            _read_settings(folder / name)
+    files = [folder / name for name in FILES if name.endswith(".json")]
+    settings = {file.name: _read_settings(file) for file in files if file.exists()}
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # damaged settings make transformers stumble anywhere
         raise BundleError(f"{folder / 'config.json'} does not load: {_reason(error)}. {_AGAIN}") from error
-    return _read_settings(folder / "config.json")
+    return settings["config.json"]
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Stage 1: an original checkpoint, on disk or on the Hub, as configurations, a tokenizer and mapped tensors."""
+"""Read an original checkpoint, on disk or on the Hub: configurations, a tokenizer and mapped tensors."""

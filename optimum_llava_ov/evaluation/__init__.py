@@ -1,1 +1,1 @@
-"""Stage 6: measure the quality of bundles against the checkpoint or another bundle."""
+"""Measure the quality of bundles against the checkpoint or another bundle."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from optimum_llava_ov.bundle.check import check_loads
+from optimum_llava_ov.bundle.layout import weights_file
 from optimum_llava_ov.bundle.settings import write_json
 from optimum_llava_ov.bundle.staging import complete_replacement
 from optimum_llava_ov.evaluation.metrics import Quality, measure
@@ -62,7 +63,7 @@ def evaluate(
     qualities = {}
     for folder in folders:
         found = recordings / folder.resolve().name
-        modified = (folder / "openvino_language_model.bin").stat().st_mtime_ns
+        modified = weights_file(folder, "language_model").stat().st_mtime_ns
         _record(folder, device, samples, found, {**settings, "bundle": modified}, max_new_tokens, expected)
         quality = measure(samples, expected, found, folder, AutoTokenizer.from_pretrained(folder))
         qualities[folder.resolve().name] = quality

@@ -9,6 +9,7 @@ import numpy as np
 
 from optimum_llava_ov.bundle.layout import part_sizes
 from optimum_llava_ov.samples.files import Sample
+from optimum_llava_ov.table import table_lines
 
 
 @dataclass(frozen=True)
@@ -112,5 +113,4 @@ def table(qualities: dict[str, Quality]) -> str:
                 accuracy,
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(table_lines(rows, "<" * len(header)))

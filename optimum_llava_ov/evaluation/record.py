@@ -7,11 +7,11 @@ interrupted recording continues where it stopped.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import LlavaProcessor
@@ -31,9 +31,8 @@ def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
     if holds_original_checkpoint(name):
         checkpoint = OriginalCheckpoint.open(name)
         size = sum(file.stat().st_size for file in checkpoint.weight_files)
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         model = LlavaMptForConditionalGeneration.from_checkpoint(
-            checkpoint, dtype=torch.float32 if 2.5 * size < available else torch.bfloat16
+            checkpoint, dtype=torch.float32 if 2.5 * size < psutil.virtual_memory().free else torch.bfloat16
         )
         return model, build_processor(checkpoint)
     from optimum_llava_ov.modeling import OVModelForLlavaMPT

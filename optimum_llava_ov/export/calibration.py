@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from optimum_llava_ov import host
+from optimum_llava_ov.bundle.layout import PARTS, SMALL_PARTS
 from optimum_llava_ov.models.merge import merge_image_features
 from optimum_llava_ov.samples.files import Sample, read_samples
 
@@ -39,10 +40,7 @@ def calibration_dataset(
     samples = _named_samples(dataset) if isinstance(dataset, str) else read_samples(dataset[0])
     samples = random.Random(0).sample(samples, min(len(samples), num_samples or DEFAULT_NUM_SAMPLES))
     core = openvino.Core()
-    table, encoder = (
-        core.compile_model(folder / f"openvino_{part}_model.xml", "CPU")
-        for part in ("text_embeddings", "vision_embeddings")
-    )
+    table, encoder = (core.compile_model(folder / PARTS[part], "CPU") for part in SMALL_PARTS)
     return nncf.Dataset(
         [_inputs(sample, processor, table, encoder) for sample in tqdm(samples, desc="Preparing calibration data")]
     )

@@ -8,6 +8,7 @@ import openvino
 
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
 from optimum_llava_ov.bundle.precision import weight_bytes
+from optimum_llava_ov.table import table_lines
 
 
 def summarize(bundle: Path) -> str:
@@ -30,6 +31,5 @@ def report(bundle: Path) -> str:
             for precision, size in sorted(sizes.items(), key=lambda item: -item[1])
         )
         rows.append((name, mix, f"{on_disk[name] / 1e6:,.1f} MB"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    rule = tuple("-" * max(map(len, column)) for column in zip(*rows))
+    return "\n".join(table_lines([rows[0], rule, *rows[1:]], "<<>"))

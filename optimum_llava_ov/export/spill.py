@@ -20,6 +20,7 @@ import openvino
 from openvino import opset13
 
 from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.system.memory import reserve
 
 
 MIN_BYTES = 1 << 20  # smaller constants stay in memory
@@ -48,9 +49,7 @@ class Spill:
         self.folder.mkdir(exist_ok=True)
         name, file = constant.get_friendly_name(), self.folder / f"{len(self._files)}.weight"
         self._files[name] = file
-        with file.open("wb") as reserved:
-            # A full disk raises an error here, but would crash the process later
-            os.posix_fallocate(reserved.fileno(), 0, data.nbytes)
+        reserve(file, data.nbytes)
         self._mappings.append(np.memmap(file, np.uint8, mode="r+"))
         # Copy in the background while NNCF computes the next weight. At most one copy is pending, to limit memory.
         self.wait()

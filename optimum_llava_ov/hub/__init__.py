@@ -1,1 +1,1 @@
-"""Stage 6: publish a bundle on the Hub."""
+"""Publish a bundle on the Hub."""

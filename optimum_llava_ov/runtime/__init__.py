@@ -1,1 +1,1 @@
-"""Stage 5: run a bundle from transformers code."""
+"""Run a bundle from transformers code."""

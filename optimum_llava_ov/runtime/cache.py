@@ -57,7 +57,8 @@ class DecoderCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens in each sequence, padding included. It is the same for all layers."""
-        return self._length if self.decoder else 0
+        _ = self.decoder  # raises an error if the request computes another batch now
+        return self._length
 
     @property
     def chunk_size(self) -> int:

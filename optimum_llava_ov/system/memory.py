@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -54,12 +55,17 @@ def return_freed() -> None:
         libc.malloc_trim(0)
 
 
+def reserve(file: Path, size: int) -> None:
+    """Make a file of `size` bytes, to be mapped. If the disk is full, this raises an error; a mapping would crash."""
+    with file.open("wb") as reserved:
+        os.posix_fallocate(reserved.fileno(), 0, size)
+
+
 def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
     """Move a parameter from memory to a mapped file. The file has no name; the system deletes it with the mapping."""
     file = folder / ".parameter"
-    if hasattr(os, "posix_fallocate"):  # a full disk raises an error here, but would crash the process later
-        with file.open("wb") as reserved:
-            os.posix_fallocate(reserved.fileno(), 0, parameter.numel() * parameter.element_size())
+    if hasattr(os, "posix_fallocate"):
+        reserve(file, parameter.numel() * parameter.element_size())
     tensor = torch.from_file(str(file), shared=True, size=parameter.numel(), dtype=parameter.dtype).view(
         parameter.shape
     )
@@ -79,10 +85,10 @@ def read_ahead(files: list[Path]) -> None:
     """Let the system read files into its cache in the background, up to half of the free memory."""
     if not hasattr(os, "posix_fadvise"):
         return
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    budget_of_all = psutil.virtual_memory().free // 2
 
     def advise() -> None:
-        budget = available // 2
+        budget = budget_of_all
         for file in files:
             with file.open("rb") as stream:
                 size = min(file.stat().st_size, budget)
