@@ -35,7 +35,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.models.alibi import alibi_slopes
-from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+from optimum_llava_ov.models.llava import LlavaMptForConditionalGeneration
 from optimum_llava_ov.models.mpt import MptAttention, MptBlock, MptLanguageModel
 from optimum_llava_ov.models.vision import ImageEncoder
 

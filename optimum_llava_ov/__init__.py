@@ -1,4 +1,4 @@
-"""Run original-format LLaVA-MPT checkpoints on OpenVINO, through Optimum.
+"""Run original-format LLaVA checkpoints on OpenVINO, through Optimum.
 
 Importing this package registers it with transformers and Optimum. The import is fast: heavy modules are imported only
 when they are used.
@@ -13,7 +13,7 @@ from optimum_llava_ov.registration import activation
 
 
 if TYPE_CHECKING:
-    from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+    from optimum_llava_ov.checkpoint.families.mpt import LlavaMptConfig
     from optimum_llava_ov.errors import (
         BundleError,
         HubError,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from optimum_llava_ov.export.pipeline import main_export
     from optimum_llava_ov.images import ImageLimits
     from optimum_llava_ov.modeling import OVModelForLlava, OVModelForLlavaMPT
-    from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+    from optimum_llava_ov.models.llava import LlavaMptForConditionalGeneration, OriginalLlavaForConditionalGeneration
 
 _MODULE_OF = {
     "BundleError": "errors",
@@ -34,10 +34,11 @@ _MODULE_OF = {
     "ImageError": "errors",
     "ImageLimits": "images",
     "InvalidCheckpointError": "errors",
-    "LlavaMptConfig": "checkpoint.config",
-    "LlavaMptForConditionalGeneration": "models.llava_mpt",
+    "LlavaMptConfig": "checkpoint.families.mpt",
+    "LlavaMptForConditionalGeneration": "models.llava",
     "OVModelForLlava": "modeling",
     "OVModelForLlavaMPT": "modeling",
+    "OriginalLlavaForConditionalGeneration": "models.llava",
     "UnsupportedCheckpointError": "errors",
     "main_export": "export.pipeline",
 }

@@ -24,7 +24,7 @@ def is_supported() -> bool:
     if SpecifierSet(SUPPORTED_OPTIMUM_INTEL).contains(found, prereleases=True):
         return True
     logger.warning(
-        "optimum-llava-ov %s does not support optimum-intel %s, so LLaVA-MPT checkpoints cannot be exported. "
+        "optimum-llava-ov %s does not support optimum-intel %s, so LLaVA checkpoints cannot be exported. "
         'Install a supported version: pip install "optimum-intel%s"',
         version("optimum-llava-ov"),
         found,
@@ -67,6 +67,10 @@ def exporting(transform=None, save_model=None):
     from optimum.exporters.openvino import convert
 
     originals = convert._save_model, convert.allow_skip_tracing_check, convert.save_model
+    # Optimum gives transformers' masks an old argument, of which transformers warns
+    masks = logging.getLogger("transformers.masking_utils")
+    level = masks.level
+    masks.setLevel(logging.ERROR)
 
     @functools.wraps(convert._save_model)
     def save(model, *args, **kwargs):
@@ -78,6 +82,7 @@ def exporting(transform=None, save_model=None):
         yield
     finally:
         convert._save_model, convert.allow_skip_tracing_check, convert.save_model = originals
+        masks.setLevel(level)
 
 
 def named_datasets() -> dict[str, dict]:

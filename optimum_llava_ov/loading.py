@@ -35,9 +35,9 @@ def session_factory(
     """
     if resolve_engine(bundle, device, engine) == GENAI:
         return _genai_factory(bundle, device, ov_config)
-    from optimum_llava_ov.modeling import OVModelForLlavaMPT
+    from optimum_llava_ov.modeling import OVModelForLlava
 
-    model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
+    model = OVModelForLlava.from_pretrained(bundle, device=device, ov_config=ov_config)
     with naming_damage(Path(model.model_save_dir)):
         processor = load_processor(model.model_save_dir)
     return lambda **kwargs: model.chat(processor, **kwargs)
@@ -90,7 +90,7 @@ def bundle_folder(bundle: str, reason: str) -> Path:
     """
     message = (
         f"{bundle} is not a bundle, because it has no {PARTS['language_model']}. {reason} "
-        f"Convert it first: optimum-cli export openvino --model {bundle} llava-mpt-ov"
+        f"Convert it first: optimum-cli export openvino --model {bundle} llava-ov"
     )
     folder = Path(bundle) if Path(bundle).is_dir() else Repository(bundle).download((*FILES, *EXTRA_FILES))
     if not (folder / PARTS["language_model"]).exists():
@@ -99,7 +99,7 @@ def bundle_folder(bundle: str, reason: str) -> Path:
 
 
 def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     from optimum_llava_ov.chat.genai_engine import GenAIEngine, GenAIModel
 
@@ -108,7 +108,10 @@ def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -
     with naming_damage(folder, tokenizers=True):
         config, processor = AutoConfig.from_pretrained(folder), load_processor(folder)
         model = GenAIModel(folder, device, ov_config)
-    return lambda **kwargs: ChatSession(GenAIEngine(model, processor), processor, config, **kwargs)
+        stop_strings = GenerationConfig.from_pretrained(folder).stop_strings
+    return lambda **kwargs: ChatSession(
+        GenAIEngine(model, processor), processor, config, **{"stop_strings": stop_strings, **kwargs}
+    )
 
 
 def sampling_options(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:

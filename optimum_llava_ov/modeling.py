@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import CommitInfo, constants
 from optimum.intel import OVConfig
@@ -13,15 +13,16 @@ from optimum.intel.openvino.modeling_base import OVBaseModel
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from optimum_llava_ov.bundle.card import update_card
-from optimum_llava_ov.bundle.check import check_is_llava_mpt, check_readable, load_processor, naming_damage, read_graph
+from optimum_llava_ov.bundle.check import check_is_llava, check_readable, load_processor, naming_damage, read_graph
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, LANGUAGE_MODEL, PARTS, TOKENIZERS
 from optimum_llava_ov.bundle.precision import weight_shares
 from optimum_llava_ov.bundle.provenance import openvino_config
 from optimum_llava_ov.bundle.staging import complete_replacement, staged
 from optimum_llava_ov.chat.openvino_engine import OpenVINOEngine
 from optimum_llava_ov.chat.session import ChatSession
+from optimum_llava_ov.checkpoint.families import names_original
 from optimum_llava_ov.checkpoint.options import read_json
-from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
+from optimum_llava_ov.checkpoint.reader import CHECKPOINT_OPTIONS
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
@@ -49,9 +50,16 @@ class OVModelForLlava(OVLlavaModel):
 
     _support_new_processing = True  # Optimum's name for prompts that repeat `<image>` once for each of its features
 
+    _text_model_type: ClassVar[str | None] = None  # the only type of language model that the class loads
+
     @classmethod
     def from_pretrained(
-        cls, model_id: str | Path, *args, vision_tower: str | None = None, **kwargs
+        cls,
+        model_id: str | Path | Repository,
+        *args,
+        vision_tower: str | None = None,
+        conversation: str | None = None,
+        **kwargs,
     ) -> OVModelForLlava:
         """Load a bundle, or convert an original checkpoint on the fly.
 
@@ -59,21 +67,29 @@ class OVModelForLlava(OVLlavaModel):
         [`save_pretrained`].
 
         Args:
-            model_id: Folder or model id of a bundle, or of an original LLaVA-MPT checkpoint.
+            model_id: Folder or model id of a bundle, or of an original LLaVA checkpoint. Bundles with a LLaVA that
+                Optimum exported from transformers' format are loaded too.
             vision_tower: Folder or model id of an original checkpoint's vision tower. Default: the one that its
                 config.json names.
+            conversation: How an original checkpoint's prompts are written, such as "vicuna_v1". Default: chosen from
+                its files and names; see docs/checkpoints.md.
             kwargs: Arguments of [`OVModelForVisualCausalLM.from_pretrained`]: `device`, `ov_config`, `compile`,
                 `cache_dir`, `token`, `revision`, `subfolder`, `local_files_only`, ... `ov_config` may also have
                 GenAI's `ATTENTION_BACKEND`: `"PA"` (paged attention, the default on CPU) or `"SDPA"`.
 
         Raises:
-            [`BundleError`]: `model_id` is not a LLaVA-MPT, or one of its files is missing or damaged.
+            [`BundleError`]: `model_id` is not a LLaVA of this class, or one of its files is missing or damaged.
             [`HubError`]: The Hub does not know `model_id`, refuses access to it, or cannot be reached.
         """
-        complete_replacement(model_id)
-        if holds_original_checkpoint(model_id, **kwargs):
-            return cls._export(model_id, vision_tower=vision_tower, **kwargs)
-        folder = _download(model_id, kwargs)
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        repository = Repository.of(model_id, **options)
+        complete_replacement(repository.name)
+        config_file = repository.get("config.json")
+        if config_file is not None:
+            repository = repository.pinned(config_file)
+            if names_original(config_file):
+                return cls._export(repository, vision_tower=vision_tower, conversation=conversation, **kwargs)
+        folder = _download(repository, cls._text_model_type)
         if kwargs.get("compile_only") and kwargs.get("ov_config"):  # Optimum passes all of it to OpenVINO
             kwargs["ov_config"] = {**kwargs["ov_config"]}
             kwargs["attention_backend"] = kwargs["ov_config"].pop(ATTENTION_BACKEND, PA)
@@ -96,7 +112,7 @@ class OVModelForLlava(OVLlavaModel):
 
         Optimum's method would choose the class by the model type, which other models share.
         """
-        check_is_llava_mpt(model_id, config.to_dict())
+        check_is_llava(model_id, config.to_dict(), cls._text_model_type)
         folder = Path(model_id)
         device, ov_config = kwargs.get("device", "CPU"), kwargs.get("ov_config")
         language_model, text_embeddings, vision_embeddings = (
@@ -125,12 +141,12 @@ class OVModelForLlava(OVLlavaModel):
     @classmethod
     def _export(
         cls,
-        model_id: str | Path,
+        model_id: str | Path | Repository,
         config=None,  # noqa: ARG003  Optimum passes it
-        vision_tower: str | None = None,
         **kwargs,
     ) -> OVModelForLlava:
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        model_kwargs = {name: value for name in CHECKPOINT_OPTIONS if (value := kwargs.pop(name, None)) is not None}
         kwargs.pop("export", None)
         quantization_config, load_in_8bit = kwargs.pop("quantization_config", None), kwargs.pop("load_in_8bit", None)
         if load_in_8bit and not quantization_config:
@@ -140,7 +156,6 @@ class OVModelForLlava(OVLlavaModel):
         recipe = recipe_of(quantization_config) if quantization_config else None
         ov_config = OVConfig(quantization_config=recipe) if recipe or load_in_8bit is False else None
         folder = _temporary_folder("export-")
-        model_kwargs = {"vision_tower": vision_tower} if vision_tower else None
         main_export(model_id, folder.name, ov_config=ov_config, model_kwargs=model_kwargs, **options)
         model = cls.from_pretrained(folder.name, **kwargs)
         model._exported_to = folder  # deleted with the model
@@ -174,6 +189,7 @@ class OVModelForLlava(OVLlavaModel):
             kwargs: Arguments of [`~optimum_llava_ov.chat.session.ChatSession`]: `system`, `messages`,
                 `context_window`, `when_full`, and options of `generate`.
         """
+        kwargs.setdefault("stop_strings", self.generation_config.stop_strings)
         return ChatSession(OpenVINOEngine(self, processor), processor, self.config, **kwargs)
 
     @staticmethod
@@ -181,7 +197,7 @@ class OVModelForLlava(OVLlavaModel):
         model_name_or_path: str,  # noqa: ARG004  Optimum passes it
         quantization_config,
     ):
-        """Return the recipe. Optimum chooses it by the model's name; ours is the same for every LLaVA-MPT."""
+        """Return the recipe. Optimum chooses it by the model's name; ours is the same for every LLaVA."""
         return recipe_of(quantization_config)
 
     def _apply_quantization(
@@ -317,18 +333,15 @@ class OVModelForLlava(OVLlavaModel):
 class OVModelForLlavaMPT(OVModelForLlava):
     """Run a LLaVA whose language model is an MPT. See [`OVModelForLlava`]."""
 
+    _text_model_type = "mpt"
 
-def _download(model_id: str | Path, kwargs: dict[str, Any]) -> Path:
-    """Download all files of a bundle and no others, so that it can be saved and published. Return their folder.
 
-    Options of the Hub are removed from `kwargs`, because they are used here.
-    """
-    options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-    repository = Repository(str(model_id), **{name: value for name, value in options.items() if value is not None})
+def _download(repository: Repository, text_model_type: str | None) -> Path:
+    """Download all files of a bundle and no others, so that it can be saved and published. Return their folder."""
     folder = repository.folder
     if not repository.is_local:
         config = repository.require("config.json", "it says what the model is")
-        check_is_llava_mpt(model_id, read_json(config, error_class=BundleError))
+        check_is_llava(repository.name, read_json(config, error_class=BundleError), text_model_type)
         folder = repository.download((*FILES, *EXTRA_FILES))
     check_readable(folder)
     return folder

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, MptConfig, MptForCausalLM
 
 from optimum_llava_ov import InvalidCheckpointError, LlavaMptForConditionalGeneration, UnsupportedCheckpointError
-from optimum_llava_ov.checkpoint.config import LlavaMptConfig, mpt_config
+from optimum_llava_ov.checkpoint.families.mpt import LlavaMptConfig
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.checkpoint.tensors import map_tensors
 from optimum_llava_ov.models.mpt import MptLanguageModel
@@ -157,7 +157,7 @@ class TestOptions:
         config = json.loads((SINGLE.checkpoint / "config.json").read_text())
         config["attn_config"].update(attn_config or {})
         torch.manual_seed(0)
-        return MptLanguageModel(mpt_config(LlavaMptConfig.from_dict({**config, **options}))).eval()
+        return MptLanguageModel(LlavaMptConfig.from_dict({**config, **options}).text_config).eval()
 
     @pytest.mark.parametrize("attn_config", [{}, {"clip_qkv": 0.02}, {"softmax_scale": 0.7}], ids=str)
     def test_attention_options_equal_transformers(self, attn_config):
@@ -239,8 +239,8 @@ class TestOptions:
         ({"use_mm_proj": False}, "use_mm_proj=False"),
         ({"logit_scale": "other"}, "logit_scale='other'"),
         ({"mm_vision_select_layer": -9}, "mm_vision_select_layer=-9"),
-        ({"d_model": None}, "lacks d_model"),
-        ({"model_type": "llava_llama"}, "'llava_llama'"),
+        ({"d_model": None}, "d_model is missing"),
+        ({"architectures": ["LlavaQwenForCausalLM"]}, "LlavaQwenForCausalLM"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -631,8 +631,8 @@ BUNDLE_DAMAGES = {
         for name in ("empty", "not UTF-8", "a list", "nested")
     },
     "config.json: cut": (cut("config.json", 0.3), "config.json"),
-    "config.json: no model": (write("config.json", "{}"), "not a LLaVA-MPT"),
-    "config.json: text": (change("config.json", text_config=[]), "not a LLaVA-MPT"),
+    "config.json: no model": (write("config.json", "{}"), "not a LLaVA bundle"),
+    "config.json: text": (change("config.json", text_config=[]), "not a LLaVA bundle"),
     "config.json: vision": (change("config.json", vision_config=[]), "vision_config=[]"),
     "config.json: layers": (change("config.json", "text_config", n_layers="3"), "text_config.n_layers='3'"),
     "config.json: side": (change("config.json", "vision_config", image_size=NAN), "vision_config.image_size=nan"),

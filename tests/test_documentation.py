@@ -91,7 +91,7 @@ def test_wheel_holds_what_is_needed(tmp_path):
     ).stdout
     for name in (
         "optimum/commands/register/register_optimum_llava_ov.py",
-        "optimum_llava_ov/bundle/chat_template.jinja",
+        "optimum_llava_ov/checkpoint/families/llama.py",
         "optimum_llava_ov/bundle/card_template.md",
         "optimum_llava_ov/hub/push.py",
         "optimum_llava_ov/runtime/modeling.py",

@@ -414,5 +414,5 @@ def test_other_models_are_refused(tmp_path, bundles):
         "num_hidden_layers": 3,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BundleError, match="OVModelForVisualCausalLM"):
+    with pytest.raises(BundleError, match="OVModelForLlava"):
         OVModelForLlavaMPT.from_pretrained(folder)

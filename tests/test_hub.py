@@ -183,7 +183,7 @@ class TestReadme:
             assert any(path.endswith(name) for path in paths[:first_weights]), name
 
     def test_one_commit_with_the_bundle_and_nothing_else(self, hub, published):
-        assert hub.commits(PUBLISHED) == ["Upload LLaVA-MPT for OpenVINO"]
+        assert hub.commits(PUBLISHED) == ["Upload LLaVA for OpenVINO"]
         files = hub.files(PUBLISHED)
         assert files.keys() == set(FILES)
         assert all(files[name] == (published[0] / name).read_bytes() for name in FILES if name != "README.md")
@@ -228,7 +228,7 @@ class TestReadme:
         before = hub.uploaded()
         (bundle / "README.md").write_text((bundle / "README.md").read_text() + "\nMore.\n")
         client.run(f"push_bundle({str(bundle)!r}, 'me/small', commit_message='Say more')")
-        assert hub.commits("me/small") == ["Upload LLaVA-MPT for OpenVINO", "Say more"]
+        assert hub.commits("me/small") == ["Upload LLaVA for OpenVINO", "Say more"]
         assert hub.uploaded() == before
 
     def test_metadata(self, hub, published):
@@ -298,7 +298,7 @@ class TestPush:
     def test_revision(self, hub, client, bundle):
         client.run(self.push(bundle, "me/revisions", revision="int4"))
         assert hub.commits("me/revisions") == []
-        assert hub.commits("me/revisions", "int4") == ["Upload LLaVA-MPT for OpenVINO"]
+        assert hub.commits("me/revisions", "int4") == ["Upload LLaVA for OpenVINO"]
 
     def test_pull_request(self, hub, client, bundle):
         hub.create("you/theirs")
@@ -490,7 +490,9 @@ class TestDownload:
 
     def test_another_model_is_refused_by_its_config(self, hub, client, tmp_path):
         start = len(hub.requests)
-        assert "with a 'llama' language model, not a LLaVA-MPT" in client.error(self.load("me/llama", tmp_path))
+        assert "is a LLaVA with a 'llama' language model, expected 'mpt'" in client.error(
+            self.load("me/llama", tmp_path)
+        )
         asked = [path for _, path, *_ in hub.requests[start:] if "me/llama" in path]
         assert {path.split("/")[-1] for path in asked} == {"config.json"}
 
@@ -585,7 +587,7 @@ def test_server_that_dies_in_the_middle_of_100_mb(dying):
     hub.live()
     start, arrived = len(hub.requests), {file.name for file in hub.folder.iterdir()}
     client.run(f"push_bundle({str(big)!r}, 'me/big')")
-    assert hub.commits("me/big") == ["Upload LLaVA-MPT for OpenVINO"]
+    assert hub.commits("me/big") == ["Upload LLaVA for OpenVINO"]
     files = hub.repos["me/big"].commit("main").files
     large = {blob.oid for blob in files.values() if blob.is_lfs}
     oid = files["openvino_language_model.bin"].oid

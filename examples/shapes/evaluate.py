@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
-from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+from optimum_llava_ov.models.llava import LlavaMptForConditionalGeneration
 from optimum_llava_ov.samples.shapes import KINDS, SYSTEM_TURN, assistant_turn, held_out, user_turn
 
 

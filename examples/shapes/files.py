@@ -12,7 +12,7 @@ from tokenizer import ADDED_TOKENS, END_OF_TEXT
 from tokenizers import Tokenizer
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+from optimum_llava_ov.models.llava import LlavaMptForConditionalGeneration
 
 
 def load(folder: Path) -> tuple[LlavaMptForConditionalGeneration, Tokenizer]:

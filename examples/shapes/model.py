@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig
 
-from optimum_llava_ov.checkpoint.config import LlavaMptConfig
-from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+from optimum_llava_ov.checkpoint.families.mpt import LlavaMptConfig
+from optimum_llava_ov.models.llava import LlavaMptForConditionalGeneration
 from optimum_llava_ov.models.merge import merge_image_features
 
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+from optimum_llava_ov.models.llava import LlavaMptForConditionalGeneration
 from optimum_llava_ov.samples.shapes import COLOURS, SHAPES
 
 

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.chat.messages import images_of
 from optimum_llava_ov.chat.prompt import Prompt
-from optimum_llava_ov.modeling import OVModelForLlavaMPT
+from optimum_llava_ov.modeling import OVModelForLlava
 
 
 # Settings of a device, and the names of its properties
@@ -45,7 +45,7 @@ class OpenVINOEngine:
     """Call `generate` of transformers, as a user's code does."""
 
     def __init__(self, bundle: Path, device: str, ov_config: dict[str, str] | None = None):
-        self.model = OVModelForLlavaMPT.from_pretrained(bundle, device=device, ov_config=ov_config)
+        self.model = OVModelForLlava.from_pretrained(bundle, device=device, ov_config=ov_config)
         self.processor = load_processor(bundle)
         self.config = self.model.config
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import openvino
 import openvino_tokenizers  # noqa: F401  registers the operations of tokenizers with OpenVINO
-from transformers import AutoConfig, AutoProcessor, LlavaProcessor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, LlavaProcessor
 
 from optimum_llava_ov.bundle.layout import FILES, PARTS, TOKENIZERS, check_bundle
 from optimum_llava_ov.checkpoint.config import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
@@ -22,6 +22,7 @@ from optimum_llava_ov.checkpoint.options import (
     either,
     integer,
     list_of,
+    optional,
     read_json,
 )
 from optimum_llava_ov.errors import BundleError
@@ -37,7 +38,8 @@ _PORTS = {
 _OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
 _LIST = Rule(lambda value: isinstance(value, list), "a list")
 _TOKEN = integer(0, MAX_VOCABULARY)
-# Settings that would cause wrong answers or late errors if they were missing. transformers checks the others.
+# Settings of our bundles that would cause wrong answers or late errors if they were missing. transformers checks the
+# others. Bundles that Optimum writes leave out what has the default of transformers.
 _RULES = {
     "config.json": {
         "text_config": _OBJECT,
@@ -48,15 +50,18 @@ _RULES = {
     "generation_config.json": {"eos_token_id": either(_TOKEN, list_of(_TOKEN))},
     "preprocessor_config.json": {"size": _OBJECT, "crop_size": _OBJECT, "image_mean": _LIST, "image_std": _LIST},
 }
+# By the names that transformers uses for every model. A model may store them under names of its own.
 _RULES_OF_PARTS = {
-    "text_config": {"n_layers": integer(1, MAX_LAYERS), "d_model": integer(1, MAX_WIDTH)},
+    "text_config": {"num_hidden_layers": integer(1, MAX_LAYERS), "hidden_size": integer(1, MAX_WIDTH)},
     "vision_config": {"image_size": integer(1, MAX_SIDE)},
 }
 _NOT_READ = ("README.md", "openvino_config.json")  # files that are not needed to run a bundle
+# Files of our bundles that others leave out
+_NOT_IN_OTHERS = (*_NOT_READ, "special_tokens_map.json", "chat_template.jinja", "preprocessor_config.json")
 
 
 def check_readable(folder: Path, tokenizers: bool = False) -> None:
-    """Check that the files exist and that the settings are those of a LLaVA-MPT bundle. This is fast.
+    """Check that the files exist and that the settings are those of a LLaVA bundle. This is fast.
 
     Args:
         folder: folder of the bundle.
@@ -65,9 +70,11 @@ def check_readable(folder: Path, tokenizers: bool = False) -> None:
     Raises:
         [`BundleError`]: a file is missing or damaged; names it.
     """
-    check_bundle(folder, tokenizers, unneeded=_NOT_READ)
+    check_bundle(folder, tokenizers, unneeded=_NOT_IN_OTHERS if _is_of_others(folder / "config.json") else _NOT_READ)
     check_settings(folder)
     template = folder / "chat_template.jinja"
+    if not template.exists():
+        return
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
@@ -84,24 +91,46 @@ def check_settings(folder: Path) -> dict[str, Any]:
         [`BundleError`]: a file is damaged, or does not belong to a bundle; names it.
     """
     files = [folder / name for name in FILES if name.endswith(".json")]
-    settings = {file.name: _read_settings(file) for file in files if file.exists()}
+    files = [file for file in files if file.exists()]
+    if not files or files[0].name != "config.json":
+        raise BundleError(f"{folder} has no config.json, so it is not a bundle. {_AGAIN}")
+    values = _read_settings(files[0], is_ours=True)
+    for file in files[1:]:
+        _read_settings(file, is_our_bundle(values))
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # damaged settings make transformers stumble anywhere
         raise BundleError(f"{folder / 'config.json'} does not load: {_reason(error)}. {_AGAIN}") from error
-    return settings["config.json"]
+    return values
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def _is_of_others(config_file: Path) -> bool:
+    try:
+        return not is_our_bundle(read_json(config_file, error_class=BundleError))
+    except BundleError:  # the checks that follow say what is wrong with it
+        return False
+
+
+def is_our_bundle(config: dict[str, Any]) -> bool:
+    """Return whether the `config.json` of a LLaVA bundle was written by this package, not by Optimum."""
+    text_config = config.get("text_config")
+    return "converted_from" in config or (isinstance(text_config, dict) and text_config.get("model_type") == "mpt")
+
+
+def _read_settings(file: Path, is_ours: bool) -> dict[str, Any]:
     values = read_json(file, MAX_TOKENIZER_BYTES, BundleError)
     if file.name == "config.json":
-        check_is_llava_mpt(file.parent, values)
+        check_is_llava(file.parent, values)
+        is_ours = is_our_bundle(values)
     if not values:
         raise BundleError(f"{file} holds an empty object, expected settings. {_AGAIN}")
-    problems = broken_rules(values, _RULES.get(file.name, {}))
+    problems = _broken_rules(values, _RULES.get(file.name, {}), is_ours)
     if file.name == "config.json" and not problems:
         for part, rules in _RULES_OF_PARTS.items():
-            problems += broken_rules(values[part], rules, f"{part}.")
+            settings = values.get(part) or {}
+            names = _own_names(settings.get("model_type"))
+            own_rules = {names.get(name, name): rule for name, rule in rules.items()}
+            problems += _broken_rules(settings, own_rules, is_ours, f"{part}.")
     if file.name == "preprocessor_config.json":
         problems = problems or broken_options(values)
     if file.name == "processor_config.json" and isinstance(image_processor := values.get("image_processor"), dict):
@@ -111,18 +140,37 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return values
 
 
-def check_is_llava_mpt(name: str | Path, config: dict[str, Any]) -> None:
-    """Check that a configuration is that of a LLaVA-MPT bundle.
+def _own_names(model_type: Any) -> dict[str, str]:
+    """Return the names of options that a model type of transformers stores under names of its own."""
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return CONFIG_MAPPING[model_type].attribute_map if is_known else {}
+
+
+def _broken_rules(values: dict[str, Any], rules: dict[str, Rule], is_ours: bool, prefix: str = "") -> list[str]:
+    """Describe options with wrong values. Bundles of others may leave options out."""
+    return broken_rules(values, rules if is_ours else {name: optional(rule) for name, rule in rules.items()}, prefix)
+
+
+def check_is_llava(name: str | Path, config: dict[str, Any], text_model_type: str | None = None) -> None:
+    """Check that a configuration is that of a LLaVA bundle.
+
+    Args:
+        text_model_type: the only type of language model that is accepted.
 
     Raises:
         [`BundleError`]: it is the configuration of another model.
     """
     text_config = config.get("text_config")
-    text_model_type = text_config.get("model_type") if isinstance(text_config, dict) else None
-    if (config.get("model_type"), text_model_type) != ("llava", "mpt"):
+    found = text_config.get("model_type") if isinstance(text_config, dict) else None
+    if config.get("model_type") != "llava" or not isinstance(found, str):
         raise BundleError(
-            f"{name} is a {config.get('model_type')!r} model with a {text_model_type!r} language model, not a "
-            "LLaVA-MPT bundle. Load it with optimum.intel.OVModelForVisualCausalLM."
+            f"{name} is a {config.get('model_type')!r} model with a {found!r} language model, not a LLaVA bundle. "
+            "Load it with optimum.intel.OVModelForVisualCausalLM."
+        )
+    if text_model_type not in (None, found):
+        raise BundleError(
+            f"{name} is a LLaVA with a {found!r} language model, expected {text_model_type!r}. Load it with "
+            "optimum_llava_ov.OVModelForLlava."
         )
 
 

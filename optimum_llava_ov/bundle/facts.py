@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
+from transformers import AutoConfig, PretrainedConfig
 
 from optimum_llava_ov.bundle.check import check_settings, read_graph
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
 from optimum_llava_ov.bundle.precision import WeightShare, weight_shares
 from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
+from optimum_llava_ov.bundle.settings import context_length
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.errors import BundleError
 
@@ -75,6 +77,11 @@ class BundleFacts:
     def _converted_from(self) -> dict[str, Any]:
         return {"model": "a local checkpoint"} | self.config.get("converted_from", {})
 
+    @cached_property
+    def text_config(self) -> PretrainedConfig:
+        """Return the configuration of the language model."""
+        return AutoConfig.for_model(**self.config["text_config"])
+
     @property
     def source(self) -> str:
         """Return the model id of the checkpoint, or the name of its folder."""
@@ -114,8 +121,8 @@ class BundleFacts:
             "source_url": self.source_url,
             "revision": converted_from.get("revision"),
             "vision_tower": converted_from.get("vision_tower"),
-            "layers": config["text_config"]["n_layers"],
-            "width": config["text_config"]["d_model"],
+            "layers": self.text_config.num_hidden_layers,
+            "width": self.text_config.hidden_size,
             "compressed": self.compressed,
             "recipes": {_RECIPE_PARTS[part]: recipe for part, recipe in recipes.items()},
             "weights": self._weight_rows(),
@@ -127,7 +134,7 @@ class BundleFacts:
             "image_seq_length": config["image_seq_length"],
             "image_size": config["vision_config"]["image_size"],
             "pads": converted_from.get("image_aspect_ratio") == "pad",
-            "max_seq_len": config["text_config"].get("max_seq_len", 2048),
+            "max_seq_len": context_length(self.text_config),
             "is_lightning": "lightning-mpt-7b" in self.source.lower(),
             "quality": self._quality(),
         }

@@ -7,32 +7,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.mpt.configuration_mpt import MptAttentionConfig
 
-from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.files import replace_text
 
 
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-
-
-def image_seq_length(config: LlavaMptConfig) -> int:
+def image_seq_length(config: OriginalLlavaConfig) -> int:
     """Return the number of tokens of one image: patches, the class token if it is kept, and the borders."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     return patches + _num_additional_image_tokens(config)
 
 
-def _num_additional_image_tokens(config: LlavaMptConfig) -> int:
+def _num_additional_image_tokens(config: OriginalLlavaConfig) -> int:
     return config.num_border_tokens + (1 if config.select_feature == "cls_patch" else 0)
 
 
+def context_length(text_config: PretrainedConfig) -> int:
+    """Return the number of tokens that the language model was trained on at a time. MPT has its own name for it."""
+    return getattr(text_config, "max_position_embeddings", None) or text_config.max_seq_len
+
+
 def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
-    """Build `config.json` of the bundle: an "mpt" in a "llava", which optimum-intel, GenAI and Model Server support.
+    """Build `config.json` of the bundle: a language model in a "llava", which optimum-intel and GenAI support.
 
     `converted_from` names the source of the bundle.
     """
@@ -47,7 +48,7 @@ def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
         # "full": patches and additional tokens. The graph itself drops the class token if it is not kept.
         vision_feature_select_strategy="full",
         projector_hidden_act="gelu",
-        tie_word_embeddings=True,
+        tie_word_embeddings=config.text_config.tie_word_embeddings,
         pad_token_id=checkpoint.tokenizer.pad_token_id,
         # The original writes the borders into the prompt. Such prompts are recognised by these ids.
         im_start_token_id=config.im_start_token_id,
@@ -57,6 +58,7 @@ def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
             "model": _public_name(checkpoint.repository),
             "revision": None if checkpoint.repository.is_local else checkpoint.repository.revision,
             "model_type": config.model_type,
+            "conversation": checkpoint.choice.conversation.name,
             "vision_tower": _public_name(checkpoint.vision_repository),
             "vision_tower_revision": None
             if checkpoint.vision_repository.is_local
@@ -93,11 +95,11 @@ def build_processor(checkpoint: OriginalCheckpoint) -> LlavaProcessor:
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=_num_additional_image_tokens(config),
-        chat_template=CHAT_TEMPLATE.read_text(),
+        chat_template=checkpoint.choice.conversation.chat_template,
     )
 
 
-class LlavaMptProcessor(LlavaProcessor):
+class OriginalLlavaProcessor(LlavaProcessor):
     """The class that `AutoProcessor` uses for an original checkpoint. It builds the processor of the bundle."""
 
     @classmethod
@@ -105,7 +107,7 @@ class LlavaMptProcessor(LlavaProcessor):
         """Build it from the checkpoint's tokenizer and its vision tower's image processor.
 
         Args:
-            pretrained_model_name_or_path: folder or model id of an original LLaVA-MPT checkpoint.
+            pretrained_model_name_or_path: folder or model id of an original LLaVA checkpoint.
             kwargs: those of [`OriginalCheckpoint.open`].
         """
         return build_processor(OriginalCheckpoint.open(pretrained_model_name_or_path, **kwargs))
@@ -115,7 +117,7 @@ def save_settings(
     checkpoint: OriginalCheckpoint, processor: LlavaProcessor, generation: GenerationConfig, folder: Path
 ) -> None:
     """Write `config.json`, `generation_config.json` and all files of tokenizer and processor."""
-    _save_config(build_config(checkpoint), folder)
+    _save_config(checkpoint, folder)
     generation.save_pretrained(folder)
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
@@ -123,14 +125,11 @@ def save_settings(
     write_json(folder / "special_tokens_map.json", _special_tokens_map(processor.tokenizer))
 
 
-def _save_config(config: LlavaConfig, folder: Path) -> None:
-    config.save_pretrained(folder)
+def _save_config(checkpoint: OriginalCheckpoint, folder: Path) -> None:
+    build_config(checkpoint).save_pretrained(folder)
     file = folder / "config.json"
     values = json.loads(file.read_text())
-    # transformers also saves an empty `model_type` and the options that every configuration has. Some versions do not
-    # accept all of them on loading.
-    attn_config = values["text_config"]["attn_config"]
-    values["text_config"]["attn_config"] = {name: attn_config[name] for name in MptAttentionConfig.__annotations__}
+    values["text_config"] = checkpoint.config.bundle_text_config(values["text_config"])
     write_json(file, values)
 
 

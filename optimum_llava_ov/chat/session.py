@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from optimum_llava_ov.bundle.check import naming_failure
+from optimum_llava_ov.bundle.settings import context_length
 from optimum_llava_ov.chat.errors import ContextWindowError
 from optimum_llava_ov.chat.messages import (
     Message,
@@ -81,7 +82,7 @@ class ChatSession:
             raise ValueError(f"when_full is {when_full!r}. Expected {ERROR!r} or {DROP_OLDEST!r}.")
         self.processor = processor
         self.config = config
-        self.context_window = context_window or config.text_config.max_seq_len
+        self.context_window = context_window or context_length(config.text_config)
         self.when_full = when_full
         self.image_limits = image_limits
         self.options = {"max_new_tokens": MAX_NEW_TOKENS, **options}

@@ -58,7 +58,7 @@ class Conversation:
             Ids of tokens (`eos_token_id` of a generation configuration), and the `stop_strings` that are not tokens.
         """
         tokens = [text for text in self.stop_strings if text in tokenizer.get_vocab()]
-        ids = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(tokens)]
+        ids = [*tokenizer.convert_tokens_to_ids(tokens), tokenizer.eos_token_id]
         return list(dict.fromkeys(ids)), [text for text in self.stop_strings if text not in tokens]
 
 

@@ -11,22 +11,29 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from optimum_llava_ov.checkpoint.config import LlavaMptConfig, names_our_model, read_config
+from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
+from optimum_llava_ov.checkpoint.conversation import Choice, choose_conversation, conversation_named
+from optimum_llava_ov.checkpoint.families import names_original, read_config
 from optimum_llava_ov.checkpoint.image_processor import read_image_processor
-from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository
+from optimum_llava_ov.checkpoint.options import MAX_INDEX_BYTES, read_json
+from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.checkpoint.tensors import index_shards, map_tensors
-from optimum_llava_ov.checkpoint.tokenizer import load_tokenizer
+from optimum_llava_ov.checkpoint.tokenizer import fill_in_token_ids
 from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower, read_vision_config
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
 
 logger = logging.getLogger(__name__)
 
+# Options of a checkpoint that a user may give: keys of --model-kwargs
+CHECKPOINT_OPTIONS = ("vision_tower", "conversation")
+
 # Name of a single file and name of an index of several, in the order of preference
 _WEIGHT_FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+_OWN_TOWER = "model.vision_tower.vision_tower."
 
 
 @dataclass(frozen=True)
@@ -35,33 +42,47 @@ class OriginalCheckpoint:
     Attributes:
         repository ([`Repository`]): where the language model and the projector are.
         vision_repository ([`Repository`]): where the vision tower is.
-        config ([`LlavaMptConfig`]): with `vision_config` and the ids of the image tokens filled in.
+        config ([`OriginalLlavaConfig`]): with `vision_config` and the ids of tokens filled in.
         tokenizer ([`PreTrainedTokenizerFast`]): with `<image>` added after the checkpoint's vocabulary.
         image_processor (`dict`): options of `preprocessor_config.json` of the vision tower.
+        choice ([`Choice`]): the conversation that its prompts are written as, and why.
     """
 
     repository: Repository
     vision_repository: Repository
-    config: LlavaMptConfig
+    config: OriginalLlavaConfig
     tokenizer: PreTrainedTokenizerFast
     image_processor: dict[str, Any]
+    choice: Choice
 
     @classmethod
-    def open(cls, name_or_path: str | Path, vision_tower: str | None = None, **kwargs) -> OriginalCheckpoint:
+    def open(
+        cls,
+        name_or_path: str | Path | Repository,
+        vision_tower: str | None = None,
+        conversation: str | None = None,
+        **kwargs,
+    ) -> OriginalCheckpoint:
         """Read configurations and tokenizer, and check that they can be converted. Weights are not downloaded yet.
 
         Args:
-            name_or_path: a folder, or a model id on the Hub.
+            name_or_path: a folder, a model id on the Hub, or its [`Repository`].
             vision_tower: folder or model id of the vision tower, instead of `mm_vision_tower`.
+            conversation: name of the conversation, instead of the one that the checkpoint's files and names say.
             kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+
+        Raises:
+            [`InvalidCheckpointError`], [`UnsupportedCheckpointError`], [`HubError`]: the checkpoint is incomplete or
+                damaged, is of a kind that is not computed, or cannot be downloaded.
+            `ValueError`: there is no such conversation.
         """
-        options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-        repository = Repository(str(name_or_path), **options)
+        repository = Repository.of(name_or_path, **kwargs)
         config_file = repository.require("config.json", "it says what the model is")
         repository = repository.pinned(config_file)
 
         config = read_config(config_file)
-        config._name_or_path = str(name_or_path)
+        config._name_or_path = repository.name
+        named = conversation_named(conversation) if conversation else None
 
         vision_repository = find_vision_tower(repository, config.mm_vision_tower, vision_tower)
         vision_file = vision_repository.require("config.json", "it is the vision tower's configuration")
@@ -73,8 +94,15 @@ class OriginalCheckpoint:
             processor_file, config.vision_config.image_size, pads=config.image_aspect_ratio == "pad"
         )
 
-        tokenizer = load_tokenizer(repository, config)
-        return cls(repository, vision_repository, config, tokenizer, image_processor)
+        tokenizer = config.load_tokenizer(repository)
+        fill_in_token_ids(repository, config, tokenizer)
+        choice = Choice(named, "It was chosen by name.") if named else _choose(repository, config_file, tokenizer)
+        config.eos_token_id, _ = choice.conversation.stops(tokenizer)
+        # Some loaders of a bundle read only `eos_token` of the tokenizer, so it must be the one that ends a turn
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id[0])
+        checkpoint = cls(repository, vision_repository, config, tokenizer, image_processor, choice)
+        checkpoint._check_own_tower()
+        return checkpoint
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -84,51 +112,101 @@ class OriginalCheckpoint:
     @cached_property
     def vision_weight_files(self) -> list[Path]:
         """Paths of the vision tower's weights, which are downloaded first."""
+        if self.config.unfreeze_mm_vision_tower:
+            return self.weight_files
         return _weight_files(self.vision_repository, "the vision tower's weights")
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Map the tensors of the language model and the projector, by their names. A vision tower is left out."""
-        tensors = _merge(self.weight_files)
-        # Fine-tuned checkpoints may contain the tower, but the original code loads it from its own repository.
-        return {name: tensor for name, tensor in tensors.items() if ".vision_tower." not in f".{name}"}
+    @cached_property
+    def _all_tensors(self) -> dict[str, torch.Tensor]:
+        return _merge(self.weight_files)
 
-    def vision_tensors(self) -> dict[str, torch.Tensor]:
-        """Map the tensors of the vision tower, by their names in `CLIPVisionModel`. CLIP's text model is left out."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Map the tensors of the language model and the projector, by their names. A vision tower is left out.
+
+        Rotary frequencies, which old checkpoints store, are left out too: the original computes them.
+        """
         return {
             name: tensor
-            for name, tensor in _merge(self.vision_weight_files).items()
-            if name.startswith("vision_model.")
+            for name, tensor in self._all_tensors.items()
+            if ".vision_tower." not in f".{name}" and not name.endswith(".rotary_emb.inv_freq")
         }
 
+    def vision_tensors(self) -> dict[str, torch.Tensor]:
+        """Map the tensors of the vision tower, by their names in `CLIPVisionModel`. CLIP's text model is left out.
 
-def is_original_checkpoint(name_or_path: str | Path, **kwargs) -> bool:
-    """Return whether `name_or_path` is an original-format LLaVA-MPT checkpoint. `False` if it cannot be read."""
+        A checkpoint that says `unfreeze_mm_vision_tower` holds the tower. Others may hold one too, but the original
+        loads it from its own repository.
+        """
+        if self.config.unfreeze_mm_vision_tower:
+            tensors = {name.removeprefix(_OWN_TOWER): tensor for name, tensor in self._all_tensors.items()}
+        else:
+            tensors = _merge(self.vision_weight_files)
+        return {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+
+    def _check_own_tower(self) -> None:
+        """Check, before weights are downloaded, that a checkpoint holds its tower if it says so.
+
+        The original goes on with random weights if it does not.
+        """
+        if not self.config.unfreeze_mm_vision_tower:
+            return
+        for _, name in _WEIGHT_FILES:
+            if (index := self.repository.get(name)) is not None:
+                names = read_json(index, MAX_INDEX_BYTES).get("weight_map") or {}
+                if not any(name.startswith(_OWN_TOWER) for name in names):
+                    raise InvalidCheckpointError(
+                        f"config.json of {self.repository.name!r} has unfreeze_mm_vision_tower=true, but {index.name} "
+                        f"has no tensors {_OWN_TOWER}*: the trained vision tower is missing. If the tower was not "
+                        "trained, set unfreeze_mm_vision_tower to false in config.json."
+                    )
+                return
+
+
+def is_original_checkpoint(name_or_path: str | Path | Repository, **kwargs) -> bool:
+    """Return whether `name_or_path` is an original-format LLaVA checkpoint. `False` if it cannot be read."""
     try:
         return holds_original_checkpoint(name_or_path, **kwargs)
     except (ValueError, OSError):  # Optimum reports what is wrong with it
         return False
 
 
-def holds_original_checkpoint(name_or_path: str | Path, any_name: bool = False, **kwargs) -> bool:
-    """Do the same as [`is_original_checkpoint`], but raise if there is no such folder or model.
+def holds_original_checkpoint(name_or_path: str | Path | Repository, **kwargs) -> bool:
+    """Do the same as [`is_original_checkpoint`], but raise errors as [`find_original`]."""
+    return find_original(name_or_path, **kwargs) is not None
 
-    Returns `False` if its configuration is missing or does not name a LLaVA-MPT.
+
+def find_original(name_or_path: str | Path | Repository, **kwargs) -> Repository | None:
+    """Return the repository of an original-format LLaVA checkpoint, at the commit of its configuration.
+
+    Returns `None` if the configuration is missing or is not in LLaVA's original format.
 
     Args:
-        name_or_path: a folder, or a model id on the Hub.
-        any_name: also ask the Hub for names without an owner (`gpt2`), which some other models have.
-        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+        name_or_path: a folder, a model id on the Hub, or its [`Repository`].
+        kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`; `any_name` to ask
+            the Hub also for names without an owner (`gpt2`), which some other models have.
 
     Raises:
         [`InvalidCheckpointError`], [`HubError`]: there is no such folder or model, or the Hub cannot be reached or
             refuses it.
     """
-    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-    config_file = Repository(str(name_or_path), any_name=any_name, **options).get("config.json")
-    return config_file is not None and names_our_model(config_file)
+    repository = Repository.of(name_or_path, **kwargs)
+    config_file = repository.get("config.json")
+    return repository.pinned(config_file) if config_file is not None and names_original(config_file) else None
 
 
-def _check_vision_config(config: LlavaMptConfig) -> None:
+def _choose(repository: Repository, config_file: Path, tokenizer: PreTrainedTokenizerFast) -> Choice:
+    """Choose the conversation from the architecture, the tokenizer and the names of a checkpoint."""
+    values = read_json(config_file)
+    architectures, base_model = values.get("architectures"), values.get("_name_or_path")
+    return choose_conversation(
+        architectures[0] if isinstance(architectures, list) and architectures else values.get("model_type"),
+        tokenizer,
+        base_model if isinstance(base_model, str) else None,
+        Path(repository.name).resolve().name if repository.is_local else repository.name,
+    )
+
+
+def _check_vision_config(config: OriginalLlavaConfig) -> None:
     vision = config.vision_config
     if config.mm_hidden_size is not None and config.mm_hidden_size != vision.hidden_size:
         raise UnsupportedCheckpointError(
@@ -136,10 +214,11 @@ def _check_vision_config(config: LlavaMptConfig) -> None:
             f"{config.mm_vision_tower!r} gives {vision.hidden_size}. Name the tower it was trained with: "
             '--model-kwargs \'{"vision_tower": "<folder or model id>"}\'.'
         )
-    if config.projector_type == "identity" and vision.hidden_size != config.d_model:
+    width = config.text_config.hidden_size
+    if config.projector_type == "identity" and vision.hidden_size != width:
         raise UnsupportedCheckpointError(
             f"mm_projector_type='identity' needs a vision tower as wide as the language model: {vision.hidden_size} "
-            f"!= {config.d_model}."
+            f"!= {width}."
         )
     if not -vision.num_hidden_layers - 1 <= config.mm_vision_select_layer <= vision.num_hidden_layers:
         raise UnsupportedCheckpointError(

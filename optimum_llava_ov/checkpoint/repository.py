@@ -66,6 +66,18 @@ class Repository:
     def __post_init__(self):
         object.__setattr__(self, "token", clean_token(self.token))
 
+    @classmethod
+    def of(cls, name_or_path: str | Path | Repository, **kwargs) -> Repository:
+        """Return the repository of a folder or a model id, or the repository itself.
+
+        Args:
+            kwargs: options of the Hub, and `any_name`. Other arguments, and those that are `None`, are ignored.
+        """
+        if isinstance(name_or_path, Repository):
+            return name_or_path
+        names = (*HUB_OPTIONS, "any_name")
+        return cls(str(name_or_path), **{name: kwargs[name] for name in names if kwargs.get(name) is not None})
+
     @property
     def is_local(self) -> bool:
         """Return whether the repository is a folder on disk."""

@@ -23,11 +23,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from optimum_llava_ov.checkpoint.repository import Repository
-from optimum_llava_ov.checkpoint.tokenizer import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from optimum_llava_ov.checkpoint.tokenizer import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
 
-IM_PATCH_TOKEN = "<im_patch>"
 _SPACE = "▁"  # how SentencePiece writes a space
 # transformers appends those that the vocabulary lacks, in this order
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

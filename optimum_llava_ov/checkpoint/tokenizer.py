@@ -9,68 +9,75 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
 from optimum_llava_ov.checkpoint.options import MAX_INDEX_BYTES, MAX_TOKENIZER_BYTES, read_json, shown
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
 
 IMAGE_TOKEN = "<image>"
+IM_PATCH_TOKEN = "<im_patch>"
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
 # A turn begins and ends with these tokens of ChatML
 TURN_START_TOKEN, TURN_END_TOKEN = "<|im_start|>", "<|im_end|>"
 
 
-def load_tokenizer(repository: Repository, config: LlavaMptConfig) -> PreTrainedTokenizerFast:
-    """Load the tokenizer, and give `<image>` the first id after those of the checkpoint.
+def load_bpe_tokenizer(repository: Repository, use_im_start_end: bool = False) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer, `tokenizer.json`, and give `<image>` the first id after those of the checkpoint.
 
     The original splits the prompt at `<image>` and writes -200 between the pieces. A special token splits a prompt in
-    the same way. Fills in `image_token_id`, `im_start_token_id`, `im_end_token_id` and `eos_token_id` of `config`.
+    the same way.
 
-    A vocabulary that is padded to more than the tokenizer's length is cut to this length, as the original does when it
-    loads a checkpoint (`llava/model/builder.py`: `resize_token_embeddings(len(tokenizer))`). `vocab_size` becomes the
-    number of the tokenizer's tokens, `<image>` included. `padded_vocab_size` becomes the checkpoint's `vocab_size`.
+    Args:
+        repository: repository of the checkpoint.
+        use_im_start_end: whether `<im_start>` and `<im_end>` must be tokens.
 
     Raises:
-        [`InvalidCheckpointError`]: a file is missing or damaged, or the tokenizer does not fit the model.
+        [`InvalidCheckpointError`]: a file is missing or damaged, or the tokenizer lacks a token.
         [`UnsupportedCheckpointError`]: the tokenizer is of another type, or already has `<image>`.
     """
     tokenizer_file = repository.require("tokenizer.json", "original LLaVA-MPT checkpoints ship a fast tokenizer")
     config_file = repository.get("tokenizer_config.json")
     values = read_json(tokenizer_file, MAX_TOKENIZER_BYTES)
     tokenizer = _read_tokenizer(tokenizer_file, values, _special_tokens(config_file) if config_file else {})
-    _check_special_tokens(repository, tokenizer, config)
+    _check_special_tokens(repository, tokenizer, use_im_start_end)
     _check_ids(tokenizer_file, values, tokenizer)
-    if config.mm_use_im_start_end:
-        config.im_start_token_id, config.im_end_token_id = tokenizer.convert_tokens_to_ids(
-            [IM_START_TOKEN, IM_END_TOKEN]
-        )
-
-    if len(tokenizer) > config.vocab_size:
-        raise InvalidCheckpointError(
-            f"The tokenizer of {repository.name!r} has {len(tokenizer)} tokens, the model only {config.vocab_size} "
-            "(vocab_size): these files are not of one checkpoint."
-        )
     num_tokens = len(tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if config.image_token_id != num_tokens:
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if image_token_id != num_tokens:
         raise UnsupportedCheckpointError(
-            f"{IMAGE_TOKEN!r} is already a token of this tokenizer (id {config.image_token_id}), expected it to be "
-            "free."
+            f"{IMAGE_TOKEN!r} is already a token of this tokenizer (id {image_token_id}), expected it to be free."
         )
-    config.padded_vocab_size, config.vocab_size = config.vocab_size, len(tokenizer)
-    # An answer ends with the turn. Some loaders of a bundle read only `eos_token` of the tokenizer, so it must be
-    # this one.
-    config.eos_token_id = [tokenizer.convert_tokens_to_ids(TURN_END_TOKEN), tokenizer.eos_token_id]
-    tokenizer.eos_token = TURN_END_TOKEN
     return tokenizer
 
 
-def _check_special_tokens(repository: Repository, tokenizer: PreTrainedTokenizerFast, config: LlavaMptConfig) -> None:
-    needed = [TURN_START_TOKEN, TURN_END_TOKEN] + (
-        [IM_START_TOKEN, IM_END_TOKEN] if config.mm_use_im_start_end else []
-    )
+def fill_in_token_ids(repository: Repository, config: OriginalLlavaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the ids of the tokenizer into a configuration, and check that both are of one checkpoint.
+
+    A vocabulary that is padded to more than the tokenizer's length is cut to this length, as the original does when it
+    loads a checkpoint (`llava/model/builder.py`: `resize_token_embeddings(len(tokenizer))`). `vocab_size` becomes the
+    number of the tokenizer's tokens, `<image>` included. `padded_vocab_size` becomes the checkpoint's `vocab_size`.
+
+    Raises:
+        [`InvalidCheckpointError`]: the tokenizer has tokens without an embedding. `<im_patch>`, which no prompt has,
+            may be one.
+    """
+    vocabulary = tokenizer.get_vocab()
+    config.image_token_id = vocabulary[IMAGE_TOKEN]
+    if config.mm_use_im_start_end:
+        config.im_start_token_id, config.im_end_token_id = vocabulary[IM_START_TOKEN], vocabulary[IM_END_TOKEN]
+    config.padded_vocab_size, config.vocab_size = config.vocab_size, len(tokenizer)
+    unknown = {token for token, index in vocabulary.items() if config.padded_vocab_size <= index}
+    if unknown - {IMAGE_TOKEN, IM_PATCH_TOKEN}:
+        raise InvalidCheckpointError(
+            f"The tokenizer of {repository.name!r} has {len(tokenizer) - 1} tokens, the model only "
+            f"{config.padded_vocab_size} (vocab_size): these files are not of one checkpoint."
+        )
+
+
+def _check_special_tokens(repository: Repository, tokenizer: PreTrainedTokenizerFast, use_im_start_end: bool) -> None:
+    needed = [TURN_START_TOKEN, TURN_END_TOKEN] + ([IM_START_TOKEN, IM_END_TOKEN] if use_im_start_end else [])
     for token in needed:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             raise InvalidCheckpointError(

@@ -40,7 +40,7 @@ def _add_common_arguments(parser: ArgumentParser) -> None:
 
 
 class ChatCommand(EngineCommand):
-    COMMAND = CommandInfo(name="chat", help="Chat with a LLaVA-MPT about images, in the terminal or through a pipe.")
+    COMMAND = CommandInfo(name="chat", help="Chat with a LLaVA about images, in the terminal or through a pipe.")
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
@@ -71,7 +71,7 @@ class ChatCommand(EngineCommand):
 
 
 class DemoCommand(EngineCommand):
-    COMMAND = CommandInfo(name="demo", help="Serve a page on which visitors chat with a LLaVA-MPT about images.")
+    COMMAND = CommandInfo(name="demo", help="Serve a page on which visitors chat with a LLaVA about images.")
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:

@@ -108,7 +108,7 @@ class PushCommand(Command):
 
 
 class LlavaOVCommand(BaseOptimumCLICommand):
-    COMMAND = CommandInfo(name="llava-ov", help="Tools for LLaVA-MPT bundles.")
+    COMMAND = CommandInfo(name="llava-ov", help="Tools for LLaVA bundles.")
     SUBCOMMANDS = (
         CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),
         CommandInfo(name=BenchCommand.COMMAND.name, help=BenchCommand.COMMAND.help, subcommand_class=BenchCommand),

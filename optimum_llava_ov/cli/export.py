@@ -1,4 +1,4 @@
-"""Run `optimum-cli export openvino` for a LLaVA-MPT checkpoint: turn the command's options into an export."""
+"""Run `optimum-cli export openvino` for an original LLaVA checkpoint: turn the command's options into an export."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from optimum.commands.export.openvino import no_compression_parameter_provided, 
 from optimum.intel.openvino.configuration import OVConfig
 
 from optimum_llava_ov.bundle.layout import ONE_BILLION
-from optimum_llava_ov.checkpoint.config import read_config
+from optimum_llava_ov.checkpoint.families import read_config
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.export.pipeline import main_export
 from optimum_llava_ov.export.recipes import default_recipe
@@ -21,40 +21,34 @@ from optimum_llava_ov.system.memory import restart_with_huge_pages, return_what_
 logger = logging.getLogger(__name__)
 
 
-def run_export(args: Namespace) -> None:
+def run_export(args: Namespace, repository: Repository) -> None:
     """Run the command.
 
     Args:
         args: Arguments that Optimum's `parse_args_openvino` returns.
+        repository: Where the checkpoint is.
     """
-    hub_options = {
-        name: getattr(args, name) for name in ("revision", "subfolder", "token") if getattr(args, name, None)
-    }
-    if args.weight_format not in ("fp16", "fp32") and _is_large(
-        Repository(args.model, cache_dir=args.cache_dir, **hub_options)
-    ):
+    if args.weight_format not in ("fp16", "fp32") and _is_large(repository):
         restart_with_huge_pages()
     _show_messages()
     return_what_is_freed()
     main_export(
-        args.model,
+        repository,
         args.output,
         task=args.task,
         ov_config=ov_config_of(args),
         stateful=not args.disable_stateful,
         convert_tokenizer=not args.disable_convert_tokenizer,
         model_kwargs=args.model_kwargs,
-        cache_dir=args.cache_dir,
         variant=args.variant,
-        **hub_options,
     )
     print(summarize(Path(args.output)))
 
 
 def _is_large(repository: Repository) -> bool:
     """Return whether compression takes minutes. Needs config.json only, no weights."""
-    config = read_config(repository.require("config.json", "it says what the model is"))
-    return 12 * config.n_layers * config.d_model**2 >= ONE_BILLION
+    config = read_config(repository.require("config.json", "it says what the model is")).text_config
+    return 12 * config.num_hidden_layers * config.hidden_size**2 >= ONE_BILLION
 
 
 def _show_messages() -> None:
@@ -73,12 +67,12 @@ def ov_config_of(args: Namespace) -> OVConfig | None:
     """
     if args.quant_mode is not None:
         raise ValueError(
-            f"--quant-mode {args.quant_mode} quantizes activations, which is not supported for LLaVA-MPT. The size of "
+            f"--quant-mode {args.quant_mode} quantizes activations, which is not supported for LLaVA. The size of "
             "its weights limits the speed of a decoder. Use --weight-format int8 or int4."
         )
     if args.smooth_quant_alpha is not None:
         raise ValueError(
-            "--smooth-quant-alpha is an option of --quant-mode, which is not supported for LLaVA-MPT. Leave it out."
+            "--smooth-quant-alpha is an option of --quant-mode, which is not supported for LLaVA. Leave it out."
         )
     if args.weight_format in (None, "fp16", "fp32"):
         if not no_compression_parameter_provided(args) or args.quantization_statistics_path is not None:

@@ -19,25 +19,25 @@ from transformers import LlavaProcessor
 from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.bundle.settings import build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, holds_original_checkpoint
-from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 from optimum_llava_ov.samples.files import Sample
 
 
 def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
-    """Load a bundle as `OVModelForLlavaMPT`, or an original checkpoint in torch.
+    """Load a bundle as `OVModelForLlava`, or an original checkpoint in torch.
 
     A checkpoint is loaded in float32 if the memory suffices, otherwise in bfloat16.
     """
     if holds_original_checkpoint(name):
         checkpoint = OriginalCheckpoint.open(name)
         size = sum(file.stat().st_size for file in checkpoint.weight_files)
-        model = LlavaMptForConditionalGeneration.from_checkpoint(
+        model = OriginalLlavaForConditionalGeneration.from_checkpoint(
             checkpoint, dtype=torch.float32 if 2.5 * size < psutil.virtual_memory().free else torch.bfloat16
         )
         return model, build_processor(checkpoint)
-    from optimum_llava_ov.modeling import OVModelForLlavaMPT
+    from optimum_llava_ov.modeling import OVModelForLlava
 
-    model = OVModelForLlavaMPT.from_pretrained(name, device=device)
+    model = OVModelForLlava.from_pretrained(name, device=device)
     return model, load_processor(model.model_save_dir)
 
 

@@ -13,8 +13,7 @@ def name_after_module(graph: openvino.Model, module: str) -> None:
 
     GenAI applies a tensor of an adapter to a matrix multiplication whose name contains the name of the tensor. PEFT
     names a tensor `transformer.blocks.0.attn.Wqkv` for the original code's class and for transformers' MPT, and
-    `language_model.transformer.blocks.0.attn.Wqkv` for [`LlavaMptForConditionalGeneration`]. The new name contains
-    both.
+    `language_model.transformer.blocks.0.attn.Wqkv` for our torch model. The new name contains both.
 
     Args:
         graph: graph of the submodule.

@@ -30,18 +30,18 @@ from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, S
 from optimum_llava_ov.bundle.provenance import openvino_config
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import prepare_output, staged
-from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
-from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
+from optimum_llava_ov.checkpoint.reader import CHECKPOINT_OPTIONS, OriginalCheckpoint
+from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
-from optimum_llava_ov.export.configs import LlavaMptOpenVINOConfig
+from optimum_llava_ov.export.configs import LlavaOpenVINOConfig
 from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.names import name_after_module
 from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.export.tokenizers import export_tokenizers
-from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 from optimum_llava_ov.options import check_options, names_of
 from optimum_llava_ov.system.memory import free, move_to_disk, read_ahead
 
@@ -58,7 +58,7 @@ TASK = "image-text-to-text"
 
 
 def main_export(
-    model_name_or_path: str | Path,
+    model_name_or_path: str | Path | Repository,
     output: str | Path,
     task: str = "auto",
     ov_config: OVConfig | None = None,
@@ -67,12 +67,12 @@ def main_export(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs,
 ) -> None:
-    """Export an original LLaVA-MPT checkpoint to a bundle. Takes the arguments of Optimum's `main_export`.
+    """Export an original LLaVA checkpoint to a bundle. Takes the arguments of Optimum's `main_export`.
 
     No code of the checkpoint is executed, so `trust_remote_code` has no effect.
 
     Args:
-        model_name_or_path: folder or model id of the checkpoint.
+        model_name_or_path: folder or model id of the checkpoint, or its [`Repository`].
         output: folder of the bundle. An existing bundle is replaced when the new one is complete.
         task: `auto` or `image-text-to-text`, the only supported task.
         ov_config: `OVConfig(dtype="fp16")` or `"fp32"`, or `OVConfig(quantization_config=...)`. If not given, weights
@@ -80,14 +80,15 @@ def main_export(
             bits, as Optimum does with all models.
         stateful: whether the language model keeps its cache inside. Only `True` is supported.
         convert_tokenizer: whether to write the tokenizer as OpenVINO models, which GenAI needs.
-        model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint.
+        model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint,
+            `{"conversation": <name>}` the conversation that is chosen for it.
         kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. Other options of
             Optimum's `main_export`, such as `trust_remote_code` and shapes for tracing, are accepted and have no
             effect.
 
     Raises:
         `TypeError`: an option is unknown; suggests the nearest known name.
-        `ValueError`: an argument is not supported for LLaVA-MPT.
+        `ValueError`: an argument is not supported for LLaVA.
         [`UnsupportedCheckpointError`], [`InvalidCheckpointError`], [`BundleError`]: see their documentation. If
             possible, they are raised before weights are downloaded. The output is then unchanged.
     """
@@ -102,7 +103,7 @@ def main_export(
 
 
 def export_from_model(
-    model: LlavaMptForConditionalGeneration,
+    model: OriginalLlavaForConditionalGeneration,
     output: str | Path,
     task: str | None = None,
     ov_config: OVConfig | None = None,
@@ -116,7 +117,7 @@ def export_from_model(
     loaded from.
 
     Args:
-        model: model from [`LlavaMptForConditionalGeneration.from_pretrained`]. It can still be used after the export.
+        model: model from [`OriginalLlavaForConditionalGeneration.from_pretrained`]. It can be used after the export.
         output, task, ov_config, stateful, model_kwargs: as for [`main_export`].
         kwargs: `subfolder`, `revision`, ... of the checkpoint. Other options of Optimum's function have no effect.
 
@@ -143,19 +144,22 @@ def export_from_model(
 
 def _export(
     checkpoint: OriginalCheckpoint,
-    model: LlavaMptForConditionalGeneration | None,
+    model: OriginalLlavaForConditionalGeneration | None,
     output: Path,
     ov_config: OVConfig | None,
     convert_tokenizer: bool,
 ) -> None:
     """Export `model`. If it is `None`, load the model of the checkpoint, and free each part after it is written."""
+    logger.info("Conversation: %s. %s", checkpoint.choice.conversation.name, checkpoint.choice.reason)
     previous_card = read_card(output / CARD)
     license_id = source_license(checkpoint)
     recipe = _requested_recipe(ov_config)
     is_ours = model is None
     if model is None:
         read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
-        model = LlavaMptForConditionalGeneration.from_checkpoint(checkpoint, dtype=_load_dtype(checkpoint, ov_config))
+        model = OriginalLlavaForConditionalGeneration.from_checkpoint(
+            checkpoint, dtype=_load_dtype(checkpoint, ov_config)
+        )
     processor = build_processor(checkpoint)
     if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
         recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
@@ -163,9 +167,14 @@ def _export(
     with staged(output, tokenizers=convert_tokenizer) as folder:
         _check_free_space(model, ov_config, recipe, folder)
         if is_ours and os.name == "posix":
-            # The table is a copy of the checkpoint's table, with a row for `<image>`
-            move_to_disk(model.embed_tokens.weight, folder)
-            model.language_model.lm_head.weight.data = model.embed_tokens.weight.data
+            # Table and head are copies of the checkpoint's, with a row for `<image>`
+            table, head = model.embed_tokens.weight, model.language_model.lm_head.weight
+            is_shared = head.data_ptr() == table.data_ptr()
+            move_to_disk(table, folder)
+            if is_shared:
+                head.data = table.data
+            else:
+                move_to_disk(head, folder)
         save_settings(checkpoint, processor, model.generation_config, folder)
         if convert_tokenizer:
             export_tokenizers(processor, folder)  # before the parts, because it may fail
@@ -179,19 +188,19 @@ def _export(
 
 def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwargs: dict) -> None:
     if TasksManager.map_from_synonym(task.removesuffix("-with-past")) not in ("auto", TASK):
-        raise ValueError(f"LLaVA-MPT is exported for the task {TASK!r}, not {task!r}. Leave --task out.")
+        raise ValueError(f"LLaVA is exported for the task {TASK!r}, not {task!r}. Leave --task out.")
     if not stateful:
         raise ValueError(
-            "--disable-stateful is not supported for LLaVA-MPT: OVModelForLlavaMPT, optimum-intel, GenAI and Model "
+            "--disable-stateful is not supported for LLaVA: OVModelForLlava, optimum-intel, GenAI and Model "
             "Server need a language model that keeps its cache inside. Leave the option out."
         )
-    if unknown := set(model_kwargs or {}) - {"vision_tower"}:
+    if unknown := set(model_kwargs or {}) - {*CHECKPOINT_OPTIONS}:
         raise ValueError(
-            f"--model-kwargs has {', '.join(sorted(unknown))}, but LLaVA-MPT supports only `vision_tower`."
+            f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {' and '.join(CHECKPOINT_OPTIONS)}."
         )
     for name in ("variant", "custom_export_configs", "fn_get_submodels"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is not supported for LLaVA-MPT checkpoints. Leave it out.")
+            raise ValueError(f"{name} is not supported for LLaVA checkpoints. Leave it out.")
 
 
 def _load_dtype(checkpoint: OriginalCheckpoint, ov_config: OVConfig | None) -> torch.dtype | None:
@@ -212,12 +221,12 @@ def _requested_recipe(ov_config: OVConfig | None) -> OVPipelineQuantizationConfi
 
 
 def _check_free_space(
-    model: LlavaMptForConditionalGeneration,
+    model: OriginalLlavaForConditionalGeneration,
     ov_config: OVConfig | None,
     recipe: OVPipelineQuantizationConfig | None,
     folder: Path,
 ) -> None:
-    config = LlavaMptOpenVINOConfig(model.config)
+    config = LlavaOpenVINOConfig(model.config)
     needed = 0.0
     for behavior, part in _PART_NAMES.items():
         part_recipe = recipe_for_part(recipe, part) if recipe else None
@@ -249,7 +258,7 @@ _PART_NAMES = {"vision_embeddings": SMALL_PARTS[1], "text_embeddings": SMALL_PAR
 
 
 def _export_parts(
-    model: LlavaMptForConditionalGeneration,
+    model: OriginalLlavaForConditionalGeneration,
     processor: LlavaProcessor,
     folder: Path,
     ov_config: OVConfig | None,

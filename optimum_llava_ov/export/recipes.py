@@ -49,7 +49,7 @@ def recipe_of(quantization_config: OVQuantizationConfigBase | dict[str, Any]) ->
             configuration for each part. As in Optimum, `{"bits": 4}` and `{"bits": 8}` stand for the default recipes.
 
     Raises:
-        `ValueError`: the configuration quantizes activations, or names a part that LLaVA-MPT does not have.
+        `ValueError`: the configuration quantizes activations, or names a part that a bundle does not have.
     """
     if quantization_config in ({"bits": 4}, {"bits": 8}):
         quantization_config = default_recipe(f"int{quantization_config['bits']}")
@@ -60,7 +60,7 @@ def recipe_of(quantization_config: OVQuantizationConfigBase | dict[str, Any]) ->
         quantization_config = OVPipelineQuantizationConfig({LANGUAGE_MODEL: quantization_config, **small})
     if not isinstance(quantization_config, OVPipelineQuantizationConfig):
         raise ValueError(  # noqa: TRY004  errors for users are ValueErrors
-            f"{type(quantization_config).__name__} quantizes activations, which is not supported for LLaVA-MPT: the "
+            f"{type(quantization_config).__name__} quantizes activations, which is not supported for LLaVA: the "
             "speed of a decoder depends on the size of its weights. Use OVWeightQuantizationConfig, or "
             "OVPipelineQuantizationConfig with one for each part."
         )
@@ -71,11 +71,11 @@ def recipe_of(quantization_config: OVQuantizationConfigBase | dict[str, Any]) ->
 def _check_parts(recipe: OVPipelineQuantizationConfig) -> None:
     parts = (LANGUAGE_MODEL, *SMALL_PARTS)
     if unknown := set(recipe.quantization_configs) - set(parts):
-        raise ValueError(f"LLaVA-MPT has no part {', '.join(sorted(unknown))}. Its parts are {', '.join(parts)}.")
+        raise ValueError(f"A LLaVA has no part {', '.join(sorted(unknown))}. Its parts are {', '.join(parts)}.")
     for part, config in recipe.quantization_configs.items():
         if not isinstance(config, OVWeightQuantizationConfig):
             raise ValueError(  # noqa: TRY004  errors for users are ValueErrors
-                f"{part} has a {type(config).__name__}, but LLaVA-MPT supports only OVWeightQuantizationConfig."
+                f"{part} has a {type(config).__name__}. Expected an OVWeightQuantizationConfig."
             )
 
 

@@ -14,8 +14,8 @@ from optimum_llava_ov.table import table_lines
 def summarize(bundle: Path) -> str:
     """Return the table of [`report`], and the lines of Python that load the bundle."""
     return (
-        f"{report(bundle)}\n\nTo run it:\n    from optimum_llava_ov import OVModelForLlavaMPT\n"
-        f'    model = OVModelForLlavaMPT.from_pretrained("{bundle}")'
+        f"{report(bundle)}\n\nTo run it:\n    from optimum_llava_ov import OVModelForLlava\n"
+        f'    model = OVModelForLlava.from_pretrained("{bundle}")'
     )
 
 

@@ -112,7 +112,7 @@ def push_bundle(
         return api.create_commit(
             repo_id,
             operations,
-            commit_message=commit_message or "Upload LLaVA-MPT for OpenVINO",
+            commit_message=commit_message or "Upload LLaVA for OpenVINO",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,

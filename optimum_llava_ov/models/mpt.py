@@ -16,6 +16,7 @@ from transformers import Cache, MptConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.models.alibi import alibi_slopes, attention_bias
+from optimum_llava_ov.models.head import build_head
 
 
 class MptAttention(nn.Module):
@@ -69,10 +70,10 @@ class MptBlock(nn.Module):
 
 
 class MptTransformer(nn.Module):
-    """Blocks and final norm. The embedding table belongs to [`LlavaMptForConditionalGeneration`].
+    """Blocks and final norm. The embedding table belongs to [`OriginalLlavaForConditionalGeneration`].
 
     Args:
-        config ([`MptConfig`]): as made by [`~optimum_llava_ov.checkpoint.config.mpt_config`].
+        config ([`MptConfig`]): as made by [`LlavaMptConfig.text_config`].
     """
 
     def __init__(self, config: MptConfig):
@@ -92,7 +93,7 @@ class MptLanguageModel(nn.Module):
     Its modules have the names that PEFT's adapters for MPT use: `transformer.blocks.0.attn.Wqkv`, ...
 
     Args:
-        config ([`MptConfig`]): as made by [`~optimum_llava_ov.checkpoint.config.mpt_config`]. The last of its
+        config ([`MptConfig`]): as made by [`LlavaMptConfig.text_config`]. The last of its
             `vocab_size` tokens is `<image>`.
     """
 
@@ -100,9 +101,7 @@ class MptLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = MptTransformer(config)
-        # Logits processors read the logits of the ids in the prompt, so `<image>` needs one that is never the largest.
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size)
-        self.lm_head.bias = nn.Parameter(head_bias(config.vocab_size), requires_grad=False)
+        self.lm_head = build_head(config.d_model, config.vocab_size)
         scale = config.logit_scale
         self.logit_scale = 1 / math.sqrt(config.d_model) if scale == "inv_sqrt_d_model" else scale
 
@@ -137,14 +136,3 @@ class MptLanguageModel(nn.Module):
             # Before the head: GenAI computes only the last logits if the graph ends with the head and its bias.
             hidden_states = hidden_states * self.logit_scale
         return CausalLMOutputWithPast(logits=self.lm_head(hidden_states), past_key_values=past_key_values)
-
-
-def head_bias(vocab_size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return the bias of the head, `(vocab_size,)`: 0 for each token but the last, `<image>`, which is never chosen.
-
-    -32768 is far below every logit. It is finite and exact in float32, bf16 and fp16, so its products and differences
-    are never NaN.
-    """
-    bias = torch.zeros(vocab_size, dtype=dtype)
-    bias[-1] = -32768.0
-    return bias

@@ -6,21 +6,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import InvalidCheckpointError
-from optimum_llava_ov.models.mpt import head_bias
+from optimum_llava_ov.models.head import head_bias
+from optimum_llava_ov.models.language import compute_buffers
 
 
 if TYPE_CHECKING:
-    from optimum_llava_ov.models.llava_mpt import LlavaMptForConditionalGeneration
+    from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 
+_TABLE, _HEAD, _BIAS = "embed_tokens.weight", "language_model.lm_head.weight", "language_model.lm_head.bias"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def load_weights(model: LlavaMptForConditionalGeneration, checkpoint: OriginalCheckpoint) -> None:
+def load_weights(model: OriginalLlavaForConditionalGeneration, checkpoint: OriginalCheckpoint) -> None:
     """Set the parameters of a model on the `meta` device to the memory-mapped tensors of a checkpoint.
 
-    Only the embedding table is copied, to append a row for `<image>` (412 MB at 7B in fp16). The head shares the copy.
+    Only the embedding table and the head are copied, to append a row for `<image>` (262 MB each for LLaMA 7B in fp16).
+    A tied head shares the table's copy.
 
     Raises:
         [`InvalidCheckpointError`]: a tensor is missing, is not expected, is not of a float type, or its shape does not
@@ -30,37 +34,54 @@ def load_weights(model: LlavaMptForConditionalGeneration, checkpoint: OriginalCh
     state_dict.update(_vision_tensors(checkpoint, model))
     _check_tensors(checkpoint, model, state_dict)
     model.load_state_dict(state_dict, assign=True)
-    _materialize_buffers(model)
+    compute_buffers(model.language_model)
+    # A non-persistent buffer of CLIP: the positions 0, 1, 2, ...
+    embeddings = model.image_encoder.features.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions).unsqueeze(0)
 
 
 def _language_tensors(checkpoint: OriginalCheckpoint) -> dict[str, torch.Tensor]:
-    config, head = checkpoint.config, "language_model.lm_head"
-    state_dict = {}
+    config = checkpoint.config
+    state_dict: dict[str, torch.Tensor] = {}
+    is_tied = config.text_config.tie_word_embeddings
     for name, tensor in checkpoint.tensors().items():
-        short = name.removeprefix("transformer.")
+        short = name.removeprefix(config.prefix)
         if short.startswith("mm_projector."):
             state_dict[f"image_encoder.projector.{short.removeprefix('mm_projector.')}"] = tensor
-        elif short == "wte.weight":
-            is_padded = tensor.shape[:1] == (config.padded_vocab_size,)
-            state_dict[f"{head}.weight"] = tensor[: config.image_token_id] if is_padded else tensor
+        elif short == config.table:
+            state_dict[_TABLE] = tensor
+        elif short == "image_newline":
+            continue  # only for images in tiles
+        elif name == "lm_head.weight":
+            state_dict[_HEAD] = tensor
         else:
-            state_dict[f"language_model.transformer.{short}"] = tensor
+            state_dict[f"language_model.{config.prefix}{short}"] = tensor
+    if is_tied and _TABLE in state_dict:  # a stored head is not used
+        state_dict[_HEAD] = state_dict[_TABLE]
 
-    table = state_dict.get(f"{head}.weight")
-    if table is not None and table.shape == (config.image_token_id, config.d_model):
-        if config.num_border_tokens:
-            state_dict["image_encoder.borders"] = table[[config.im_start_token_id, config.im_end_token_id]]
-        table = torch.cat([table, table.new_zeros(1, table.shape[1])])
-        state_dict |= {
-            "embed_tokens.weight": table,
-            f"{head}.weight": table,
-            f"{head}.bias": head_bias(len(table), table.dtype),
-        }
+    if config.num_border_tokens and _is_table(state_dict.get(_TABLE), config):
+        state_dict["image_encoder.borders"] = state_dict[_TABLE][[config.im_start_token_id, config.im_end_token_id]]
+    for name in (_TABLE, _HEAD):
+        if name == _HEAD and is_tied:
+            state_dict[name] = state_dict[_TABLE]
+        elif (table := state_dict.get(name)) is not None and _is_table(table, config):
+            known = table[: config.num_known_tokens]
+            state_dict[name] = torch.cat([known, known.new_zeros(config.vocab_size - len(known), known.shape[1])])
+    if (head := state_dict.get(_HEAD)) is not None:
+        state_dict[_BIAS] = head_bias(config.vocab_size, config.num_known_tokens, head.dtype)
     return state_dict
 
 
+def _is_table(tensor: torch.Tensor | None, config: OriginalLlavaConfig) -> bool:
+    """Return whether a tensor has a row for each token, padding included or not."""
+    return tensor is not None and tensor.shape in (
+        (config.padded_vocab_size, config.text_config.hidden_size),
+        (config.num_known_tokens, config.text_config.hidden_size),
+    )
+
+
 def _vision_tensors(
-    checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration
+    checkpoint: OriginalCheckpoint, model: OriginalLlavaForConditionalGeneration
 ) -> dict[str, torch.Tensor]:
     expected = dict(model.image_encoder.features.named_parameters())
     tensors = {name.removeprefix("vision_model."): tensor for name, tensor in checkpoint.vision_tensors().items()}
@@ -68,7 +89,9 @@ def _vision_tensors(
     return {f"image_encoder.features.{name}": tensor for name, tensor in tensors.items() if name in expected}
 
 
-def _check_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditionalGeneration, state_dict: dict) -> None:
+def _check_tensors(
+    checkpoint: OriginalCheckpoint, model: OriginalLlavaForConditionalGeneration, state_dict: dict
+) -> None:
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     problems = [f"missing: {name}" for name in expected if name not in state_dict]
     problems += [f"not expected: {name}" for name in state_dict if name not in expected]
@@ -89,9 +112,3 @@ def _check_tensors(checkpoint: OriginalCheckpoint, model: LlavaMptForConditional
             f"not fit their configuration: {shown}. Check that all files come from the same checkpoint and the same "
             "revision."
         )
-
-
-def _materialize_buffers(model: LlavaMptForConditionalGeneration) -> None:
-    """Non-persistent buffers are not in a checkpoint. CLIP has one: the positions 0, 1, 2, ..."""
-    embeddings = model.image_encoder.features.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions).unsqueeze(0)

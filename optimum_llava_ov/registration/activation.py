@@ -56,30 +56,30 @@ class _Deferred(type):
 def _register_config() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+    from optimum_llava_ov.checkpoint.families import FAMILIES
 
-    AutoConfig.register(LlavaMptConfig.model_type, LlavaMptConfig, exist_ok=True)
+    for family in FAMILIES:
+        AutoConfig.register(family.model_type, family, exist_ok=True)
 
 
 def _register_model() -> None:
     from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 
-    from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+    from optimum_llava_ov.checkpoint.families import FAMILIES
 
-    model = _Deferred(
-        "LlavaMptForConditionalGeneration", "optimum_llava_ov.models.llava_mpt", config_class=LlavaMptConfig
-    )
-    AutoModelForImageTextToText.register(LlavaMptConfig, model, exist_ok=True)
+    for family in FAMILIES:
+        model = _Deferred(family.torch_class, "optimum_llava_ov.models.llava", config_class=family)
+        AutoModelForImageTextToText.register(family, model, exist_ok=True)
 
 
 def _register_processor() -> None:
     from transformers.models.auto.processing_auto import AutoProcessor
 
-    from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+    from optimum_llava_ov.checkpoint.families import FAMILIES
 
-    AutoProcessor.register(
-        LlavaMptConfig, _Deferred("LlavaMptProcessor", "optimum_llava_ov.bundle.settings"), exist_ok=True
-    )
+    processor = _Deferred("OriginalLlavaProcessor", "optimum_llava_ov.bundle.settings")
+    for family in FAMILIES:
+        AutoProcessor.register(family, processor, exist_ok=True)
 
 
 def _host_hook(name: str) -> Callable[[], None]:

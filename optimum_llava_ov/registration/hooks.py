@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def hook_exporter() -> None:
-    """Let `main_export` and `export_from_model` use our export for LLaVA-MPT, and Optimum's for all other models."""
+    """Let `main_export` and `export_from_model` export original LLaVA checkpoints with this package."""
     from optimum.exporters.openvino import __main__ as exporter
     from optimum.exporters.openvino import convert
 
@@ -42,18 +42,21 @@ def _replace(name: str, original: Callable, ours: Callable) -> None:
 def _main_export_for_all(original: Callable) -> Callable:
     @functools.wraps(original)
     def main_export(*args, **kwargs):
-        from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
+        from optimum_llava_ov.checkpoint.reader import find_original
         from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS
 
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs_shapes", {}))
         hub_options = {name: arguments[name] for name in HUB_OPTIONS if name in arguments}
-        if not is_original_checkpoint(arguments["model_name_or_path"], **hub_options):
+        repository = None
+        with contextlib.suppress(ValueError, OSError):  # Optimum reports what is wrong with it
+            repository = find_original(arguments["model_name_or_path"], **hub_options)
+        if repository is None:
             return original(*args, **kwargs)
 
-        from optimum_llava_ov.export.pipeline import main_export as export_llava_mpt
+        from optimum_llava_ov.export.pipeline import main_export as export_llava
 
-        return export_llava_mpt(**arguments)
+        return export_llava(**{**arguments, "model_name_or_path": repository})
 
     return main_export
 
@@ -62,19 +65,21 @@ def _export_from_model_for_all(original: Callable) -> Callable:
     @functools.wraps(original)
     def export_from_model(*args, **kwargs):
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
-        if getattr(arguments["model"].config, "model_type", None) != "llava_mpt":
+        from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
+
+        if not isinstance(getattr(arguments["model"], "config", None), OriginalLlavaConfig):
             return original(*args, **kwargs)
 
-        from optimum_llava_ov.export.pipeline import export_from_model as export_llava_mpt
+        from optimum_llava_ov.export.pipeline import export_from_model as export_llava
 
         arguments.update(arguments.pop("kwargs_shapes", {}))
-        return export_llava_mpt(**arguments)
+        return export_llava(**arguments)
 
     return export_from_model
 
 
 def hook_command() -> None:
-    """Let `optimum-cli export openvino` use our export for LLaVA-MPT checkpoints.
+    """Let `optimum-cli export openvino` use our export for original LLaVA checkpoints.
 
     Replacing `main_export` is not enough: the command would export to `/tmp` without compression, then load the result
     again and compress it.
@@ -85,7 +90,7 @@ def hook_command() -> None:
 
     @functools.wraps(original)
     def run(self):
-        from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
+        from optimum_llava_ov.checkpoint.reader import find_original
         from optimum_llava_ov.cli.exit import exit_status
 
         options = {
@@ -93,16 +98,14 @@ def hook_command() -> None:
         }
         with exit_status(getattr(self.args, "verbose", False), options.get("token")):
             # This also reports a model that cannot be read, instead of Optimum
-            if (
-                holds_original_checkpoint(self.args.model, any_name=True, cache_dir=self.args.cache_dir, **options)
-                and is_supported()
-            ):
+            repository = find_original(self.args.model, any_name=True, cache_dir=self.args.cache_dir, **options)
+            if repository is not None and is_supported():
                 from optimum_llava_ov.cli.export import run_export
 
-                return run_export(self.args)
+                return run_export(self.args, repository)
             if options:
                 raise ValueError(
-                    f"{', '.join('--' + name for name in options)}: only for LLaVA-MPT checkpoints. "
+                    f"{', '.join('--' + name for name in options)}: only for original LLaVA checkpoints. "
                     f"{self.args.model!r} is not one, or cannot be read with these options."
                 )
         return original(self)
@@ -112,12 +115,14 @@ def hook_command() -> None:
         from optimum_llava_ov.cli.exit import VERBOSE_HELP
 
         original_parse_args(parser)
-        group = parser.add_argument_group("Location of a LLaVA-MPT checkpoint on the Hub")
+        group = parser.add_argument_group("Location of an original LLaVA checkpoint on the Hub")
         for name, text in _EXPORT_OPTIONS.items():
             with contextlib.suppress(argparse.ArgumentError):  # a later Optimum may have it
                 group.add_argument(f"--{name}", help=text)
         with contextlib.suppress(argparse.ArgumentError):
-            parser.add_argument("--verbose", action="store_true", help=f"For LLaVA-MPT checkpoints: {VERBOSE_HELP}")
+            parser.add_argument(
+                "--verbose", action="store_true", help=f"For original LLaVA checkpoints: {VERBOSE_HELP}"
+            )
 
     openvino.OVExportCommand.run, openvino.OVExportCommand.parse_args = run, staticmethod(parse_args)
 
@@ -147,15 +152,18 @@ def hook_modeling() -> None:
     """Let `OVModelForVisualCausalLM.from_pretrained` use our class for our bundles, and its own for other models."""
     from optimum.intel.openvino import modeling_visual_language
 
+    from optimum_llava_ov.checkpoint.families import FAMILIES
+
     mapping = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING
-    # The model types of the bundle and of the checkpoint
-    llava = mapping["llava"] = mapping["llava_mpt"] = _llava_class(mapping["llava"])
+    # The model types of the bundle and of the checkpoints
+    llava = mapping["llava"] = _llava_class(mapping["llava"])
+    mapping.update({family.model_type: llava for family in FAMILIES})
     visual = modeling_visual_language.OVModelForVisualCausalLM
     visual.from_pretrained = classmethod(_from_pretrained_for_all(visual, llava))
 
 
 def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
-    """Let our class load folders that hold a LLaVA-MPT.
+    """Let our class load folders that hold an original checkpoint, or a bundle that this package made of one.
 
     Without a network, the host looks for any folder in the Hub's cache.
     """
@@ -164,46 +172,55 @@ def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
     @functools.wraps(original)
     def from_pretrained(cls, *args, **kwargs):
         arguments = inspect.signature(original).bind(cls, *args, **kwargs).arguments
-        if cls is not visual or not _is_in_folder(Path(arguments["model_id"]) / (arguments.get("subfolder") or "")):
+        folder = Path(arguments["model_id"]) / (arguments.get("subfolder") or "")
+        ours = _class_for(folder / "config.json") if cls is visual else None
+        if ours is None:
             return original(cls, *args, **kwargs)
         arguments.update(arguments.pop("kwargs", {}))
         del arguments["cls"]
-        return _our_class(llava).from_pretrained(**arguments)
+        llava.register(ours)
+        return ours.from_pretrained(**arguments)
 
     return from_pretrained
 
 
-def _is_in_folder(folder: Path) -> bool:
-    """Return whether a folder holds a LLaVA-MPT: a bundle or an original checkpoint."""
-    from optimum_llava_ov.bundle.check import check_is_llava_mpt
-    from optimum_llava_ov.checkpoint.config import names_our_model
+def _class_for(config_file: Path) -> Any:
+    """Return our class for a `config.json` of our bundles or of an original checkpoint; `None` for other files."""
+    from optimum_llava_ov.bundle.check import is_our_bundle
+    from optimum_llava_ov.checkpoint.families import family_of, names_original
     from optimum_llava_ov.checkpoint.options import read_json
 
-    file = folder / "config.json"
-    if not file.is_file():
-        return False
+    if not config_file.is_file():
+        return None
     with contextlib.suppress(ValueError):
-        check_is_llava_mpt(folder, read_json(file))
-        return True
-    return names_our_model(file)
+        values = read_json(config_file)
+        if values.get("model_type") == "llava" and is_our_bundle(values):
+            return _our_class(values["text_config"]["model_type"])
+        if (family := family_of(values)) is not None:
+            return _our_class(family.text_model_type)
+    return _our_class(None) if names_original(config_file) else None  # says what is wrong with it
 
 
 def _llava_class(stock: type) -> Any:
-    """Make a class for the model type "llava" that chooses between Optimum's class and ours by the language model."""
+    """Make a class for the model type "llava" that chooses Optimum's class or ours, by who made the bundle.
+
+    `isinstance` with it is true for the models of our classes.
+    """
+    from optimum_llava_ov.bundle.check import is_our_bundle
 
     class OVLlava(stock):
         def __new__(cls, language_model, text_embeddings, vision_embeddings, config=None, *args, **kwargs):
-            if cls is not OVLlava or config.text_config.model_type != "mpt":
+            if cls is not OVLlava or not is_our_bundle(config.to_dict()):
                 return super().__new__(cls)
-            return _our_class(OVLlava)(language_model, text_embeddings, vision_embeddings, config, *args, **kwargs)
+            ours = _our_class(config.text_config.model_type)
+            OVLlava.register(ours)
+            return ours(language_model, text_embeddings, vision_embeddings, config, *args, **kwargs)
 
     OVLlava.__name__, OVLlava.__qualname__, OVLlava.__module__ = stock.__name__, stock.__qualname__, stock.__module__
     return OVLlava
 
 
-def _our_class(llava: Any) -> Any:
-    """Return our class. `isinstance` with the class `llava` of the host's table is true for its models."""
-    from optimum_llava_ov.modeling import OVModelForLlavaMPT
+def _our_class(text_model_type: str | None) -> Any:
+    from optimum_llava_ov.modeling import OVModelForLlava, OVModelForLlavaMPT
 
-    llava.register(OVModelForLlavaMPT)
-    return OVModelForLlavaMPT
+    return OVModelForLlavaMPT if text_model_type == "mpt" else OVModelForLlava

@@ -17,7 +17,9 @@ from openvino._offline_transformations import paged_attention_transformation
 logger = logging.getLogger(__name__)
 
 LOGIT_POSITIONS = "logit_positions"
-POSITIONWISE = ("Add", "Convert", "Gelu", "MVN", "MatMul", "Multiply")  # operations of a block after its attention
+POSITION_IDS = "position_ids"
+# Operations of a block after its attention that process each position separately
+POSITIONWISE = ("Add", "Convert", "Divide", "Gelu", "MVN", "MatMul", "Multiply", "Power", "Sqrt", "Swish")
 _ALIBI_SLOPES = 11  # input of PagedAttention; openvino/core/dev_api/openvino/op/paged_attention.hpp
 
 
@@ -30,6 +32,7 @@ def paged(model: openvino.Model) -> openvino.Model | None:
     Returns:
         `None` if OpenVINO does not recognize this graph's attention, or if it drops ALiBi, which it does silently.
     """
+    needs_alibi = not uses_position_ids(model)
     model = model.clone()
     try:
         paged_attention_transformation(model)
@@ -38,7 +41,12 @@ def paged(model: openvino.Model) -> openvino.Model | None:
         return None
     attentions = [node for node in model.get_ops() if node.get_type_name() == "PagedAttentionExtension"]
     has_alibi = all(list(node.get_input_shape(_ALIBI_SLOPES)) != [0] for node in attentions)
-    return model if attentions and has_alibi and not model.get_sinks() else None
+    return model if attentions and (has_alibi or not needs_alibi) and not model.get_sinks() else None
+
+
+def uses_position_ids(model: openvino.Model) -> bool:
+    """Return whether the graph reads the positions of tokens. A model with ALiBi only has the input."""
+    return any(port.get_target_inputs() for port in model.inputs if POSITION_IDS in port.get_names())
 
 
 def with_logit_positions(model: openvino.Model, axis: int) -> openvino.Model:
@@ -73,11 +81,18 @@ def _positionwise_tail(model: openvino.Model) -> dict[str, openvino.Node]:
     """Return nodes, by name, that process each position separately and whose results are used by the logits only."""
     tail = {node.get_friendly_name(): node for node in model.get_results()}
     for node in reversed(model.get_ordered_ops()):
-        if node.get_type_name() in POSITIONWISE and _has_positions(node.output(0)):
+        if _is_positionwise(node) and _has_positions(node.output(0)):
             consumers = {port.get_node().get_friendly_name() for port in node.output(0).get_target_inputs()}
             if consumers <= tail.keys():
                 tail[node.get_friendly_name()] = node
     return tail
+
+
+def _is_positionwise(node: openvino.Node) -> bool:
+    if node.get_type_name() == "ReduceMean":  # of RMSNorm, over the features of a position
+        axes, rank = node.input_value(1).get_node(), node.input_value(0).get_partial_shape().rank.get_length()
+        return axes.get_type_name() == "Constant" and [axis % rank for axis in axes.data.ravel()] == [rank - 1]
+    return node.get_type_name() in POSITIONWISE
 
 
 def _has_positions(output: openvino.Output) -> bool:

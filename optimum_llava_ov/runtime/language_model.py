@@ -68,7 +68,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
                 )
             logger.info("Packing the weights of the language model ...")
             with read_once(weights_file(self.model_save_dir, "language_model")):
-                self.forward(torch.zeros(1, 1, self.config.text_config.d_model), logits_to_keep=1)
+                self.forward(torch.zeros(1, 1, self.config.text_config.hidden_size), logits_to_keep=1)
             self.cache.reset()
 
     def clear_requests(self) -> None:

@@ -11,8 +11,10 @@ import openvino
 import torch
 from optimum.intel import OVModelForVisualCausalLM
 from transformers import (
+    AutoTokenizer,
     LogitsProcessorList,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -127,6 +129,8 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             raise ValueError(
                 "assistant_model is the model itself, which has one cache. Load the assistant as a separate model."
             )
+        if "tokenizer" not in kwargs and (kwargs.get("stop_strings") or self.generation_config.stop_strings):
+            kwargs["tokenizer"] = self._tokenizer
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if kwargs.get("pixel_values") is None and images is not None:
             kwargs["pixel_values"] = _stack(images)
@@ -141,6 +145,11 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         canonical, mask = self._canonical_prompts(prompt, mask)
         output = super().generate(canonical, *args, attention_mask=mask, **kwargs)
         return output if canonical is prompt else _with_prompt(output, prompt, canonical.shape[1])
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer of the bundle, with which `generate` looks for stop strings."""
+        return AutoTokenizer.from_pretrained(self.model_save_dir)
 
     def new_cache(self) -> DecoderCache:
         """Return an empty cache for `past_key_values` of [`generate`] and [`forward`].
@@ -328,7 +337,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
     ):
         """Return the model inputs of one user turn, for the calibration and evaluation code of Optimum."""
         if processor is None or video is not None or audio is not None:
-            raise ValueError("LLaVA-MPT takes text and images, and needs its processor for them.")
+            raise ValueError("LLaVA takes text and images, and needs its processor for them.")
         return question_inputs(processor, text, [] if image is None else [image])
 
 

@@ -12,7 +12,7 @@ from hashlib import sha256
 import numpy as np
 import openvino
 
-from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS
+from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS, POSITION_IDS
 from optimum_llava_ov.runtime.paged_cache import BLOCK, PagedCache
 
 
@@ -33,6 +33,7 @@ class PagedDecoder:
     def __init__(self, compiled: openvino.CompiledModel):
         self.request = compiled.create_infer_request()
         self._cache = PagedCache(self.request)
+        self._has_positions = any(POSITION_IDS in port.get_names() for port in compiled.inputs)
         self._vocab_size = compiled.output("logits").get_partial_shape()[-1].get_length()
 
     def begin(self, batch_size: int) -> None:
@@ -146,6 +147,9 @@ class PagedDecoder:
             "max_context_len": self._cache.lengths[indices].max(),
             LOGIT_POSITIONS: positions if len(positions) else np.zeros(1, dtype=np.int64),
         }
+        if self._has_positions:
+            new = [np.arange(start, self._cache.lengths[index]) for start, index in zip(past, indices)]
+            inputs[POSITION_IDS] = np.concatenate(new).astype(np.int64)
         self.request.infer(inputs, share_inputs=True, share_outputs=True)
         logits = self.request.get_tensor("logits").data
         # Copy, because the request overwrites its output in the next call

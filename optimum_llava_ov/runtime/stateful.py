@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import openvino
 
-from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS
+from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS, POSITION_IDS
 
 
 class StatefulDecoder:
@@ -41,7 +41,7 @@ class StatefulDecoder:
     def __call__(
         self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, beam_idx: np.ndarray, logits_to_keep: int
     ) -> np.ndarray:
-        batch_size, length = inputs_embeds.shape[:2]
+        length = inputs_embeds.shape[1]
         inputs = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -49,8 +49,9 @@ class StatefulDecoder:
         }
         if LOGIT_POSITIONS in self._inputs:
             inputs[LOGIT_POSITIONS] = np.arange(length - logits_to_keep, length)
-        if "position_ids" in self._inputs:  # the graph was compiled elsewhere; it does not use this input
-            inputs["position_ids"] = np.zeros((batch_size, length), dtype=np.int64)
+        if POSITION_IDS in self._inputs:
+            positions = (attention_mask != 0).cumsum(axis=1) - 1  # padding takes no position
+            inputs[POSITION_IDS] = np.maximum(positions[:, -length:], 0).astype(np.int64)
         self.request.infer(inputs, share_inputs=True, share_outputs=True)
         # Copy, because the request overwrites its output in the next call
         return self.request.get_tensor("logits").data[:, -logits_to_keep:].copy()

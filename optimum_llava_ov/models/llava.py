@@ -1,4 +1,4 @@
-"""Load LLaVA-MPT in torch from an original checkpoint: embedding table, image encoder and decoder."""
+"""Load a LLaVA in torch from an original checkpoint: embedding table, image encoder and language model."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from optimum_llava_ov.checkpoint.config import LlavaMptConfig
+from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
+from optimum_llava_ov.checkpoint.families.mpt import LlavaMptConfig
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
+from optimum_llava_ov.errors import UnsupportedCheckpointError
 from optimum_llava_ov.models.generation import ImageGenerationMixin
+from optimum_llava_ov.models.language import build_language_model, compute_buffers
 from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
-from optimum_llava_ov.models.mpt import MptLanguageModel
 from optimum_llava_ov.models.projector import build_projector
 from optimum_llava_ov.models.vision import ClipFeatures, ImageEncoder
 from optimum_llava_ov.models.weights import load_weights
 
 
-class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
-    """The torch model: the reference, and the source of the export.
+class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
+    """The torch model of any family: the reference, and the source of the export.
 
     It takes the same prompts as the bundle: `<image>` occurs `image_seq_length` times for each image. The image
     features that replace it include the borders. [`from_pretrained`] takes an original checkpoint.
     """
 
-    config_class = LlavaMptConfig
+    config_class = OriginalLlavaConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
-    _no_split_modules = ["MptBlock"]
 
-    def __init__(self, config: LlavaMptConfig):
+    def __init__(self, config: OriginalLlavaConfig):
         super().__init__(config)
         text_config = config.text_config
         # One row more than in the checkpoint's table, for <image>, which the head never chooses
-        self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.d_model)
-        self.language_model = MptLanguageModel(text_config)
+        self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size)
+        self.language_model = build_language_model(text_config)
         self.image_encoder = ImageEncoder(
             ClipFeatures(config.vision_config, config.mm_vision_select_layer, config.select_feature),
-            build_projector(config.projector_type, config.vision_config.hidden_size, text_config.d_model),
-            text_config.d_model,
+            build_projector(config.projector_type, config.vision_config.hidden_size, text_config.hidden_size),
+            text_config.hidden_size,
             config.num_border_tokens,
         )
 
@@ -49,17 +50,17 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         cls,
         pretrained_model_name_or_path,
         *args,  # noqa: ARG003  part of the signature in transformers
-        config: LlavaMptConfig | None = None,
+        config: OriginalLlavaConfig | None = None,
         **kwargs,
-    ) -> LlavaMptForConditionalGeneration:
-        """Load an original LLaVA-MPT checkpoint without copying its weights.
+    ) -> OriginalLlavaForConditionalGeneration:
+        """Load an original LLaVA checkpoint without copying its weights.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): a folder, or a model id on the Hub.
-            vision_tower (`str`, *optional*): folder or model id of the vision tower, instead of `mm_vision_tower`.
+            vision_tower, conversation (`str`, *optional*): as for [`OriginalCheckpoint.open`].
             dtype, torch_dtype (`torch.dtype` or `str`, *optional*):
                 Dtype to convert all weights to. They stay as stored if it is `"auto"` or not given.
-            config ([`LlavaMptConfig`], *optional*):
+            config ([`OriginalLlavaConfig`], *optional*):
                 The checkpoint's configuration, which the Auto classes pass. Only its `dtype` is read, if `dtype`
                 is not given: the Auto classes store there the dtype that their caller asked for.
             device_map (`str` or `torch.device`, *optional*): device of the model. The CPU if it is `"auto"` or not
@@ -81,7 +82,7 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
     @classmethod
     def from_checkpoint(
         cls, checkpoint: OriginalCheckpoint, dtype: torch.dtype | str | None = None
-    ) -> LlavaMptForConditionalGeneration:
+    ) -> OriginalLlavaForConditionalGeneration:
         """Build the model of an open checkpoint. Its weights stay memory-mapped.
 
         Args:
@@ -89,15 +90,22 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
 
         Raises:
             [`InvalidCheckpointError`]: the weights do not fit the configuration.
+            [`UnsupportedCheckpointError`]: the checkpoint is of another family than this class.
         """
+        if not isinstance(checkpoint.config, cls.config_class):
+            raise UnsupportedCheckpointError(
+                f"{checkpoint.repository.name!r} is a LLaVA with {checkpoint.config.family}, which {cls.__name__} "
+                "does not load. Use OriginalLlavaForConditionalGeneration."
+            )
         with torch.device("meta"):
             model = cls(checkpoint.config)
         load_weights(model, checkpoint)
         if dtype not in (None, "auto"):
             model.to(dtype)
+            compute_buffers(model.language_model)  # rotary frequencies stay in float32
             model.config.dtype = dtype
         model.requires_grad_(False).eval()
-        model.generation_config = generation_config(checkpoint.config, checkpoint.tokenizer)
+        model.generation_config = generation_config(checkpoint)
         return model
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -150,7 +158,12 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
                 inputs_embeds.shape[0], past_length + inputs_embeds.shape[1], dtype=torch.long
             )
         return self.language_model(
-            inputs_embeds, attention_mask, past_key_values=past_key_values, logits_to_keep=logits_to_keep
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            # Padding takes no position
+            position_ids=(attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :],
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
         )
 
     def prepare_inputs_for_generation(
@@ -162,10 +175,19 @@ class LlavaMptForConditionalGeneration(ImageGenerationMixin, PreTrainedModel):
         return inputs
 
 
-def generation_config(config: LlavaMptConfig, tokenizer) -> GenerationConfig:
-    """Return settings for greedy generation that ends at `<|im_end|>`, the end of a turn, or at `<|endoftext|>`."""
+class LlavaMptForConditionalGeneration(OriginalLlavaForConditionalGeneration):
+    """The torch model of a LLaVA with an MPT."""
+
+    config_class = LlavaMptConfig
+    _no_split_modules = ["MptBlock"]
+
+
+def generation_config(checkpoint: OriginalCheckpoint) -> GenerationConfig:
+    """Return settings for greedy generation that ends where the conversation ends a turn, or at the end of text."""
+    _, stop_strings = checkpoint.choice.conversation.stops(checkpoint.tokenizer)
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=checkpoint.tokenizer.bos_token_id,
+        eos_token_id=checkpoint.config.eos_token_id,
+        pad_token_id=checkpoint.tokenizer.pad_token_id,
+        stop_strings=stop_strings or None,
     )
