@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXACT, FAMILIES, GOLDEN, Golden, files, run
+from conftest import EXACT, FAMILIES, GOLDEN, Golden, files, fill_hub_cache, run
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -439,3 +440,15 @@ class TestBundlesOfOthers:
 
 def test_goldens_of_all_families_are_there():
     assert {golden.name for golden in FAMILIES} <= {folder.name for folder in GOLDEN.iterdir()}
+
+
+def test_the_hosts_class_takes_a_checkpoint_on_the_hub_whose_type_transformers_has(tmp_path):
+    """Its type is "llava", which the host takes for transformers' own format."""
+    fill_hub_cache(tmp_path, {"me/llava": LLAMA_2.checkpoint, "me/clip": LLAMA_2.folder / "clip"})
+    code = (
+        "import optimum_llava_ov; from optimum.intel import OVModelForVisualCausalLM\n"
+        "model = OVModelForVisualCausalLM.from_pretrained('me/llava', compile=False)\n"
+        "print(type(model).__name__, model.config.converted_from['model'])"
+    )
+    environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    assert run(sys.executable, "-c", code, env=environment).stdout.split() == ["OVModelForLlava", "me/llava"]

@@ -163,34 +163,38 @@ def hook_modeling() -> None:
 
 
 def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
-    """Let our class load folders that hold an original checkpoint, or a bundle that this package made of one.
+    """Let our class load an original checkpoint, or a bundle that this package made of one.
 
-    Without a network, the host looks for any folder in the Hub's cache.
+    The host takes "llava" for the type of transformers' own models. Without a network, it looks for any folder in the
+    Hub's cache.
     """
     original = visual.from_pretrained.__func__
 
     @functools.wraps(original)
     def from_pretrained(cls, *args, **kwargs):
         arguments = inspect.signature(original).bind(cls, *args, **kwargs).arguments
-        folder = Path(arguments["model_id"]) / (arguments.get("subfolder") or "")
-        ours = _class_for(folder / "config.json") if cls is visual else None
-        if ours is None:
-            return original(cls, *args, **kwargs)
         arguments.update(arguments.pop("kwargs", {}))
         del arguments["cls"]
+        ours = _class_for(**arguments) if cls is visual else None
+        if ours is None:
+            return original(cls, *args, **kwargs)
         llava.register(ours)
         return ours.from_pretrained(**arguments)
 
     return from_pretrained
 
 
-def _class_for(config_file: Path) -> Any:
-    """Return our class for a `config.json` of our bundles or of an original checkpoint; `None` for other files."""
+def _class_for(model_id: str | Path, **options: Any) -> Any:
+    """Return our class for our bundles and for original checkpoints; `None` for other models."""
     from optimum_llava_ov.bundle.check import is_our_bundle
     from optimum_llava_ov.checkpoint.families import family_of, names_original
     from optimum_llava_ov.checkpoint.options import read_json
+    from optimum_llava_ov.checkpoint.repository import Repository
 
-    if not config_file.is_file():
+    config_file = None
+    with contextlib.suppress(ValueError, OSError):  # the host reports what is wrong with it
+        config_file = Repository.of(model_id, any_name=True, **options).get("config.json")
+    if config_file is None:
         return None
     with contextlib.suppress(ValueError):
         values = read_json(config_file)
