@@ -130,8 +130,8 @@ class TestDetection:
 class TestMistral:
     """The decoder against the original, by the case without an image: how images are cut does not matter there."""
 
-    @classmethod
     @pytest.fixture(scope="class")
+    @classmethod
     def checkpoint(cls, tmp_path_factory):
         folder = shutil.copytree(MISTRAL.folder, tmp_path_factory.mktemp("mistral") / "copy")
         config = folder / "checkpoint" / "config.json"
@@ -139,8 +139,8 @@ class TestMistral:
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
         return folder / "checkpoint"
 
-    @classmethod
     @pytest.fixture(scope="class")
+    @classmethod
     def bundle(cls, checkpoint, tmp_path_factory):
         output = tmp_path_factory.mktemp("bundle") / "mistral-ov"
         command = ["optimum-cli", "export", "openvino", "--model", checkpoint, output, "--weight-format", "fp32"]
@@ -376,8 +376,8 @@ class TestConversation:
 class TestBundlesOfOthers:
     """A LLaVA in transformers' format, exported by Optimum alone, runs in our class with the same tokens."""
 
-    @classmethod
     @pytest.fixture(scope="class")
+    @classmethod
     def model(cls):
         checkpoint = OriginalCheckpoint.open(VICUNA.checkpoint)
         text_config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
@@ -396,8 +396,8 @@ class TestBundlesOfOthers:
                 torch.nn.init.normal_(weight, 0, 0.1)
         return model
 
-    @classmethod
     @pytest.fixture(scope="class")
+    @classmethod
     def bundle(cls, model, tmp_path_factory):
         folder = tmp_path_factory.mktemp("others")
         checkpoint = OriginalCheckpoint.open(VICUNA.checkpoint)
