@@ -157,7 +157,7 @@ def test_options(genai):
             chat.send("Where is the star?", **options).result()
     assert chat.messages == []
     assert chat.send("Where is the star?", A, do_sample=True, top_k=1).result() == STAR
-    assert "from the cache" not in str(chat._answer.stats)
+    assert "from the cache" not in str(chat.last_answer.stats)
 
 
 def test_cancel(bundles):

@@ -88,6 +88,11 @@ class ChatSession:
         return [{**message, "content": [dict(item) for item in message["content"]]} for message in self._messages]
 
     @property
+    def last_answer(self) -> Answer | None:
+        """Return the answer that [`send`] or [`retry`] returned last; `None` before the first question."""
+        return self._answer
+
+    @property
     def dropped_turns(self) -> int:
         """Return the number of oldest turns that are no longer in the prompt."""
         return self._dropped
