@@ -40,7 +40,7 @@ compat: install
 test-fast: install
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal -m "not slow and not browser and not genai and not hub"
 
-# What the tests in this process reach; programs that they start do not count. The share must not fall.
+# What the tests in this process reach; programs that they start do not count. Fails if the share is below the one in pyproject.toml.
 coverage: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest-cov
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered

@@ -10,6 +10,8 @@ import functools
 import logging
 from importlib.metadata import version
 
+from packaging.specifiers import SpecifierSet
+
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +20,6 @@ SUPPORTED_OPTIMUM_INTEL = ">=2.2,<2.3"
 
 def is_supported() -> bool:
     """Return whether the installed version of optimum-intel is supported. Log what to install if it is not."""
-    from packaging.specifiers import SpecifierSet
-
     found = version("optimum-intel")
     if SpecifierSet(SUPPORTED_OPTIMUM_INTEL).contains(found, prereleases=True):
         return True

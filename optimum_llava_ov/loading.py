@@ -1,8 +1,9 @@
-"""Load a bundle or a checkpoint by its name, and make chat sessions with it."""
+"""Load a bundle or a checkpoint by its name into an engine, and make chat sessions with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from optimum_llava_ov.bundle.check import check_readable, load_processor, naming_damage
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, TOKENIZERS
 from optimum_llava_ov.bundle.staging import complete_replacement
+from optimum_llava_ov.chat.engine import Engine
+from optimum_llava_ov.chat.openvino_engine import OpenVINOEngine
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
 from optimum_llava_ov.checkpoint.repository import Repository
@@ -24,23 +27,41 @@ def session_factory(
 ) -> Callable[..., ChatSession]:
     """Load a bundle once, and return a function that makes sessions.
 
-    The function takes the arguments of [`ChatSession`]. Its sessions share the loaded model.
+    The function takes the arguments of [`ChatSession`]. Its sessions share the loaded model. The arguments and errors
+    of this function are those of [`load_engine`].
+    """
+    return partial(ChatSession, load_engine(bundle, device, ov_config, engine))
+
+
+def load_engine(
+    bundle: str,
+    device: str = "CPU",
+    ov_config: dict[str, str] | None = None,
+    engine: str = AUTO,
+    prefix_caching: bool = True,
+) -> Engine:
+    """Load a bundle into an engine.
 
     Args:
         engine: "openvino" (this package's own model), "genai" (OpenVINO GenAI) or "auto" (see [`choose_engine`]).
+        prefix_caching: Whether GenAI reuses the caches of earlier prompts that begin alike.
 
     Raises:
         `ValueError`: The device or the engine does not exist, or the folder is not a bundle.
         `ImportError`: The engine is not installed.
     """
     if resolve_engine(bundle, device, engine) == GENAI:
-        return _genai_factory(bundle, device, ov_config)
+        from optimum_llava_ov.chat.genai_engine import GenAIEngine
+
+        folder = bundle_folder(bundle, "The genai engine does not convert checkpoints.")
+        check_readable(folder, tokenizers=True)
+        with naming_damage(folder, tokenizers=True):
+            return GenAIEngine(folder, device, ov_config, prefix_caching)
     from optimum_llava_ov.modeling import OVModelForLlava
 
     model = OVModelForLlava.from_pretrained(bundle, device=device, ov_config=ov_config)
     with naming_damage(Path(model.model_save_dir)):
-        processor = load_processor(model.model_save_dir)
-    return lambda **kwargs: model.chat(processor, **kwargs)
+        return OpenVINOEngine(model, load_processor(model.model_save_dir))
 
 
 def resolve_engine(bundle: str, device: str, engine: str) -> str:
@@ -96,22 +117,6 @@ def bundle_folder(bundle: str, reason: str) -> Path:
     if not (folder / PARTS["language_model"]).exists():
         raise ValueError(message)
     return folder
-
-
-def _genai_factory(bundle: str, device: str, ov_config: dict[str, str] | None) -> Callable[..., ChatSession]:
-    from transformers import AutoConfig, GenerationConfig
-
-    from optimum_llava_ov.chat.genai_engine import GenAIEngine, GenAIModel
-
-    folder = bundle_folder(bundle, "The genai engine does not convert checkpoints.")
-    check_readable(folder, tokenizers=True)
-    with naming_damage(folder, tokenizers=True):
-        config, processor = AutoConfig.from_pretrained(folder), load_processor(folder)
-        model = GenAIModel(folder, device, ov_config)
-        stop_strings = GenerationConfig.from_pretrained(folder).stop_strings
-    return lambda **kwargs: ChatSession(
-        GenAIEngine(model, processor), processor, config, **{"stop_strings": stop_strings, **kwargs}
-    )
 
 
 def sampling_options(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:

@@ -189,8 +189,7 @@ class OVModelForLlava(OVLlavaModel):
             kwargs: Arguments of [`~optimum_llava_ov.chat.session.ChatSession`]: `system`, `messages`,
                 `context_window`, `when_full`, and options of `generate`.
         """
-        kwargs.setdefault("stop_strings", self.generation_config.stop_strings)
-        return ChatSession(OpenVINOEngine(self, processor), processor, self.config, **kwargs)
+        return ChatSession(OpenVINOEngine(self, processor), **kwargs)
 
     @staticmethod
     def _resolve_default_quantization_config(

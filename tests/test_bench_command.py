@@ -11,13 +11,12 @@ import pytest
 from conftest import EXAMPLES, fill_hub_cache, run
 from transformers import AutoConfig, AutoProcessor
 
-from optimum_llava_ov.benchmark.engine import OpenVINOEngine
-from optimum_llava_ov.benchmark.genai import GenAIEngine
 from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Run
-from optimum_llava_ov.benchmark.run import benchmark
+from optimum_llava_ov.benchmark.run import arrivals, benchmark, settings_of
 from optimum_llava_ov.chat.genai_engine import image_tensor
 from optimum_llava_ov.chat.messages import images_of, text_of
+from optimum_llava_ov.loading import GENAI, OPENVINO, load_engine
 from optimum_llava_ov.system.peak_memory import AnonymousPeak, anonymous_memory, peak_rss
 
 
@@ -95,39 +94,38 @@ def test_json(hub):
     assert {name: values["versions"][name] for name in packages} == {name: version(name) for name in packages}
 
 
-@pytest.fixture(scope="module", params=[OpenVINOEngine, GenAIEngine])
+@pytest.fixture(scope="module", params=[OPENVINO, GENAI])
 def engine(request, shapes_bundle):
-    return request.param(shapes_bundle, "CPU")
+    return load_engine(shapes_bundle, engine=request.param, prefix_caching=False)
 
 
 def test_answers_do_not_end_early(engine, shapes_bundle):
     """Left to itself, the model says what it sees in a few words."""
     prompts = PromptMaker(engine.processor, engine.config)
-    arrivals = engine.arrivals([prompts.make(60) for _ in range(3)], 40)
-    assert [len(row) for row in arrivals] == [40] * 3
-    assert all(row[0] > 0 and row == sorted(row) for row in arrivals)
+    times = arrivals(engine, [prompts.make(60) for _ in range(3)], 40)
+    assert [len(row) for row in times] == [40] * 3
+    assert all(row[0] > 0 and row == sorted(row) for row in times)
 
 
 def test_settings_are_those_of_the_bundle(engine):
     """The file of the language model asks for an uncompressed cache, as it has no compressed weights."""
-    settings = engine.settings()
+    settings = settings_of(engine)
     assert settings["kv_cache_precision"] == "f16"
     assert settings["inference_precision"] in ("bf16", "f16", "f32")
 
 
 def test_prompts_are_as_long_as_asked_for(shapes_bundle):
     """By the count of the processor, and by that of GenAI, which puts the prompt together itself."""
-    genai = GenAIEngine(shapes_bundle, "CPU")
-    prompts = PromptMaker(genai.processor, genai.config)
+    processor, config = AutoProcessor.from_pretrained(shapes_bundle), AutoConfig.from_pretrained(shapes_bundle)
+    genai = openvino_genai.VLMPipeline(shapes_bundle, "CPU")
+    prompts = PromptMaker(processor, config)
     options = openvino_genai.GenerationConfig(max_new_tokens=1)
     for length in (prompts.shortest(), prompts.shortest() + 1, 100, 1000):
         prompt = prompts.make(length)
         pictures = images_of(prompt.messages)
-        inputs = genai.processor(text=prompt.text, images=pictures, return_tensors="pt")
-        tensors = [image_tensor(picture, genai.processor) for picture in pictures]
-        answer = genai.pipeline.generate(
-            [text_of(prompt.messages[-1])], images=[tensors], generation_config=[options]
-        )[0]
+        inputs = processor(text=prompt.text, images=pictures, return_tensors="pt")
+        tensors = [image_tensor(picture, processor) for picture in pictures]
+        answer = genai.generate(text_of(prompt.messages[-1]), images=tensors, generation_config=options)
         assert inputs["input_ids"].shape[1] == answer.perf_metrics.get_num_input_tokens() == length
 
 

@@ -14,7 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.errors import ContextWindowError
-from optimum_llava_ov.chat.messages import images_of, text_of
+from optimum_llava_ov.chat.messages import assistant_message, images_of, text_of
+from optimum_llava_ov.chat.openvino_engine import OpenVINOEngine
+from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.chat.streaming import StopStringFilter
 from optimum_llava_ov.runtime.language_model import LanguageModel
 from optimum_llava_ov.samples.shapes import held_out
@@ -79,10 +81,13 @@ def test_golden_conversations(golden, case, models, processors):
         "multi_turn": ["What is in the picture?", "A red boat on the water.", "What colour is it?"],
         "multi_turn_two_images": ["What is this?", "A photo.", "And this?"],
     }[case]
-    chat = models[golden.name].chat(processors[golden.name])
+    engine = OpenVINOEngine(models[golden.name], processors[golden.name])
+    conversation = engine.new_conversation()
+    engine.new_conversation = lambda: conversation
     # The first question is asked, so that there is a cache; its answer is replaced, so that the cache must be cut.
-    chat.send(turns[0], images[:1], max_new_tokens=8, **ENDLESS).result()
-    chat._messages[1]["content"] = [{"type": "text", "text": turns[1]}]
+    first = ChatSession(engine)
+    first.send(turns[0], images[:1], max_new_tokens=8, **ENDLESS).result()
+    chat = ChatSession(engine, messages=[first.messages[0], assistant_message(turns[1])])
     answer = chat.send(turns[2], images[1:], max_new_tokens=32, streamer=(streamer := Tokens()), **ENDLESS)
     answer.result()
     assert streamer.tokens == golden.cases[case]["greedy"]
@@ -114,7 +119,7 @@ def test_conversations_about_shapes(shapes):
         for turn in conversation:
             text, tokens = ask(chat, turn["question"], turn["images"])
             assert tokens == prefill(model, processor, chat.messages[:-1])
-            stats = chat._answer.stats
+            stats = chat.last_answer.stats
             assert stats.reused_tokens == length
             length = stats.prompt_tokens + stats.new_tokens - 1  # the last token was generated, not processed
             asked, right = asked + 1, right + (text == turn["answer"])
@@ -175,9 +180,9 @@ def test_stopping_criteria_and_limits(chat):
 
     calls = []
     chat.send("Where is the star?", A, stopping_criteria=[AfterTwo()]).result()
-    assert len(calls) == chat._answer.stats.new_tokens == 2
+    assert len(calls) == chat.last_answer.stats.new_tokens == 2
     chat.retry(max_new_tokens=3).result()
-    assert chat._answer.stats.new_tokens == 3
+    assert chat.last_answer.stats.new_tokens == 3
     assert chat.retry().result() == "The star is at the top right."
 
 
@@ -245,8 +250,8 @@ def test_to_stop_reading_cancels(models, processors):
     chat = models[GOLDEN.name].chat(processors[GOLDEN.name], **ENDLESS, max_new_tokens=1500)
     for _ in chat.send("Hello"):
         break
-    assert chat._answer.cancelled
-    assert chat._answer.stats.new_tokens < 1500
+    assert chat.last_answer.cancelled
+    assert chat.last_answer.stats.new_tokens < 1500
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
     chat.send("Hello", max_new_tokens=4).result()
 
@@ -482,7 +487,7 @@ def test_context_window_drop_oldest(shapes):
         left = chat.messages[2 * chat.dropped_turns : -1]
         if chat.dropped_turns:
             left[0]["content"].insert(0, {"type": "image", "image": A})
-            assert chat._answer.stats.reused_tokens >= 40  # system prompt and picture, where they were
+            assert chat.last_answer.stats.reused_tokens >= 40  # system prompt and picture, where they were
         assert tokens == prefill(model, processor, left)
     assert text == "The star is at the top right."
     assert chat.dropped_turns >= 2

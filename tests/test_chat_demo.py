@@ -525,10 +525,14 @@ $$\\includegraphics{URL} \\href{URL}{x}$$
 
 
 class Echo:
-    """An engine that answers what it is asked, or as it is told."""
+    """An engine whose one conversation at a time answers what it is asked, or as it is told."""
 
-    def __init__(self):
+    def __init__(self, processor, config):
+        self.processor, self.config, self.stop_strings = processor, config, None
         self.errors: Iterator[str] = iter(())
+
+    def new_conversation(self):
+        return self
 
     def answer(self, prompt, answer, **options):
         question = text_of(prompt.messages[-1])
@@ -571,9 +575,8 @@ class EchoServer:
             .replace("URL", f"http://127.0.0.1:{self.listener.server_port}/{number}")
             for number, line in enumerate(PAYLOADS.strip().splitlines())
         ]
-        self.visitors = Visitors(
-            lambda device: lambda: ChatSession(Echo(), processor, config, context_window=10**6), 32, 3600
-        )
+        self.engine = Echo(processor, config)
+        self.visitors = Visitors(lambda device: lambda: ChatSession(self.engine, context_window=10**6), 32, 3600)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         demo = Demo(self.visitors, Limits())
@@ -599,7 +602,7 @@ def test_no_text_loads_anything(browser, echo):
     visitor.turns += [Turn(payload, [], payload) for payload in echo.payloads]
     page.send(echo.payloads[0])  # and through the whole way, word by word
     expect(page.answers).to_have_count(len(echo.payloads) + 2, timeout=60_000)
-    visitor.session._engine.errors = iter([f"Not possible: {' '.join(echo.payloads)}"])
+    echo.engine.errors = iter([f"Not possible: {' '.join(echo.payloads)}"])
     page.send(" ".join(echo.payloads[:8]))
     expect(page.page.get_by_text("Not possible: <img src=")).to_be_visible(timeout=60_000)
     page.page.wait_for_timeout(1000)
@@ -671,7 +674,7 @@ def test_a_retry_that_fails_keeps_the_turn(browser, echo):
     page = Page(browser, echo)
     page.ask("One", "One")
     session = echo.visitors.find(page.session).session
-    session._engine.errors = iter(["The second time it fails."])
+    echo.engine.errors = iter(["The second time it fails."])
     page.button("retry")
     expect(page.page.get_by_text("The second time it fails.")).to_be_visible(timeout=60_000)
     expect(page.answers).to_have_count(1)

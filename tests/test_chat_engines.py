@@ -12,7 +12,9 @@ from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.messages import text_of
-from optimum_llava_ov.loading import GENAI, OPENVINO, choose_engine, session_factory
+from optimum_llava_ov.chat.prompt import build_prompt
+from optimum_llava_ov.chat.session import ChatSession
+from optimum_llava_ov.loading import GENAI, OPENVINO, choose_engine, load_engine, session_factory
 from optimum_llava_ov.samples.shapes import held_out
 
 
@@ -60,6 +62,22 @@ def test_images_of_other_modes_are_converted(genai, openvino, mode):
     image = A.convert(mode)
     for engine in (genai, openvino):
         assert ask(engine(), "Where is the star?", image) == ask(engine(), "Where is the star?", image.convert("RGB"))
+
+
+@pytest.mark.parametrize("name", [OPENVINO, GENAI])
+def test_a_batch_gets_the_answers_of_conversations(name, shapes_bundle):
+    """Prompts of different lengths, of which one has an image in each of two turns."""
+    engine = load_engine(str(shapes_bundle), ov_config=EXACT, engine=name)
+    chats = [ChatSession(engine), ChatSession(engine)]
+    ask(chats[0], "What colour is the circle?", A)
+    ask(chats[0], "How many shapes are there?", B)
+    ask(chats[1], "Where is the star?", A)
+    prompts = [build_prompt(chat.messages[:-1], engine.processor, engine.config) for chat in chats]
+    answers = [[], []]
+    engine.generate(prompts, lambda index, token: answers[index].append(token), max_new_tokens=40)
+    ends = [answer.pop() for answer in answers]
+    assert ends == [engine.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")] * 2
+    assert engine.processor.batch_decode(answers) == [text_of(chat.messages[-1]) for chat in chats]
 
 
 def test_undo_retry_reset_and_restore(genai, tmp_path):
@@ -139,7 +157,7 @@ def test_options(genai):
             chat.send("Where is the star?", **options).result()
     assert chat.messages == []
     assert chat.send("Where is the star?", A, do_sample=True, top_k=1).result() == STAR
-    assert "from the cache" not in str(chat._answer.stats)
+    assert "from the cache" not in str(chat.last_answer.stats)
 
 
 def test_cancel(bundles):

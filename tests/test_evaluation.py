@@ -89,6 +89,12 @@ def test_settings_that_change_start_anew(int8, tmp_path):
     assert len(after) == 6
 
 
+def test_a_device_that_there_is_not_is_told_before_anything_is_recorded(int8, tmp_path):
+    with pytest.raises(ValueError, match="^OpenVINO does not find the device 'NPU7'"):
+        evaluate([int8], GOLDEN.checkpoint, num_samples=1, work_dir=tmp_path / "work", device="NPU7")
+    assert not (tmp_path / "work").exists()
+
+
 def test_what_is_no_bundle(tmp_path):
     with pytest.raises(BundleError, match="is not a complete bundle: it lacks openvino_language_model.xml"):
         evaluate([tmp_path], GOLDEN.checkpoint)

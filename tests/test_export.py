@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import openvino
 import pytest
@@ -273,7 +274,7 @@ class TestOutput:
     def test_disk_too_small(self, tmp_path, bundles, monkeypatch):
         output = shutil.copytree(bundles[SINGLE.name], tmp_path / "out")
         before = digest(output)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, used=10**6 - 10, free=10))
         with pytest.raises(BundleError, match=r"needs 0.0 GB of disk, but only 0.0 GB are free"):
             main_export(SHARDED.checkpoint, output)
         assert digest(output) == before

@@ -13,9 +13,8 @@ from openvino import opset8 as ops
 
 from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.runtime import language_model as language_model_module
-from optimum_llava_ov.runtime import paged_cache
 from optimum_llava_ov.runtime.graph import LOGIT_POSITIONS, paged, with_logit_positions
-from optimum_llava_ov.runtime.paged import TOKENS_PER_CALL, PagedDecoder
+from optimum_llava_ov.runtime.paged import TOKENS_PER_CALL
 from optimum_llava_ov.runtime.paged_cache import BLOCK, PagedCache
 
 
@@ -40,12 +39,16 @@ def graph(bundles):
 
 @pytest.fixture
 def calls(model, monkeypatch):
-    """Tokens of each call of the engine."""
+    """Tokens of each call of the language model."""
     calls = []
-    infer = PagedDecoder._infer
-    monkeypatch.setattr(
-        PagedDecoder, "_infer", lambda self, embeds, *args: calls.append(len(embeds)) or infer(self, embeds, *args)
-    )
+    request = model.language_model.cache.decoder.request
+    infer = request.infer
+
+    def counted(inputs, **kwargs):
+        calls.append(len(inputs["inputs_embeds"]))
+        return infer(inputs, **kwargs)
+
+    monkeypatch.setattr(request, "infer", counted)
     return calls
 
 
@@ -77,23 +80,34 @@ class TestGraph:
 
 class TestCache:
     @pytest.fixture
-    def cache(self, graph):
+    def request_of_graph(self, graph):
         compiled = openvino.Core().compile_model(with_logit_positions(paged(graph), axis=0), "CPU", EXACT)
-        cache = PagedCache(compiled.create_infer_request())
+        return compiled.create_infer_request()
+
+    @pytest.fixture
+    def cache(self, request_of_graph):
+        cache = PagedCache(request_of_graph)
         cache.begin(1)
         return cache
 
-    def test_rows_share_blocks_until_they_write(self, cache):
+    @pytest.fixture
+    def tensors(self, request_of_graph):
+        """What the graph reads, `(blocks, ...)` of keys and values in each layer."""
+        names = [f"{kind}_cache.{layer}" for kind in ("key", "value") for layer in range(3)]
+        return lambda: [request_of_graph.get_tensor(name).data for name in names]
+
+    def test_rows_share_blocks_until_they_write(self, cache, tensors):
         cache.extend(0, 2 * BLOCK + 3)
         cache.reorder(np.array([0, 0, 0]))
         assert [cache.blocks([row])[0].tolist() for row in range(3)] == [[0, 1, 2]] * 3
-        cache._arrays[0][2] = 7
+        for tensor in tensors():
+            tensor[2] = 7
         for row in range(3):
             cache.extend(row, 1)
         tables = [cache.blocks([row])[0].tolist() for row in range(3)]
         assert [table[:2] for table in tables] == [[0, 1]] * 3
         assert len({table[2] for table in tables}) == 3  # the last one has the original
-        assert all((cache._arrays[0][table[2]] == 7).all() for table in tables)
+        assert all((tensor[table[2]] == 7).all() for tensor in tensors() for table in tables)
         cache.reorder(np.array([1]))
         assert cache.ref_counts.sum() == 3
 
@@ -106,17 +120,18 @@ class TestCache:
         assert indices.tolist() == [0, 1, 0, 2, 3]
         assert begins.tolist() == [0, 2, 5]
 
-    def test_grows_and_keeps(self, cache):
+    def test_grows_and_keeps(self, cache, tensors):
         for step in range(1, 6):
             cache.extend(0, 3 * BLOCK)
             blocks, _ = cache.blocks([0])
-            cache._arrays[0][blocks[-3:]] = step
-        assert [block[0] for block in cache._arrays[0][cache.blocks([0])[0]]] == [
-            step for step in range(1, 6) for _ in range(3)
-        ]
-        tensor = cache._request.get_tensor(cache._ports[0])
-        assert tensor.data.ctypes.data == cache._arrays[0].ctypes.data
-        assert tensor.data.ctypes.data % 64 == 0
+            for tensor in tensors():
+                tensor[blocks[-3:]] = step
+        for tensor in tensors():
+            assert [block.flat[0] for block in tensor[cache.blocks([0])[0]]] == [
+                step for step in range(1, 6) for _ in range(3)
+            ]
+            assert tensor.ctypes.data % 64 == 0
+        assert cache.block_bytes == sum(tensor[0].nbytes for tensor in tensors())
 
     def test_taking_back_gives_blocks_back(self, cache):
         cache.extend(0, 10 * BLOCK)
@@ -129,25 +144,27 @@ class TestCache:
         cache.free()
         assert len(cache.ref_counts) == 1
 
-    def test_interrupted_while_it_grows(self, cache, monkeypatch):
+    def test_interrupted_while_it_grows(self, cache, tensors, request_of_graph, monkeypatch):
         """Half of the tensors are new, and the request holds none of the old ones: all are made anew."""
         cache.extend(0, BLOCK)
-        make, made = paged_cache._zeros, []
+        set_tensor, calls = request_of_graph.set_tensor, []
 
         def interrupted(*args):
-            if len(made) == 3:
+            if len(calls) == 3:
                 raise KeyboardInterrupt
-            made.append(make(*args))
-            return made[-1]
+            calls.append(args)
+            set_tensor(*args)
 
-        monkeypatch.setattr(paged_cache, "_zeros", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            cache.extend(0, BLOCK)
-        monkeypatch.setattr(paged_cache, "_zeros", make)
+        with monkeypatch.context() as patch:
+            patch.setattr(request_of_graph, "set_tensor", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cache.extend(0, BLOCK)
+        assert len(calls) == 3
         cache.begin(1)
         cache.extend(0, 1)
-        for port, array in zip(cache._ports, cache._arrays):
-            assert cache._request.get_tensor(port).data.ctypes.data == array.ctypes.data
+        assert {len(tensor) for tensor in tensors()} == {len(cache.ref_counts)}
+        cache.begin(1)
+        self.test_rows_share_blocks_until_they_write(cache, tensors)
 
 
 class TestAnswers:
@@ -231,7 +248,7 @@ class TestAnswers:
     def test_a_mask_that_was_wrong_can_be_put_right(self, model):
         embeds, new = embeddings(model, 2, 4), embeddings(model, 2, 1)
         past = model(inputs_embeds=embeds).past_key_values
-        model._reorder_cache(past, torch.tensor([1, 0]))
+        past.reorder_cache(torch.tensor([1, 0]))
         with pytest.raises(ValueError):
             model(inputs_embeds=new, attention_mask=torch.zeros(2, 5), past_key_values=past)
         logits = model(inputs_embeds=new, past_key_values=past).logits
@@ -261,7 +278,7 @@ class TestAnswers:
 
         def logits_after(prompts, reordered):
             past = model(input_ids=tokens[prompts, :-1], logits_to_keep=1).past_key_values
-            model._reorder_cache(past, torch.tensor(reordered))
+            past.reorder_cache(torch.tensor(reordered))
             return model(input_ids=tokens[:, -1:], past_key_values=past).logits
 
         expected = logits_after([1, 1], [0, 1])
@@ -294,7 +311,7 @@ class TestAnswers:
             chat = each.chat(processors[GOLDEN.name], **GREEDY)
             chat.send("What is this?", GOLDEN.image("img0_300x200")).result()
             texts.append([chat.send("word " * 200).result(), chat.send("And this?").result(), chat.retry().result()])
-            assert chat._answer.stats.reused_tokens > 200
+            assert chat.last_answer.stats.reused_tokens > 200
         assert texts[0] == texts[1]
 
 
@@ -336,17 +353,19 @@ class TestAfterAnInterruption:
         rows = torch.stack([torch.arange(5, 75), torch.arange(5, 75)])
         rows[1, 60:] = 9
         expected = model.generate(rows, **GREEDY)
-        infer, calls = PagedDecoder._infer, []
+        request, calls = model.language_model.cache.decoder.request, []
+        infer = request.infer
 
-        def interrupted(self, *args):
+        def interrupted(*args, **kwargs):
             calls.append(1)
             if len(calls) == number:
                 raise KeyboardInterrupt
-            return infer(self, *args)
+            return infer(*args, **kwargs)
 
-        monkeypatch.setattr(PagedDecoder, "_infer", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            model.generate(rows, **GREEDY)
+        with monkeypatch.context() as patch:
+            patch.setattr(request, "infer", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(rows, **GREEDY)
         assert torch.equal(model.generate(rows, **GREEDY), expected)
 
     def test_to_clear_requests_gives_their_memory_back(self, bundles):

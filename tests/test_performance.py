@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import platform
 import sys
 from collections import Counter
 from pathlib import Path
@@ -151,7 +150,7 @@ class TestEmbeddingTable:
         options = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
         tokens = model.generate(torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), **options)
         assert lengths == [4]
-        monkeypatch.setattr(model.language_model, "_embedding_table", None)
+        monkeypatch.setattr(model.language_model, "look_up", lambda ids: None)
         assert torch.equal(model.generate(torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), **options), tokens)
         assert lengths == [4, 4, 1, 1, 1, 1, 1]
 
@@ -204,32 +203,6 @@ class TestMappedFiles:
             part, kilobytes = line.split()
             resident[part] += int(kilobytes)
         assert dict(resident) == {"language": 0, "vision_embeddings": 0}
-
-
-class TestHugePages:
-    CODE = (
-        "import os; from optimum_llava_ov.system.memory import restart_with_huge_pages\n"
-        "restart_with_huge_pages()\n"
-        "print(os.environ.get('GLIBC_TUNABLES'))"
-    )
-
-    @pytest.fixture
-    def available(self):
-        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-        return platform.libc_ver()[0] == "glibc" and setting.exists() and "[madvise]" in setting.read_text()
-
-    def test_once(self, available):
-        assert run(sys.executable, "-c", self.CODE).stdout == ("glibc.malloc.hugetlb=1\n" if available else "None\n")
-
-    def test_beside_other_settings(self, available):
-        env = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}
-        expected = "glibc.malloc.arena_max=2" + (":glibc.malloc.hugetlb=1" if available else "")
-        assert run(sys.executable, "-c", self.CODE, env=env).stdout == f"{expected}\n"
-
-    def test_who_chose_otherwise_is_left_alone(self):
-        assert run(sys.executable, "-c", self.CODE, env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}).stdout.endswith(
-            "=0\n"
-        )
 
 
 @pytest.mark.parametrize(

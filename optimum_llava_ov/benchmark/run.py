@@ -10,16 +10,23 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from optimum_llava_ov.benchmark.engine import Engine, OpenVINOEngine
 from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Benchmark, Run, Speed
-from optimum_llava_ov.bundle.check import check_readable, naming_damage
-from optimum_llava_ov.loading import AUTO, GENAI, bundle_folder, resolve_engine
+from optimum_llava_ov.chat.engine import Engine
+from optimum_llava_ov.chat.prompt import Prompt
+from optimum_llava_ov.loading import AUTO, bundle_folder, load_engine, resolve_engine
 from optimum_llava_ov.system.machine import describe_cpu, versions
 from optimum_llava_ov.system.peak_memory import AnonymousPeak, peak_rss
 
 
 WARM_UP_TOKENS = 8  # of the answers that warm up
+# Settings of an engine, and the names of OpenVINO's properties
+SETTINGS = {
+    "inference_precision": "INFERENCE_PRECISION_HINT",
+    "kv_cache_precision": "KV_CACHE_PRECISION",
+    "dynamic_quantization_group_size": "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "threads": "INFERENCE_NUM_THREADS",
+}
 
 
 def benchmark(
@@ -56,11 +63,10 @@ def benchmark(
     _check_numbers(new_tokens=(new_tokens, 2), rounds=(rounds, 1), batch_size=(batch_size, 1))
     engine = resolve_engine(str(bundle), device, engine)
     folder = bundle_folder(str(bundle), "The time of a conversion is not measured.")
-    check_readable(folder, tokenizers=engine == GENAI)
     gc.collect()
     with AnonymousPeak() as anonymous:
         started = time.perf_counter()
-        model = _load(engine, folder, device, ov_config)
+        model = load_engine(str(folder), device, ov_config, engine, prefix_caching=False)
         load_seconds = time.perf_counter() - started
         prompts = PromptMaker(model.processor, model.config, images)
         lengths = prompts.lengths(prompt_tokens)
@@ -77,23 +83,38 @@ def benchmark(
         speeds=[Speed.of(length, list(runs)) for length, runs in zip(lengths, zip(*measured))],
         peak_rss=peak_rss(),
         peak_anonymous=anonymous.bytes,
-        settings=model.settings(),
+        settings=settings_of(model),
         cpu=describe_cpu(),
         versions=versions(),
     )
 
 
-def _load(engine: str, folder: Path, device: str, ov_config: dict[str, str] | None) -> Engine:
-    with naming_damage(folder, tokenizers=engine == GENAI):
-        if engine == GENAI:
-            from optimum_llava_ov.benchmark.genai import GenAIEngine
+def settings_of(engine: Engine) -> dict[str, str | int | None]:
+    """Return the values of [`SETTINGS`]; `None` for those that the engine does not tell."""
+    settings = {name: engine.get_property(key) for name, key in SETTINGS.items()}
+    return {**settings, "threads": settings["threads"] or None}  # 0 if the device chooses
 
-            return GenAIEngine(folder, device, ov_config)
-        return OpenVINOEngine(folder, device, ov_config)
+
+def arrivals(engine: Engine, prompts: Sequence[Prompt], new_tokens: int) -> list[list[float]]:
+    """Answer prompts, and measure when each token arrives.
+
+    Preprocessing of images and texts is included. Answers do not end at the end-of-text token.
+
+    Returns:
+        Seconds from the questions to each of `new_tokens` tokens, as one list for each prompt.
+    """
+    times: list[list[float]] = [[] for _ in prompts]
+    started = time.perf_counter()
+
+    def receive(index: int, _token: int) -> None:
+        times[index].append(time.perf_counter() - started)
+
+    engine.generate(prompts, receive, do_sample=False, eos_token_id=None, max_new_tokens=new_tokens)
+    return times
 
 
 def _measure(
-    model: Engine, prompts: PromptMaker, lengths: Sequence[int], new_tokens: int, rounds: int, batch_size: int
+    engine: Engine, prompts: PromptMaker, lengths: Sequence[int], new_tokens: int, rounds: int, batch_size: int
 ) -> list[list[Run]]:
     """Return a run for each length in each round. The first round warms up."""
     results: list[list[Run]] = []
@@ -103,7 +124,7 @@ def _measure(
             for length in lengths:
                 count = new_tokens if number else min(new_tokens, WARM_UP_TOKENS)
                 batch = [prompts.make(length) for _ in range(batch_size)]
-                results[-1].append(Run.from_arrivals(model.arrivals(batch, count)))
+                results[-1].append(Run.from_arrivals(arrivals(engine, batch, count)))
                 progress.update()
             progress.set_description("Measuring")
     return results

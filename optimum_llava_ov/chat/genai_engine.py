@@ -1,13 +1,14 @@
 """Answer with OpenVINO GenAI.
 
-GenAI's `ChatHistory` keeps image features, and its paged attention keeps the caches of all sessions.
+GenAI's `ChatHistory` keeps image features, and its paged attention keeps the caches of all conversations.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import openvino
 import openvino_genai
 import torch
 from PIL import Image
+from transformers import AutoConfig, GenerationConfig
 
+from optimum_llava_ov.bundle.check import load_processor
+from optimum_llava_ov.bundle.layout import PARTS
 from optimum_llava_ov.chat.images import digest
 from optimum_llava_ov.chat.messages import Message, images_of, text_of
 from optimum_llava_ov.chat.prompt import Prompt, common_prefix
@@ -38,21 +42,58 @@ SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
 TOP_K = 50  # default of transformers
 
 
-class GenAIModel:
-    """Load a bundle that all sessions share. It computes one answer at a time; other answers wait.
+class GenAIEngine:
+    """Run a bundle with GenAI's paged attention. See [`Engine`].
 
-    It always uses paged attention with prefix caching. The state of GenAI's SDPA backend belongs to one conversation:
-    a second conversation would get answers from the history of the first.
+    It computes one call at a time; other calls wait. GenAI's SDPA backend is never used: its state belongs to one
+    conversation, and a second conversation would get answers from the history of the first.
+
+    Args:
+        bundle: Folder of a bundle.
+        prefix_caching: Whether a prompt reuses the caches of earlier prompts that begin alike. Without it, a repeated
+            prompt takes as long as the first time, so that it can be measured.
     """
 
-    def __init__(self, bundle: Path, device: str = "CPU", ov_config: dict[str, str] | None = None):
-        properties = {
-            "ATTENTION_BACKEND": "PA",
-            "scheduler_config": scheduler_config(prefix_caching=True),
-            **(ov_config or {}),
-        }
-        self.pipeline = openvino_genai.VLMPipeline(bundle, device, **properties)
+    def __init__(
+        self,
+        bundle: Path,
+        device: str = "CPU",
+        ov_config: dict[str, str] | None = None,
+        prefix_caching: bool = True,
+    ):
+        self.processor = load_processor(bundle)
+        self.config = AutoConfig.from_pretrained(bundle)
+        self.stop_strings = GenerationConfig.from_pretrained(bundle).stop_strings
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = prefix_caching
+        self._bundle, self._device, self._ov_config = bundle, device, ov_config or {}
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(bundle, scheduler, device, self._ov_config)
         self._turn = threading.Lock()
+
+    def new_conversation(self) -> GenAIConversation:
+        return GenAIConversation(self)
+
+    def generate(self, prompts: Sequence[Prompt], receive: Callable[[int, int], None], **options: Any) -> None:
+        config = self.generation_config(options)
+        config.stop_strings = set()
+        config.apply_chat_template = False  # the prompt's text has it
+        with self._turn:
+            handles = [
+                self._pipeline.add_request(index, prompt.text, self.image_tensors(prompt.messages), config)
+                for index, prompt in enumerate(prompts)
+            ]
+            while self._pipeline.has_non_finished_requests():
+                self._pipeline.step()
+                for index, handle in enumerate(handles):
+                    outputs = handle.read().values() if handle.can_read() else ()
+                    for token in (token for output in outputs for token in output.generated_ids):
+                        receive(index, token)
+
+    def generate_turn(
+        self, history: openvino_genai.ChatHistory, images: list[openvino.Tensor], config: Any, streamer: Any
+    ) -> None:
+        """Answer the last message of a history, which has these images. The caller has the [`turn`]."""
+        self._pipeline.generate([history], images=[images], generation_config=[config], streamer=streamer)
 
     @contextmanager
     def turn(self, answer: Answer) -> Iterator[bool]:
@@ -66,17 +107,47 @@ class GenAIModel:
             if acquired:
                 self._turn.release()
 
+    def generation_config(self, options: dict[str, Any]) -> Any:
+        """Return the bundle's generation configuration with options of `generate`.
 
-class GenAIEngine:
-    """Keep one session's history in GenAI.
+        Raises:
+            `ValueError`: GenAI does not have the option, or does not accept its value.
+        """
+        return with_options(self._pipeline.get_config(), options)
+
+    def image_tensors(self, messages: Sequence[Message]) -> list[openvino.Tensor]:
+        """Return the images of messages as GenAI takes them."""
+        return [image_tensor(image, self.processor) for image in images_of(messages)]
+
+    def get_property(self, name: str) -> str | int | None:
+        """Return an option of the user or of the bundle, or else the device's default.
+
+        GenAI does not tell which properties it uses in the end.
+        """
+        if name in self._options:
+            return self._options[name]
+        try:
+            value = openvino.Core().get_property(self._device, name)
+        except RuntimeError:
+            return None
+        return value.to_string() if hasattr(value, "to_string") else value
+
+    @cached_property
+    def _options(self) -> dict[str, str]:
+        """Return the properties that the language model's file requests of every engine, and those of the user."""
+        model, path = openvino.Core().read_model(self._bundle / PARTS["language_model"]), ["runtime_options"]
+        return {**(dict(model.get_rt_info(path).value) if model.has_rt_info(path) else {}), **self._ov_config}
+
+
+class GenAIConversation:
+    """Keep the history of one conversation in GenAI. See [`Conversation`].
 
     Before an answer, the history keeps the messages that it shares with the session, and gets the other messages
     again.
     """
 
-    def __init__(self, model: GenAIModel, processor: Any):
-        self.model = model
-        self.processor = processor
+    def __init__(self, engine: GenAIEngine):
+        self._engine = engine
         self.reset()
 
     def reset(self) -> None:
@@ -84,11 +155,11 @@ class GenAIEngine:
         self._keys: list[tuple] = []  # of the messages in the history
 
     def answer(self, prompt: Prompt, answer: Answer, streamer=None, **options: Any) -> None:
-        config = generation_config(self.model.pipeline.get_generation_config(), options)
+        config = self._engine.generation_config(options)
         answer.stats.reused_tokens = None
-        output = AnswerStreamer(self.processor.tokenizer, answer, streamer)
+        output = AnswerStreamer(self._engine.processor.tokenizer, answer, streamer)
         output.put(prompt.input_ids)
-        with self.model.turn(answer) as acquired:
+        with self._engine.turn(answer) as acquired:
             if acquired:
                 try:
                     self._answer(prompt.messages, answer, config, output)
@@ -105,7 +176,7 @@ class GenAIEngine:
         for message, key in zip(messages[len(self._keys) :], keys[len(self._keys) :]):
             self._history.append({"role": message["role"], "content": text_of(message)})
             self._keys.append(key)
-            images = [image_tensor(image, self.processor) for image in images_of([message])]
+            images = self._engine.image_tensors([message])
             if message is messages[-1]:
                 self._generate(images, config, _Tokens(answer, output))
             elif images:  # GenAI takes images only with a question that it answers
@@ -114,7 +185,7 @@ class GenAIEngine:
                 return
 
     def _generate(self, images: list[openvino.Tensor], config: Any, tokens: _Tokens | None = None) -> None:
-        self.model.pipeline.generate(self._history, images=images, generation_config=config, streamer=tokens)
+        self._engine.generate_turn(self._history, images, config, tokens)
         if tokens is not None and tokens.error is not None:
             raise tokens.error
 
@@ -141,13 +212,6 @@ class _Tokens(openvino_genai.StreamerBase):
         pass
 
 
-def scheduler_config(prefix_caching: bool) -> openvino_genai.SchedulerConfig:
-    """Return the settings of paged attention. With prefix caching, it reuses the caches of earlier prompts."""
-    scheduler = openvino_genai.SchedulerConfig()
-    scheduler.enable_prefix_caching = prefix_caching
-    return scheduler
-
-
 def image_tensor(image: Image.Image, processor: Any) -> openvino.Tensor:
     """Return an image `(1, height, width, 3)` uint8 of the size that the model takes.
 
@@ -158,7 +222,7 @@ def image_tensor(image: Image.Image, processor: Any) -> openvino.Tensor:
     return openvino.Tensor(np.ascontiguousarray(pixels.round().astype(np.uint8)))
 
 
-def generation_config(config: Any, options: dict[str, Any]) -> Any:
+def with_options(config: Any, options: dict[str, Any]) -> Any:
     """Set options of `generate` in GenAI's configuration.
 
     Raises:

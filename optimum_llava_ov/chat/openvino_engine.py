@@ -8,12 +8,14 @@ turns. The result is the same as for the whole prompt.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
-from optimum_llava_ov.chat.prompt import Prompt, common_prefix
+from optimum_llava_ov.chat.prompt import Prompt, common_prefix, model_inputs
 from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer, Cancelled
 from optimum_llava_ov.system.memory import return_freed
 
@@ -26,12 +28,44 @@ MAX_IMAGES = 16  # number of images whose features are kept; older images are en
 
 
 class OpenVINOEngine:
-    """Compute the answers of one conversation. Several engines may share a model.
+    """Run a model of this package. See [`Engine`].
+
+    Args:
+        model ([`OVLlavaModel`]): A loaded model.
+        processor ([`LlavaProcessor`]): Processor of the same bundle.
+    """
+
+    def __init__(self, model: OVLlavaModel, processor: Any):
+        self.model = model
+        self.processor = processor
+        self.config = model.config
+        self.stop_strings = model.generation_config.stop_strings
+
+    def new_conversation(self) -> OpenVINOConversation:
+        return OpenVINOConversation(self.model, self.processor)
+
+    def generate(self, prompts: Sequence[Prompt], receive: Callable[[int, int], None], **options: Any) -> None:
+        ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        streamer = _BatchStreamer(receive, [] if ends is None else [ends] if isinstance(ends, int) else ends)
+        options = {**options, "stop_strings": None}
+        self.model.generate(**model_inputs(prompts, self.processor), streamer=streamer, **options)
+
+    def get_property(self, name: str) -> str | int | None:
+        compiled = self.model.language_model.request.get_compiled_model()
+        try:
+            value = compiled.get_property(name)
+        except RuntimeError:
+            return None
+        return value.to_string() if hasattr(value, "to_string") else value
+
+
+class OpenVINOConversation:
+    """Compute the answers of one conversation, with a cache of its own. See [`Conversation`].
 
     All options of `generate` are supported, with streamers, stopping criteria and logits processors.
 
     Args:
-        model ([`OVLlavaModel`]): A loaded model. Its weights are shared; each engine has its own cache.
+        model ([`OVLlavaModel`]): A loaded model. Its weights are shared.
         processor ([`LlavaProcessor`]): Processor of the same bundle.
     """
 
@@ -132,6 +166,30 @@ class OpenVINOEngine:
                 self._features.popitem(last=False)
         self._features.move_to_end(key)
         return self._features[key]
+
+
+class _BatchStreamer(BaseStreamer):
+    """Pass on the tokens of a batch, each answer up to its end. `generate` pads answers that have ended."""
+
+    def __init__(self, receive: Callable[[int, int], None], ends: Sequence[int]):
+        self._receive = receive
+        self._ends = frozenset(ends)
+        self._ended: set[int] = set()
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Receive the prompts `(batch, tokens)` in the first call, then the next token of each answer `(batch,)`."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for index, token in enumerate(value.tolist()):
+            if index not in self._ended:
+                self._receive(index, token)
+            if token in self._ends:
+                self._ended.add(index)
+
+    def end(self) -> None:
+        pass
 
 
 def _start_of_image(keys: list[int | str], position: int) -> int:

@@ -63,6 +63,19 @@ def build_prompt(messages: Sequence[Message], processor: Any, config: Any) -> Pr
     return Prompt(text, torch.tensor([ids]), keys, dict(images), list(messages))
 
 
+def model_inputs(prompts: Sequence[Prompt], processor: Any) -> Any:
+    """Return inputs of `generate` for a batch of prompts, padded on the left. Images are preprocessed."""
+    images = [image for prompt in prompts for image in images_of(prompt.messages)]
+    with _TOKENIZING:
+        return processor(
+            text=[prompt.text for prompt in prompts],
+            images=images or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+
+
 def common_prefix(first: Sequence, second: Sequence) -> int:
     """Return the number of leading items that are the same in both sequences."""
     pairs = enumerate(zip(first, second))

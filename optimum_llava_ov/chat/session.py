@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
 from optimum_llava_ov.bundle.check import naming_failure
 from optimum_llava_ov.bundle.settings import context_length
+from optimum_llava_ov.chat.engine import Engine
 from optimum_llava_ov.chat.errors import ContextWindowError
 from optimum_llava_ov.chat.messages import (
     Message,
@@ -30,19 +31,6 @@ ERROR, DROP_OLDEST = "error", "drop_oldest"
 MAX_NEW_TOKENS = 512  # default for an answer
 
 
-class Engine(Protocol):
-    """Compute the answers of one session."""
-
-    def answer(self, prompt: Prompt, answer: Answer, **options: Any) -> None:
-        """Generate an answer to the prompt.
-
-        Call `answer.token` for each token and `answer.emit` for its text, and stop when `answer.cancelled` is true.
-        """
-
-    def reset(self) -> None:
-        """Forget the conversation."""
-
-
 class ChatSession:
     """Keep a conversation and the cache of its earlier turns. Made by [`OVModelForLlava.chat`].
 
@@ -56,6 +44,7 @@ class ChatSession:
         print(chat.send("And what should I be careful about?").result())
 
     Args:
+        engine: Runs the model.
         system: System prompt. Default: that of the model.
         messages: An earlier conversation, as a list or a file that [`save`] wrote.
         context_window: Maximum number of tokens of a prompt and its answer together. Default: the length that the
@@ -68,8 +57,6 @@ class ChatSession:
     def __init__(
         self,
         engine: Engine,
-        processor: Any,
-        config: Any,
         *,
         system: str | None = None,
         messages: str | Path | Sequence[Message] = (),
@@ -80,13 +67,13 @@ class ChatSession:
     ):
         if when_full not in (ERROR, DROP_OLDEST):
             raise ValueError(f"when_full is {when_full!r}. Expected {ERROR!r} or {DROP_OLDEST!r}.")
-        self.processor = processor
-        self.config = config
-        self.context_window = context_window or context_length(config.text_config)
+        self.processor = engine.processor
+        self.config = engine.config
+        self.context_window = context_window or context_length(engine.config.text_config)
         self.when_full = when_full
         self.image_limits = image_limits
-        self.options = {"max_new_tokens": MAX_NEW_TOKENS, **options}
-        self._engine = engine
+        self.options = {"max_new_tokens": MAX_NEW_TOKENS, "stop_strings": engine.stop_strings, **options}
+        self._conversation = engine.new_conversation()
         self._messages = read_messages(messages, self.see_image)
         if system is not None:
             kept = [message for message in self._messages if message["role"] != "system"]
@@ -99,6 +86,11 @@ class ChatSession:
     def messages(self) -> list[Message]:
         """Return a copy of the conversation in the form of transformers, dropped turns included."""
         return [{**message, "content": [dict(item) for item in message["content"]]} for message in self._messages]
+
+    @property
+    def last_answer(self) -> Answer | None:
+        """Return the answer that [`send`] or [`retry`] returned last; `None` before the first question."""
+        return self._answer
 
     @property
     def dropped_turns(self) -> int:
@@ -184,7 +176,7 @@ class ChatSession:
             kept = [message for message in self._messages if message["role"] == "system"]
             self._messages = kept if system is None else [system_message(system)]
             self._dropped = 0
-            self._engine.reset()
+            self._conversation.reset()
 
     def save(self, file: str | Path) -> None:
         """Write the conversation and its images as JSON messages. `model.chat(processor, messages=file)` continues it.
@@ -207,7 +199,7 @@ class ChatSession:
         def work(answer: Answer) -> str:
             answer.stats.prompt_tokens = len(prompt)
             with naming_failure():
-                self._engine.answer(prompt, answer, **options)
+                self._conversation.answer(prompt, answer, **options)
             if answer.stats.new_tokens or not answer.cancelled:
                 self._messages = [*history, question, assistant_message(answer.text)]
                 self._dropped = dropped

@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 
 from optimum.commands.base import CommandInfo
 
+from optimum_llava_ov.benchmark.result import report
 from optimum_llava_ov.cli.engine import EngineCommand, add_engine_arguments
 
 
@@ -51,7 +52,6 @@ class BenchCommand(EngineCommand):
     def execute_on_device(self) -> None:
         args = self.args
         with redirect_stdout(sys.stderr):  # messages of libraries are not part of the result
-            from optimum_llava_ov.benchmark.result import report
             from optimum_llava_ov.benchmark.run import benchmark
             from optimum_llava_ov.chat.terminal import load_image
 

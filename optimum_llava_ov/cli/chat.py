@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 from optimum.commands.base import CommandInfo
 
 from optimum_llava_ov.cli.engine import EngineCommand, add_engine_arguments
+from optimum_llava_ov.system.devices import available_devices
 
 
 def _add_common_arguments(parser: ArgumentParser) -> None:
@@ -152,7 +153,6 @@ class DemoCommand(EngineCommand):
         from optimum_llava_ov.demo.page import Demo, Limits, Visitors, build_page, run_demo
         from optimum_llava_ov.images import ImageLimits
         from optimum_llava_ov.loading import session_factory
-        from optimum_llava_ov.system.devices import available_devices
 
         args = self.args
         limits = Limits(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 
 from optimum_llava_ov.cli.base import Command
+from optimum_llava_ov.system.devices import available_devices, check_device
 
 
 class EngineCommand(Command):
@@ -14,8 +15,6 @@ class EngineCommand(Command):
     """
 
     def execute(self) -> None:
-        from optimum_llava_ov.system.devices import available_devices, check_device
-
         if self.args.device == "list":
             print("\n".join(available_devices()))
         else:

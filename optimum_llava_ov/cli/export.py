@@ -9,13 +9,11 @@ from pathlib import Path
 from optimum.commands.export.openvino import no_compression_parameter_provided, prepare_wc_config
 from optimum.intel.openvino.configuration import OVConfig
 
-from optimum_llava_ov.bundle.layout import ONE_BILLION
-from optimum_llava_ov.checkpoint.families import read_config
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.export.pipeline import main_export
 from optimum_llava_ov.export.recipes import default_recipe
 from optimum_llava_ov.export.report import summarize
-from optimum_llava_ov.system.memory import restart_with_huge_pages, return_what_is_freed
+from optimum_llava_ov.system.memory import return_what_is_freed
 
 
 logger = logging.getLogger(__name__)
@@ -28,8 +26,6 @@ def run_export(args: Namespace, repository: Repository) -> None:
         args: Arguments that Optimum's `parse_args_openvino` returns.
         repository: Where the checkpoint is.
     """
-    if args.weight_format not in ("fp16", "fp32") and _is_large(repository):
-        restart_with_huge_pages()
     _show_messages()
     return_what_is_freed()
     main_export(
@@ -43,12 +39,6 @@ def run_export(args: Namespace, repository: Repository) -> None:
         variant=args.variant,
     )
     print(summarize(Path(args.output)))
-
-
-def _is_large(repository: Repository) -> bool:
-    """Return whether compression takes minutes. Needs config.json only, no weights."""
-    config = read_config(repository.require("config.json", "it says what the model is")).text_config
-    return 12 * config.num_hidden_layers * config.hidden_size**2 >= ONE_BILLION
 
 
 def _show_messages() -> None:

@@ -17,6 +17,7 @@ from optimum_llava_ov.evaluation.metrics import Quality, measure
 from optimum_llava_ov.evaluation.record import load, prepare_folder, record_bundle, record_reference
 from optimum_llava_ov.samples.files import Sample, read_samples
 from optimum_llava_ov.samples.shapes import built_in_samples
+from optimum_llava_ov.system.devices import check_device
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,11 @@ def evaluate(
 
     Returns:
         The quality of each bundle, by the name of its folder.
+
+    Raises:
+        `ValueError`: The device does not exist, or a folder is not a bundle.
     """
+    check_device(device)
     folders = [Path(bundle) for bundle in bundles]
     for folder in folders:
         complete_replacement(folder)

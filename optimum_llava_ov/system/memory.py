@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import platform
-import sys
 import threading
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import torch
 
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of glibc's malloc.h
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def return_what_is_freed() -> None:
@@ -28,24 +25,6 @@ def return_what_is_freed() -> None:
     if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
         libc.mallopt(_M_ARENA_MAX, 2)
-
-
-def restart_with_huge_pages() -> None:
-    """Restart this command once, so that its large buffers are in pages of 2 MB. Do nothing if this is not possible.
-
-    Compression allocates and frees thousands of large buffers. In pages of 4 KB, this takes a quarter of its time.
-    glibc can request huge pages, but it reads this setting only when a process starts. The kernel must leave the
-    choice to programs (`madvise`).
-    https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html
-    """
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if platform.libc_ver()[0] != "glibc" or not setting.exists() or "[madvise]" not in setting.read_text():
-        return
-    if _HUGE_PAGES.split("=")[0] not in tunables:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, _HUGE_PAGES]))
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def return_freed() -> None:

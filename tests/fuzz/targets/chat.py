@@ -154,8 +154,8 @@ class Chat:
                 break
         finally:
             answer.wait()
-            if session._answer is not answer:
-                session._answer.wait()
+            if session.last_answer is not answer:
+                session.last_answer.wait()
 
     def wrong(self, session, draw, before):
         options = draw.choice(WRONG)
