@@ -18,6 +18,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from filelock import FileLock
 from PIL import Image
@@ -75,11 +76,16 @@ by_golden = pytest.mark.parametrize("golden", GOLDENS, ids=[golden.name for gold
 
 
 def run(
-    *command: str | Path, env: dict[str, str] | None = None, check: bool = True, **kwargs
+    *command: str | Path, env: dict[str, str] | None = None, check: bool = True, fresh: bool = False, **kwargs
 ) -> subprocess.CompletedProcess:
-    """Run a program of this environment, such as `optimum-cli`, as a user would type it."""
+    """Run a program of this environment, such as `optimum-cli`, as a user would type it.
+
+    In a process that `programs.py` forks, or, with `fresh`, in one that starts from nothing.
+    """
     installed = Path(sys.executable).parent / command[0]
     command = [str(installed if installed.exists() else command[0]), *map(str, command[1:])]
+    if not fresh:
+        command = programs.quick(command, env)
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **kwargs)
     assert not check or result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
     return result
@@ -128,17 +134,21 @@ def frozen_heap():
 
 
 @pytest.fixture(scope="session")
-def export_once(tmp_path_factory) -> Callable[[str, Path], Path]:
-    """Exports a checkpoint by the real command, once for all processes that run tests in parallel. Tests do not write into it."""
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder that all processes share which run tests in parallel."""
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # each process has its own below
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # each process has its own below
 
-    def export(name: str, checkpoint: Path) -> Path:
-        output = folder / "bundles" / name
-        with FileLock(folder / f"{name}.lock"):
+
+@pytest.fixture(scope="session")
+def export_once(shared_folder) -> Callable[..., Path]:
+    """Exports a checkpoint by the real command, once for all processes that run tests in parallel. Tests do not write into it."""
+
+    def export(name: str, checkpoint: Path, *options: str) -> Path:
+        output = shared_folder / "bundles" / name
+        with FileLock(shared_folder / f"{name}.lock"):
             if not output.exists():
-                run("optimum-cli", "export", "openvino", "--model", checkpoint, output)
+                run("optimum-cli", "export", "openvino", "--model", checkpoint, *options, output)
         return output
 
     return export

@@ -200,7 +200,7 @@ class TestMappedFiles:
             "        if f'openvino_{part}_model.bin' in section: print(part, section.split('\\nRss:')[1].split()[0])\n"
         )
         resident = Counter()
-        for line in run(sys.executable, "-c", code, bundles[GOLDEN.name]).stdout.splitlines():
+        for line in run(sys.executable, "-c", code, bundles[GOLDEN.name], fresh=True).stdout.splitlines():
             part, kilobytes = line.split()
             resident[part] += int(kilobytes)
         assert dict(resident) == {"language": 0, "vision_embeddings": 0}
@@ -219,17 +219,19 @@ class TestHugePages:
         return platform.libc_ver()[0] == "glibc" and setting.exists() and "[madvise]" in setting.read_text()
 
     def test_once(self, available):
-        assert run(sys.executable, "-c", self.CODE).stdout == ("glibc.malloc.hugetlb=1\n" if available else "None\n")
+        assert run(sys.executable, "-c", self.CODE, fresh=True).stdout == (
+            "glibc.malloc.hugetlb=1\n" if available else "None\n"
+        )
 
     def test_beside_other_settings(self, available):
         env = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}
         expected = "glibc.malloc.arena_max=2" + (":glibc.malloc.hugetlb=1" if available else "")
-        assert run(sys.executable, "-c", self.CODE, env=env).stdout == f"{expected}\n"
+        assert run(sys.executable, "-c", self.CODE, env=env, fresh=True).stdout == f"{expected}\n"
 
     def test_who_chose_otherwise_is_left_alone(self):
-        assert run(sys.executable, "-c", self.CODE, env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}).stdout.endswith(
-            "=0\n"
-        )
+        assert run(
+            sys.executable, "-c", self.CODE, env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, fresh=True
+        ).stdout.endswith("=0\n")
 
 
 @pytest.mark.parametrize(
