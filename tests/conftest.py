@@ -26,6 +26,10 @@ from PIL import Image
 
 os.environ["CI"] = "true"  # OpenVINO and NNCF then send no telemetry, which takes longer than a tiny model's export
 
+# torch's threads wait for each other in a loop. Where tests run in parallel, this takes ten times what a tiny model computes. OpenMP reads
+# this when torch is imported, here and in the programs that are started.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell starts what it puts in the background deaf to Ctrl-C, and so would be all programs that are tested
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
