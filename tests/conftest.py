@@ -39,6 +39,14 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
+# These begin first, so that no process still works when the others have nothing left to do
+LONGEST = ("test_snippets", "test_campaign", "test_names_of_the_hosts_can_be_imported_first")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.originalname not in LONGEST)
+
+
 @dataclass(frozen=True)
 class Golden:
     """Outputs of the original LLaVA code on a tiny random checkpoint (see `golden/README.md`)."""
