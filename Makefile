@@ -36,7 +36,7 @@ imports: install
 compat: install
 	$(BIN)/python tests/compat/run.py $(PEERS)
 
-# The core, in a few minutes: no programs, no browser, no other engines, no server.
+# The core, in two minutes: no programs, no compression, no browser, no GenAI, no Hub. CONTRIBUTING.md says what is left out.
 test-fast: install
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal -m "not slow and not browser and not genai and not hub"
 

@@ -18,12 +18,17 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from filelock import FileLock
 from PIL import Image
 
 
 os.environ["CI"] = "true"  # OpenVINO and NNCF then send no telemetry, which takes longer than a tiny model's export
+
+# torch's threads wait for each other in a loop. Where tests run in parallel, this takes ten times what a tiny model computes. OpenMP reads
+# this when torch is imported, here and in the programs that are started.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and so would be all programs that are tested
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,6 +37,14 @@ GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # Exact arithmetic, so that tokens can be compared; the defaults trade it for speed.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+
+# These begin first, so that no process still works when the others have nothing left to do
+LONGEST = ("test_snippets", "test_campaign", "test_names_of_the_hosts_can_be_imported_first")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.originalname not in LONGEST)
 
 
 @dataclass(frozen=True)
@@ -94,11 +107,16 @@ by_family_case = pytest.mark.parametrize(
 
 
 def run(
-    *command: str | Path, env: dict[str, str] | None = None, check: bool = True, **kwargs
+    *command: str | Path, env: dict[str, str] | None = None, check: bool = True, fresh: bool = False, **kwargs
 ) -> subprocess.CompletedProcess:
-    """Run a program of this environment, such as `optimum-cli`, as a user would type it."""
+    """Run a program of this environment, such as `optimum-cli`, as a user would type it.
+
+    In a process that `programs.py` forks, or, with `fresh`, in one that starts from nothing.
+    """
     installed = Path(sys.executable).parent / command[0]
     command = [str(installed if installed.exists() else command[0]), *map(str, command[1:])]
+    if not fresh:
+        command = programs.quick(command, env)
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **kwargs)
     assert not check or result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
     return result
@@ -147,17 +165,21 @@ def frozen_heap():
 
 
 @pytest.fixture(scope="session")
-def export_once(tmp_path_factory) -> Callable[[str, Path], Path]:
-    """Exports a checkpoint by the real command, once for all processes that run tests in parallel. Tests do not write into it."""
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder that all processes share which run tests in parallel."""
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # each process has its own below
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # each process has its own below
 
-    def export(name: str, checkpoint: Path) -> Path:
-        output = folder / "bundles" / name
-        with FileLock(folder / f"{name}.lock"):
+
+@pytest.fixture(scope="session")
+def export_once(shared_folder) -> Callable[..., Path]:
+    """Exports a checkpoint by the real command, once for all processes that run tests in parallel. Tests do not write into it."""
+
+    def export(name: str, checkpoint: Path, *options: str) -> Path:
+        output = shared_folder / "bundles" / name
+        with FileLock(shared_folder / f"{name}.lock"):
             if not output.exists():
-                run("optimum-cli", "export", "openvino", "--model", checkpoint, output)
+                run("optimum-cli", "export", "openvino", "--model", checkpoint, *options, output)
         return output
 
     return export

@@ -19,6 +19,7 @@ of Optimum and optimum-intel, their packages.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -59,6 +60,7 @@ WAITED_FOR = {
 def main(everything: bool) -> int:
     for name in PREPARED:
         importlib.import_module(name)
+    gc.freeze()  # else the garbage collection of each process looks through all of it, and copies it
     modules = _modules(everything)
 
     first = _try_all("ours first", modules)

@@ -149,7 +149,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(start, bundles):
 
 def test_pipe_gets_only_the_answer(shapes_bundle):
     command = ["optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--temperature", "0"]
-    result = run(*command, input="What colour is the circle?\n")
+    result = run(*command, input="What colour is the circle?\n", fresh=True)
     assert result.stdout == "The circle is red.\n"
 
 

@@ -51,11 +51,9 @@ def compressed(tmp_path, quantization_config):
 
 
 @pytest.fixture(scope="module")
-def int4(tmp_path_factory):
+def int4(export_once):
     """The recommended recipe, by the real command."""
-    output = tmp_path_factory.mktemp("int4") / "out"
-    run("optimum-cli", "export", "openvino", "--model", GOLDEN.checkpoint, "--weight-format", "int4", output)
-    return output
+    return export_once(f"{GOLDEN.name}-int4", GOLDEN.checkpoint, "--weight-format", "int4")
 
 
 @pytest.fixture(scope="module")
@@ -288,12 +286,10 @@ def test_options_of_the_command(options, expected):
     ],
     ids=["quant-mode", "no format", "data set", "awq at 8 bits"],
 )
-def test_refusals(tmp_path, options, message):
-    result = run(
-        "optimum-cli", "export", "openvino", "--model", GOLDEN.checkpoint, *options, tmp_path / "out", check=False
-    )
-    assert result.returncode != 0
-    assert message in result.stderr
+def test_refusals(optimum_cli, tmp_path, options, message):
+    status, _, errors = optimum_cli("export", "openvino", "--model", GOLDEN.checkpoint, *options, tmp_path / "out")
+    assert status != 0
+    assert message in errors
     assert files(tmp_path) == set()
 
 

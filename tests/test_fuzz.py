@@ -24,6 +24,7 @@ def fuzz(*options):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TESTS)})
 
 
+@pytest.mark.slow
 def test_campaign(bundles):
     """One round of everything, the same each time: nothing found."""
     result = fuzz("--bundle", bundles["linear_fp16_sharded"])

@@ -209,17 +209,17 @@ def test_order_of_imports_does_not_matter(order):
         "; assert modeling.MODEL_TYPE_TO_CLS_MAPPING['llava'] is not modeling._OVLlavaForCausalLM"
         "; assert AutoConfig.for_model('llava_mpt').model_type == 'llava_mpt'"
     )
-    run(sys.executable, "-c", code)
+    run(sys.executable, "-c", code, fresh=True)
 
 
 def test_import_is_light():
     """Registration waits until the host is imported by somebody who needs it."""
     code = "import sys, optimum_llava_ov; print({'torch', 'transformers', 'openvino', 'optimum.intel'} & set(sys.modules))"
-    assert run(sys.executable, "-c", code).stdout.strip() == "set()"
+    assert run(sys.executable, "-c", code, fresh=True).stdout.strip() == "set()"
 
 
 def test_a_broken_plugin_does_not_break_optimum():
     code = "import sys; sys.modules['optimum_llava_ov'] = None; sys.argv = ['optimum-cli', '--help']; from optimum.commands.optimum_cli import main; main()"
-    result = run(sys.executable, "-c", code)
+    result = run(sys.executable, "-c", code, fresh=True)
     assert "usage: optimum-cli" in result.stdout
     assert "other models are not affected" in result.stderr

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from conftest import EXAMPLES, Golden, run, run_stock
 from hub_server import HubServer
@@ -49,7 +50,7 @@ class Client:
 
     def __init__(self, env: dict[str, str], cwd: Path):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT],
+            programs.quick([sys.executable, "-c", CLIENT]),
             env={**os.environ, **env},
             cwd=cwd,
             text=True,
@@ -128,7 +129,7 @@ def published(hub, tmp_path_factory):
     (folder / "llava-mpt-ov" / ".eval" / "stray.npz").write_bytes(b"x")
     (folder / "llava-mpt-ov" / "model_cache").mkdir()
     (folder / "llava-mpt-ov" / "notes.txt").write_text("do not publish")
-    output = run("optimum-cli", "llava-ov", "push", "llava-mpt-ov", PUBLISHED, env=env, cwd=folder).stdout
+    output = run("optimum-cli", "llava-ov", "push", "llava-mpt-ov", PUBLISHED, env=env, cwd=folder, fresh=True).stdout
     return folder / "llava-mpt-ov", requests, output
 
 

@@ -25,7 +25,7 @@ CHECKPOINT = GOLDENS[0].checkpoint
 
 def test_names_of_the_hosts_can_be_imported_first():
     """What is tried is said in `import_order.py`."""
-    result = run(sys.executable, Path(__file__).with_name("import_order.py"), check=False)
+    result = run(sys.executable, Path(__file__).with_name("import_order.py"), check=False, fresh=True)
     assert result.returncode == 0, result.stdout + result.stderr
     tried = json.loads(result.stdout)
     assert tried["failures"] == {}
@@ -70,7 +70,7 @@ print(json.dumps(found))
 
 def test_auto_classes_know_an_original_checkpoint():
     """With nothing imported but this package and transformers."""
-    found = json.loads(run(sys.executable, "-c", AUTO_CLASSES, CHECKPOINT).stdout)
+    found = json.loads(run(sys.executable, "-c", AUTO_CLASSES, CHECKPOINT, fresh=True).stdout)
     assert found == {
         "nothing": "float16",  # what config.json says
         "dtype": "float32",

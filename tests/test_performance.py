@@ -88,14 +88,18 @@ class TestLogits:
 def test_torch_does_not_compete(model, monkeypatch):
     before, during = torch.get_num_threads(), []
     forward = model.language_model.forward
+    torch.set_num_threads(2)
     monkeypatch.setattr(
         model.language_model, "forward", lambda *args: during.append(torch.get_num_threads()) or forward(*args)
     )
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=-1)
-    model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2, eos_token_id=None, do_sample=False)
-    assert during == [1, 1]
-    assert torch.get_num_threads() == before
+    try:
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=-1)
+        model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=2, eos_token_id=None, do_sample=False)
+        assert during == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_rows_that_share_a_picture_encode_it_once(model, monkeypatch):
@@ -199,7 +203,7 @@ class TestMappedFiles:
             "        if f'openvino_{part}_model.bin' in section: print(part, section.split('\\nRss:')[1].split()[0])\n"
         )
         resident = Counter()
-        for line in run(sys.executable, "-c", code, bundles[GOLDEN.name]).stdout.splitlines():
+        for line in run(sys.executable, "-c", code, bundles[GOLDEN.name], fresh=True).stdout.splitlines():
             part, kilobytes = line.split()
             resident[part] += int(kilobytes)
         assert dict(resident) == {"language": 0, "vision_embeddings": 0}
