@@ -35,6 +35,7 @@ OTHERS = {
     "_attn_implementation": "transformers keeps a configuration's choice there",
     "_OVLlavaForCausalLM": "the class that Optimum has for other models of this type",
     "_device": "Optimum keeps a model's device there",
+    "_dynamo": "a part of torch that takes long to import",
     "_exit": "os._exit ends a process as a crash does",
     "_model_mapping": "transformers has no public name for what an auto class knows",
     "_offline_transformations": "where OpenVINO has the transformation to paged attention",
