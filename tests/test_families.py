@@ -127,6 +127,7 @@ class TestDetection:
             assert AutoConfig.for_model(model_type).model_type == model_type
 
 
+@pytest.mark.slow
 class TestMistral:
     """The decoder against the original, by the case without an image: how images are cut does not matter there."""
 
@@ -346,6 +347,7 @@ class TestGenerate:
             assert isinstance(AutoProcessor.from_pretrained(golden.checkpoint), LlavaProcessor)
 
 
+@pytest.mark.slow
 class TestConversation:
     def export(self, tmp_path, *options):
         output = tmp_path / "bundle"
@@ -373,6 +375,7 @@ class TestConversation:
         assert not output.exists()
 
 
+@pytest.mark.slow
 class TestBundlesOfOthers:
     """A LLaVA in transformers' format, exported by Optimum alone, runs in our class with the same tokens."""
 

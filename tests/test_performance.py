@@ -190,6 +190,7 @@ class TestMappedFiles:
         assert self.resident(file) == 0
         assert content == file.read_bytes()
 
+    @pytest.mark.slow
     def test_weights_are_not_resident_twice(self, bundles):
         """A fresh process has packed its weights when it is loaded, and holds no pages of their files.
 
@@ -209,6 +210,7 @@ class TestMappedFiles:
         assert dict(resident) == {"language": 0, "vision_embeddings": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -231,6 +233,7 @@ def test_groups_of_activations(tmp_path, options, expected):
         assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == int(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [False, True])
 def test_precision_of_the_cache(tmp_path, bundles, compressed):
     """Optimum's rule: that of the weights if they are not compressed; else the engine's own choice. The same in every way to a bundle."""
