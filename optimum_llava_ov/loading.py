@@ -50,21 +50,32 @@ def load_engine(
         `ValueError`: The device or the engine does not exist, or the folder is not a bundle.
         `ImportError`: The engine is not installed.
     """
-    if resolve_engine(bundle, device, engine) == GENAI:
+    repository = located(bundle)
+    if resolve_engine(repository, device, engine) == GENAI:
         from optimum_llava_ov.chat.genai_engine import GenAIEngine
 
-        folder = bundle_folder(bundle, "The genai engine does not convert checkpoints.")
+        folder = bundle_folder(repository, "The genai engine does not convert checkpoints.")
         check_readable(folder, tokenizers=True)
         with naming_damage(folder, tokenizers=True):
             return GenAIEngine(folder, device, ov_config, prefix_caching)
     from optimum_llava_ov.modeling import OVModelForLlava
 
-    model = OVModelForLlava.from_pretrained(bundle, device=device, ov_config=ov_config)
+    model = OVModelForLlava.from_pretrained(repository, device=device, ov_config=ov_config)
     with naming_damage(Path(model.model_save_dir)):
         return OpenVINOEngine(model, load_processor(model.model_save_dir))
 
 
-def resolve_engine(bundle: str, device: str, engine: str) -> str:
+def located(bundle: str | Path | Repository) -> Repository:
+    """Return the repository of a bundle or a checkpoint. On the Hub, ask once which commit it has now.
+
+    Files at a commit never change, so what is in the cache is then not asked for again.
+    """
+    repository = Repository.of(bundle)
+    config_file = None if repository.is_local else repository.get("config.json")
+    return repository if config_file is None else repository.pinned(config_file)
+
+
+def resolve_engine(bundle: Repository, device: str, engine: str) -> str:
     """Check the device and the engine, and return the engine's name. "auto" is resolved by [`choose_engine`].
 
     Raises:
@@ -72,7 +83,7 @@ def resolve_engine(bundle: str, device: str, engine: str) -> str:
         `ImportError`: The engine is not installed.
     """
     check_device(device)
-    complete_replacement(bundle)
+    complete_replacement(bundle.name)
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}. Expected one of {', '.join(ENGINES)}.")
     if engine == AUTO:
@@ -88,19 +99,19 @@ def resolve_engine(bundle: str, device: str, engine: str) -> str:
     return engine
 
 
-def choose_engine(bundle: str) -> str:
+def choose_engine(bundle: Repository) -> str:
     """Return "genai" if OpenVINO GenAI is installed and can read the model, because it is faster; else "openvino".
 
     This package's own engine also reads original checkpoints, which it converts.
     """
     if find_spec("openvino_genai") is None:
         return OPENVINO
-    if Path(bundle).is_dir():
-        return GENAI if all((Path(bundle) / name).exists() for name in (*PARTS.values(), *TOKENIZERS)) else OPENVINO
+    if bundle.is_local:
+        return GENAI if all((bundle.folder / name).exists() for name in (*PARTS.values(), *TOKENIZERS)) else OPENVINO
     return OPENVINO if holds_original_checkpoint(bundle) else GENAI
 
 
-def bundle_folder(bundle: str, reason: str) -> Path:
+def bundle_folder(bundle: Repository, reason: str) -> Path:
     """Return the folder of a bundle. Download the bundle if it is on the Hub.
 
     Args:
@@ -110,10 +121,10 @@ def bundle_folder(bundle: str, reason: str) -> Path:
         `ValueError`: It is not a bundle.
     """
     message = (
-        f"{bundle} is not a bundle, because it has no {PARTS['language_model']}. {reason} "
-        f"Convert it first: optimum-cli export openvino --model {bundle} llava-ov"
+        f"{bundle.name} is not a bundle, because it has no {PARTS['language_model']}. {reason} "
+        f"Convert it first: optimum-cli export openvino --model {bundle.name} llava-ov"
     )
-    folder = Path(bundle) if Path(bundle).is_dir() else Repository(bundle).download((*FILES, *EXTRA_FILES))
+    folder = bundle.folder if bundle.is_local else bundle.download((*FILES, *EXTRA_FILES))
     if not (folder / PARTS["language_model"]).exists():
         raise ValueError(message)
     return folder

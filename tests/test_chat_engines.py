@@ -14,7 +14,7 @@ from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.messages import text_of
 from optimum_llava_ov.chat.prompt import build_prompt
 from optimum_llava_ov.chat.session import ChatSession
-from optimum_llava_ov.loading import GENAI, OPENVINO, choose_engine, load_engine, session_factory
+from optimum_llava_ov.loading import GENAI, OPENVINO, choose_engine, load_engine, located, session_factory
 from optimum_llava_ov.samples.shapes import held_out
 
 
@@ -210,12 +210,12 @@ def test_the_other_engine_in_the_program(shapes_bundle):
 
 
 def test_default(shapes_bundle, tmp_path):
-    assert choose_engine(str(shapes_bundle)) == GENAI
-    assert choose_engine(str(EXAMPLES / "shapes" / "checkpoint")) == OPENVINO
+    assert choose_engine(located(shapes_bundle)) == GENAI
+    assert choose_engine(located(EXAMPLES / "shapes" / "checkpoint")) == OPENVINO
     for file in shapes_bundle.iterdir():
         if "tokenizer." not in file.name:
             (tmp_path / file.name).symlink_to(file)
-    assert choose_engine(str(tmp_path)) == OPENVINO
+    assert choose_engine(located(tmp_path)) == OPENVINO
 
 
 def test_no_bundle():
