@@ -50,8 +50,8 @@ def load_engine(
         `ValueError`: The device or the engine does not exist, or the folder is not a bundle.
         `ImportError`: The engine is not installed.
     """
-    repository = located(bundle)
-    if resolve_engine(repository, device, engine) == GENAI:
+    repository, engine = resolve_engine(bundle, device, engine)
+    if engine == GENAI:
         from optimum_llava_ov.chat.genai_engine import GenAIEngine
 
         folder = bundle_folder(repository, "The genai engine does not convert checkpoints.")
@@ -75,19 +75,23 @@ def located(bundle: str | Path | Repository) -> Repository:
     return repository if config_file is None else repository.pinned(config_file)
 
 
-def resolve_engine(bundle: Repository, device: str, engine: str) -> str:
-    """Check the device and the engine, and return the engine's name. "auto" is resolved by [`choose_engine`].
+def resolve_engine(bundle: str | Path | Repository, device: str, engine: str) -> tuple[Repository, str]:
+    """Check the device and the engine, and find the bundle.
+
+    Returns:
+        The repository of the bundle, and the name of the engine. "auto" is resolved by [`choose_engine`].
 
     Raises:
         `ValueError`: The device or the engine does not exist.
         `ImportError`: The engine is not installed.
     """
     check_device(device)
-    complete_replacement(bundle.name)
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}. Expected one of {', '.join(ENGINES)}.")
+    repository = located(bundle)
+    complete_replacement(repository.name)
     if engine == AUTO:
-        engine = choose_engine(bundle)
+        engine = choose_engine(repository)
     if engine == GENAI:
         try:
             import openvino_genai  # noqa: F401
@@ -96,7 +100,7 @@ def resolve_engine(bundle: Repository, device: str, engine: str) -> str:
                 f"The genai engine needs OpenVINO GenAI ({error}). "
                 'Install it with: pip install "optimum-llava-ov[genai]"'
             ) from error
-    return engine
+    return repository, engine
 
 
 def choose_engine(bundle: Repository) -> str:

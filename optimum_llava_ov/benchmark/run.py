@@ -14,7 +14,7 @@ from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Benchmark, Run, Speed
 from optimum_llava_ov.chat.engine import Engine
 from optimum_llava_ov.chat.prompt import Prompt
-from optimum_llava_ov.loading import AUTO, bundle_folder, load_engine, located, resolve_engine
+from optimum_llava_ov.loading import AUTO, bundle_folder, load_engine, resolve_engine
 from optimum_llava_ov.system.machine import describe_cpu, versions
 from optimum_llava_ov.system.peak_memory import AnonymousPeak, peak_rss
 
@@ -61,8 +61,7 @@ def benchmark(
         `ImportError`: The engine is not installed.
     """
     _check_numbers(new_tokens=(new_tokens, 2), rounds=(rounds, 1), batch_size=(batch_size, 1))
-    repository = located(bundle)
-    engine = resolve_engine(repository, device, engine)
+    repository, engine = resolve_engine(bundle, device, engine)
     folder = bundle_folder(repository, "The time of a conversion is not measured.")
     gc.collect()
     with AnonymousPeak() as anonymous:
