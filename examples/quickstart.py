@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import AutoProcessor
 
-from optimum_llava_ov import OVModelForLlavaMPT
+from optimum_llava_ov import OVModelForLlava
 
 
 IMAGES = Path(__file__).parent / "shapes" / "pictures"
@@ -17,7 +17,7 @@ IMAGES = Path(__file__).parent / "shapes" / "pictures"
 
 def main(bundle: str) -> int:
     """Print an answer to each of the sample questions. Return the number of wrong answers."""
-    model = OVModelForLlavaMPT.from_pretrained(bundle)
+    model = OVModelForLlava.from_pretrained(bundle)
     processor = AutoProcessor.from_pretrained(bundle)
     wrong = 0
     for sample in json.loads((IMAGES / "questions.json").read_text()):

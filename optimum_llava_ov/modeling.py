@@ -42,8 +42,8 @@ class OVModelForLlava(OVLlavaModel):
     other, unless each has its own cache ([`new_cache`]).
 
     Example:
-        model = OVModelForLlava.from_pretrained("llava-mpt-ov")
-        processor = AutoProcessor.from_pretrained("llava-mpt-ov")
+        model = OVModelForLlava.from_pretrained("llava-1.5-ov")
+        processor = AutoProcessor.from_pretrained("llava-1.5-ov")
         inputs = processor(images=image, text=prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=200)
     """

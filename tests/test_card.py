@@ -5,11 +5,12 @@ import logging
 import re
 import shlex
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import EXAMPLES, Golden, run
+from conftest import EXACT, EXAMPLES, Golden, run
 from optimum.intel import OVConfig, OVPipelineQuantizationConfig, OVWeightQuantizationConfig
 
 from optimum_llava_ov import OVModelForLlavaMPT, main_export
@@ -19,7 +20,8 @@ from optimum_llava_ov.bundle.card import add_tags, card_text, is_untouched, upda
 pytestmark = pytest.mark.slow
 
 
-GOLDEN = Golden("linear_fp16_sharded")
+GOLDEN, VICUNA = Golden("linear_fp16_sharded"), Golden("llava15_vicuna")
+QUESTION = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
 # With an option of every kind
 RECIPE = {"bits": 4, "sym": True, "group_size": 16, "ratio": 0.6, "group_size_fallback": "adjust", "all_layers": True}
 
@@ -153,6 +155,75 @@ class TestContent:
         card = (tmp_path / "int8" / "README.md").read_text()
         assert metadata_of(card)["tags"] == ["openvino", "llava", "llava-mpt", "nncf", "int8"]
         assert "int8_sym, per-channel" in card
+
+
+class TestFamilies:
+    """What the card says of a bundle is true of its family: by a LLaVA-1.5, whose images are padded."""
+
+    @pytest.fixture
+    def card(self, bundles):
+        return (bundles[VICUNA.name] / "README.md").read_text()
+
+    def test_words(self, card, bundles):
+        assert "a LLaVA with a LLaMA language model that answers" in card
+        assert "a LLaVA with an MPT language model" in (bundles[GOLDEN.name] / "README.md").read_text()
+        assert "mpt" not in card.lower().replace("prompt", "")
+        assert metadata_of(card)["tags"] == ["openvino", "llava", "llava-llama", "fp16"]
+        assert "--model_name llava-llama --model_path /models/llava-llama" in card
+        assert "--local-dir models/llava-llama" in card
+        assert "Find out which." in card  # of the licenses of LLaMA, for a checkpoint that is not known
+
+    def test_the_command_names_the_conversation(self, card, bundles):
+        """In a folder of another name, another one could be chosen."""
+        assert """--model checkpoint --model-kwargs '{"conversation": "vicuna_v1"}' checkpoint-ov\n""" in card
+        assert "--model-kwargs" not in (bundles[GOLDEN.name] / "README.md").read_text()
+
+    def test_prompt(self, card, processors):
+        assert "the conversation `vicuna_v1` of LLaVA" in card
+        messages = [{"role": "user", "content": QUESTION}]
+        prompt = processors[VICUNA.name].apply_chat_template(messages, add_generation_prompt=True)
+        assert textwrap.indent(prompt, "    ") in card
+
+    def test_a_tower_of_its_own(self, bundles, tmp_path):
+        bundle = shutil.copytree(bundles[VICUNA.name], tmp_path / "own")
+        config = json.loads((bundle / "config.json").read_text())
+        assert config["converted_from"]["unfreeze_mm_vision_tower"] is False
+        assert "trained further" not in (bundle / "README.md").read_text()
+        config["converted_from"]["unfreeze_mm_vision_tower"] = True
+        (bundle / "config.json").write_text(json.dumps(config))
+        assert "Its vision tower is `clip`, trained further with the model" in card_text(bundle, "unknown")
+
+    def test_padding_in_genai(self, card, bundles, models, processors, tmp_path, monkeypatch, capsys):
+        """The snippet gives the tokens of our class for an image that is not square. It needs its padding."""
+        model, processor = models[VICUNA.name], processors[VICUNA.name]
+        prompt = processor.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
+        inputs = processor(images=VICUNA.image("img0_300x200"), text=prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=24)
+        expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+        code = next(code for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "openvino_genai" in code)
+        assert 'Image.new("RGB", (side, side), (122, 116, 104))' in code
+        code = code.replace('snapshot_download("<this model>"), "CPU"', f'"{bundles[VICUNA.name]}", "CPU", **{EXACT}')
+        code = code.replace("max_new_tokens=200", "max_new_tokens=24")
+        monkeypatch.chdir(tmp_path)
+        VICUNA.image("img0_300x200").save("picture.png")
+        exec(code, {})
+        padded = capsys.readouterr().out
+        assert padded.strip() == expected.strip()
+        exec(code.replace("pad_to_square(Image.open", "(Image.open"), {})
+        assert capsys.readouterr().out != padded
+
+    def test_nothing_about_padding_for_others(self, bundles):
+        assert "pad_to_square" not in (bundles[GOLDEN.name] / "README.md").read_text()
+
+    def test_stop_strings(self, card, bundles, tmp_path):
+        """Optimum's class needs the tokenizer to find them."""
+        assert "tokenizer=" not in card
+        bundle = shutil.copytree(bundles[VICUNA.name], tmp_path / "stops")
+        generation = json.loads((bundle / "generation_config.json").read_text())
+        (bundle / "generation_config.json").write_text(json.dumps({**generation, "stop_strings": ["###"]}))
+        stock = card_text(bundle, "unknown").split("With optimum-intel alone")[1].split("With [OpenVINO GenAI]")[0]
+        assert "model.generate(**inputs, max_new_tokens=200, tokenizer=processor.tokenizer)" in stock
 
 
 class TestReproduction:

@@ -45,7 +45,7 @@ def test_same_answers(genai, openvino):
             assert ask(theirs, turn["question"], turn["images"]) == ask(ours, turn["question"], turn["images"])
 
 
-@pytest.mark.parametrize("name", ["linear_fp16_sharded", "mlp2x_fp32_pad"])
+@pytest.mark.parametrize("name", ["linear_fp16_sharded", "mlp2x_fp32_pad", "llava15_vicuna", "llava1_llama2chat"])
 def test_same_answers_of_a_random_model(name, bundles, models, processors):
     """To pictures that must be resized, cropped or padded."""
     golden = Golden(name)

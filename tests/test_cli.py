@@ -12,7 +12,7 @@ from pathlib import Path
 import openvino
 import programs
 import pytest
-from conftest import EXAMPLES, fill_hub_cache, run
+from conftest import EXAMPLES, Golden, fill_hub_cache, run
 from hub_server import HubServer
 from optimum.intel import OVWeightQuantizationConfig
 
@@ -142,6 +142,23 @@ class TestDamagedBundles:
         status, output, _ = optimum_cli(*on("chat-genai", shapes_bundle))
         assert status == 0
         assert output.strip()
+
+    def test_another_family(self, optimum_cli, bundles, tmp_path):
+        """Every command with a bundle of a LLaVA-1.5, with an image that is not square."""
+        golden = Golden("llava15_vicuna")
+        bundle = shutil.copytree(bundles[golden.name], tmp_path / "vicuna-ov")
+        image = ("--image", golden.folder / "images" / "img0_300x200.png")
+        for command in ("chat", "chat-genai", "bench", "bench-genai"):
+            status, output, errors = optimum_cli(*on(command, bundle), *image)
+            assert (status, bool(output.strip())) == (0, True), errors
+        reference = ("--reference", golden.checkpoint, "--num-samples", "2", "--max-new-tokens", "2")
+        status, output, errors = optimum_cli("llava-ov", "eval", bundle, *reference)
+        assert (status, "vicuna-ov" in output) == (0, True), errors
+        card = (bundle / "README.md").read_text()
+        assert "Measured against checkpoint on coloured shapes" in card
+        assert "- llava-llama\n" in card
+        status, output, errors = optimum_cli(*on("push", bundle))
+        assert (status, "Nothing was published" in output) == (0, True), errors
 
 
 class TestExport:

@@ -1,6 +1,7 @@
 """Every command and snippet of the README, CONTRIBUTING.md and docs/ runs.
 
-In a folder with the repository's `examples`, offline, with the shapes model standing in for the one on the Hub.
+In a folder with the repository's `examples`, offline. Small models stand in for those on the Hub: the shapes model for
+the MPT, a golden for LLaVA-1.5.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from pathlib import Path
 import programs
 import pytest
 import yaml
-from conftest import EXAMPLES, fill_hub_cache, run
+from conftest import EXAMPLES, Golden, fill_hub_cache, run
 from filelock import FileLock
 
 from optimum_llava_ov.bundle.layout import FILES
@@ -37,6 +38,12 @@ def folder(tmp_path):
     names = {
         "liuhaotian/LLaVA-Lightning-MPT-7B-preview": shapes / "checkpoint",
         "openai/clip-vit-large-patch14": shapes / "clip",
+    }
+    fill_hub_cache(tmp_path / "hub", names)
+    vicuna = Golden("llava15_vicuna").folder
+    names = {
+        "liuhaotian/llava-v1.5-7b": vicuna / "checkpoint",
+        "openai/clip-vit-large-patch14-336": vicuna / "clip",
     }
     fill_hub_cache(tmp_path / "hub", names)
     return tmp_path

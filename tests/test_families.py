@@ -31,6 +31,7 @@ class TestDetection:
             ({"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", **TOWER}, "llava_llama"),
             ({"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama", **TOWER}, "llava_llama"),
             ({"architectures": ["LlavaLlamaForCausalLM"], "model_type": "whatever"}, "llava_llama"),
+            ({"architectures": ["Share4VLlamaForCausalLM"], "model_type": "share4v", **TOWER}, "llava_llama"),
             ({"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral", **TOWER}, "llava_mistral"),
             ({"architectures": ["LlavaMistralForCausalLM"], "model_type": "mistral", **TOWER}, "llava_mistral"),
             ({"architectures": ["LlavaMPTForCausalLM"], "model_type": "llava_mpt"}, "llava_mpt"),

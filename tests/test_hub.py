@@ -14,6 +14,7 @@ import pytest
 from conftest import EXAMPLES, Golden, run, run_stock
 from hub_server import HubServer
 
+from optimum_llava_ov.bundle.card import card_text
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES
 
 
@@ -26,7 +27,7 @@ SOURCE, TOWER, PUBLISHED = (
     "me/llava-mpt-ov",
 )
 SHAPES = EXAMPLES / "shapes"
-GOLDEN = Golden("linear_fp16_sharded")
+GOLDEN, VICUNA = Golden("linear_fp16_sharded"), Golden("llava15_vicuna")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Evaluates lines as they come, so that many things can be tried for the price of one start
@@ -268,6 +269,25 @@ class TestReadme:
         assert len(answers) == 3
         assert answers[0] == answers[1]
         assert all("red" in answer or "circle" in answer or len(answer) > 3 for answer in answers)
+
+    def test_every_snippet_runs_for_other_families(self, hub, bundles, tmp_path):
+        """LLaVA-1.5 with a stop string: its images are padded, and Optimum's class needs the tokenizer."""
+        bundle = shutil.copytree(bundles[VICUNA.name], tmp_path / "bundle")
+        generation = json.loads((bundle / "generation_config.json").read_text())
+        (bundle / "generation_config.json").write_text(json.dumps({**generation, "stop_strings": ["###"]}))
+        card = card_text(bundle, "llama2", None, "me/llava-1.5-ov")
+        files = {name: (bundle / name).read_bytes() for name in FILES}
+        hub.add("me/llava-1.5-ov", {**files, "README.md": card.encode()})
+        VICUNA.image("img0_300x200").save(tmp_path / "picture.png")
+        ours, stock, genai = (code for language, code in BLOCK.findall(card) if language == "python")
+        # In one process, because most of the time is spent on imports
+        code = f"exec({stock!r}, {{}})\nexec({genai!r}, {{}})\nsys.meta_path.pop(0)\nexec({ours!r}, {{}})\n"
+        code = code.replace("exec(", "print('answer:', end=''); exec(")
+        output = run_stock(code, env=hub.env(token=None), cwd=tmp_path)
+        answers = [answer.strip() for answer in output.split("answer:")[1:]]
+        assert len(answers) == 3
+        assert answers[0] == answers[2]
+        assert all(len(answer) > 3 for answer in answers)
 
 
 def run_in(code: str, env: dict[str, str], cwd: Path) -> str:

@@ -21,6 +21,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from optimum_llava_ov.bundle.facts import BundleFacts
+from optimum_llava_ov.bundle.terms import known_license
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.files import replace_text
@@ -33,8 +34,6 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 THIS_MODEL = "<this model>"  # placeholder until the model has an id
 UNKNOWN_LICENSE = "unknown"  # as the Hub calls it
 REQUIRED_METADATA = ("license", "library_name", "pipeline_tag", "tags")
-# For the best-known checkpoint, if its card cannot be read
-_KNOWN_LICENSES = {"liuhaotian/LLaVA-Lightning-MPT-7B-preview": "cc-by-nc-sa-4.0"}
 
 _SECTION = re.compile(
     r"<!-- optimum-llava-ov: (\w+)(?: ([0-9a-f]{8}))? -->\n(.*?)<!-- /optimum-llava-ov: \1 -->", re.DOTALL
@@ -45,13 +44,13 @@ _METADATA = re.compile(r"<!-- optimum-llava-ov metadata: (\{.*?\}) -->\n?")
 
 
 def source_license(checkpoint: OriginalCheckpoint) -> str:
-    """Return the license of a checkpoint from its card. The bundle inherits it.
+    """Return the license of a checkpoint, which the bundle inherits: from its card, else what is known about it.
 
     The card is searched, not parsed, because an error elsewhere in it must not stop an export.
     """
     readme = checkpoint.repository.get(CARD)
     match = _LICENSE.search(_metadata_lines(readme)) if readme else None
-    return (match and match[1]) or _KNOWN_LICENSES.get(checkpoint.repository.name) or UNKNOWN_LICENSE
+    return (match and match[1]) or known_license(checkpoint.repository.name) or UNKNOWN_LICENSE
 
 
 def _metadata_lines(readme: Path) -> str:
@@ -222,7 +221,7 @@ def _card_data(facts: BundleFacts, license_id: str, model_id: str) -> ModelCardD
         base_model_relation="quantized" if facts.source_url and facts.compressed else None,
         library_name="openvino",
         pipeline_tag="image-text-to-text",
-        tags=["openvino", "llava", "llava-mpt", *(["nncf"] if facts.compressed else []), facts.precision],
+        tags=["openvino", "llava", facts.kind, *(["nncf"] if facts.compressed else []), facts.precision],
         model_name=_title(facts, model_id) if eval_results else None,
         eval_results=eval_results,
     )

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import EvalResult
 from transformers import AutoConfig, PretrainedConfig
 
@@ -15,6 +16,9 @@ from optimum_llava_ov.bundle.layout import PARTS, part_sizes
 from optimum_llava_ov.bundle.precision import WeightShare, weight_shares
 from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
 from optimum_llava_ov.bundle.settings import context_length
+from optimum_llava_ov.bundle.terms import notes_about
+from optimum_llava_ov.checkpoint.conversation import CONVERSATIONS
+from optimum_llava_ov.checkpoint.families import FAMILIES
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.errors import BundleError
 
@@ -25,6 +29,7 @@ _TITLES = {
     "vision_embeddings_model": "image encoder",
 }
 _RECIPE_PARTS = {"lm_model": "language model", **_TITLES}
+_FAMILY_NAMES = {family.text_model_type: family.family for family in FAMILIES}
 # Name in eval.json -> title, format, name of the metric on the Hub
 _METRICS = {
     "kl_mean": ("KL divergence from the reference, mean, nats per token", "{:.5f}", "kl_divergence"),
@@ -42,7 +47,7 @@ class BundleFacts:
     """Hold the data of a bundle's card.
 
     Attributes:
-        config, openvino_config (`dict`): content of these files.
+        config, generation_config, preprocessor_config, openvino_config (`dict`): content of these files.
         evaluation (`dict` or `None`): content of `eval.json`, if quality was measured.
         shares (`dict[str, list[WeightShare]]`): weights of each part by precision.
         sizes (`dict[str, int]`): bytes of each part's weights.
@@ -50,6 +55,8 @@ class BundleFacts:
     """
 
     config: dict[str, Any]
+    generation_config: dict[str, Any]
+    preprocessor_config: dict[str, Any]
     openvino_config: dict[str, Any]
     evaluation: dict[str, Any] | None
     shares: dict[str, list[WeightShare]]
@@ -63,11 +70,12 @@ class BundleFacts:
         Raises:
             [`BundleError`]: a file is damaged or does not belong to a bundle; names it.
         """
-        config, evaluation = check_settings(folder), folder / "eval.json"
         return cls(
-            config=config,
+            config=check_settings(folder),
+            generation_config=_read_optional(folder / "generation_config.json") or {},
+            preprocessor_config=_read_optional(folder / "preprocessor_config.json") or {},
             openvino_config=read_json(folder / "openvino_config.json", error_class=BundleError),
-            evaluation=read_json(evaluation, error_class=BundleError) if evaluation.is_file() else None,
+            evaluation=_read_optional(folder / "eval.json"),
             shares={part: weight_shares(read_graph(folder / file)) for part, file in PARTS.items()},
             sizes=part_sizes(folder),
             has_chart=(folder / "eval.png").is_file(),
@@ -81,6 +89,16 @@ class BundleFacts:
     def text_config(self) -> PretrainedConfig:
         """Return the configuration of the language model."""
         return AutoConfig.for_model(**self.config["text_config"])
+
+    @property
+    def family(self) -> str:
+        """Return the name of the family of the language model, such as "LLaMA"."""
+        return _FAMILY_NAMES.get(self.text_config.model_type, self.text_config.model_type)
+
+    @property
+    def kind(self) -> str:
+        """Return the name of this kind of LLaVA in tags and paths, such as "llava-llama"."""
+        return f"llava-{self.text_config.model_type}"
 
     @property
     def source(self) -> str:
@@ -111,6 +129,7 @@ class BundleFacts:
     def values(self) -> dict[str, Any]:
         """Return the variables of the card's template."""
         config, converted_from = self.config, self._converted_from
+        pads = converted_from.get("image_aspect_ratio") == "pad"
         recipes = part_recipes(self.openvino_config)
         recorded = {**self.openvino_config, "converted_from": converted_from}
         command = export_command(recorded, self._parameters, self.source.split("/")[-1] + "-ov")
@@ -120,7 +139,13 @@ class BundleFacts:
             "source": self.source,
             "source_url": self.source_url,
             "revision": converted_from.get("revision"),
+            "family": self.family,
+            "kind": self.kind,
             "vision_tower": converted_from.get("vision_tower"),
+            "own_tower": converted_from.get("unfreeze_mm_vision_tower"),
+            "conversation": converted_from.get("conversation"),
+            "prompt": self._prompt(),
+            "stop_strings": self.generation_config.get("stop_strings"),
             "layers": self.text_config.num_hidden_layers,
             "width": self.text_config.hidden_size,
             "compressed": self.compressed,
@@ -133,11 +158,22 @@ class BundleFacts:
             "data_aware": datasets[0][0] if datasets else None,
             "image_seq_length": config["image_seq_length"],
             "image_size": config["vision_config"]["image_size"],
-            "pads": converted_from.get("image_aspect_ratio") == "pad",
+            "pads": pads,
+            # As the original computes it: cut off, not rounded
+            "pad_colour": tuple(int(255 * mean) for mean in self.preprocessor_config["image_mean"]) if pads else None,
             "max_seq_len": context_length(self.text_config),
-            "is_lightning": "lightning-mpt-7b" in self.source.lower(),
+            "notes": notes_about(self.source, self.text_config.model_type),
             "quality": self._quality(),
         }
+
+    def _prompt(self) -> str | None:
+        """Return a prompt with an image and a question, as the conversation of the bundle writes it."""
+        conversation = CONVERSATIONS.get(self._converted_from.get("conversation") or "")
+        if conversation is None:
+            return None
+        question = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
+        template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(conversation.chat_template)
+        return template.render(messages=[{"role": "user", "content": question}], add_generation_prompt=True)
 
     def _weight_rows(self) -> list[dict[str, Any]]:
         rows = []
@@ -195,3 +231,8 @@ class BundleFacts:
             if metric and self.evaluation.get(name) is not None
         ]
         return results or None
+
+
+def _read_optional(file: Path) -> dict[str, Any] | None:
+    """Read a JSON file; return `None` if it does not exist."""
+    return read_json(file, error_class=BundleError) if file.is_file() else None

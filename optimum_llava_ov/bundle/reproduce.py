@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import Any
 
 from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, SMALL_PARTS
+from optimum_llava_ov.checkpoint.conversation import MPT
 
 
 # Entries about tools and defaults, which are not options of the recipe
@@ -56,6 +58,12 @@ def _set_options(config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def model_kwargs(converted_from: dict[str, Any]) -> dict[str, Any]:
+    """Return the `--model-kwargs` of the export: the conversation, where it could depend on the folder's name."""
+    conversation = converted_from.get("conversation")
+    return {} if conversation in (None, MPT.name) else {"conversation": conversation}
+
+
 def export_command(openvino_config: dict[str, Any], parameters: int, output: str) -> str | None:
     """Return the command line of the export, with all options.
 
@@ -70,6 +78,8 @@ def export_command(openvino_config: dict[str, Any], parameters: int, output: str
     """
     recipes, dtype = part_recipes(openvino_config), openvino_config.get("dtype")
     command = ["optimum-cli", "export", "openvino", "--model", openvino_config["converted_from"]["model"]]
+    if parts := model_kwargs(openvino_config["converted_from"]):
+        command += ["--model-kwargs", json.dumps(parts)]
     if not recipes:
         command += ["--weight-format", dtype] if dtype in ("fp16", "fp32") else []
     elif recipes.keys() == {LANGUAGE_MODEL} and recipes[LANGUAGE_MODEL] == {"dtype": "int8", "sym": False}:
@@ -104,6 +114,8 @@ def _options(recipes: dict[str, dict[str, Any]]) -> list[str] | None:
 def export_snippet(openvino_config: dict[str, Any], output: str) -> str:
     """Return Python code that makes the bundle again, with a recipe for each part."""
     recipes, model = part_recipes(openvino_config), openvino_config["converted_from"]["model"]
+    options = model_kwargs(openvino_config["converted_from"])
+    more = f", model_kwargs={options!r}" if options else ""
     parts = "\n".join(
         f'        "{part}": OVWeightQuantizationConfig(bits={_bits(recipe)}, {_arguments(recipe)}),'
         for part, recipe in recipes.items()
@@ -112,7 +124,7 @@ def export_snippet(openvino_config: dict[str, Any], output: str) -> str:
         "from optimum.intel import OVConfig, OVPipelineQuantizationConfig, OVWeightQuantizationConfig\n"
         "from optimum_llava_ov import main_export\n\n"
         f"recipe = OVPipelineQuantizationConfig(\n    {{\n{parts}\n    }}\n)\n"
-        f'main_export("{model}", "{output}", ov_config=OVConfig(quantization_config=recipe))'
+        f'main_export("{model}", "{output}", ov_config=OVConfig(quantization_config=recipe){more})'
     )
 
 

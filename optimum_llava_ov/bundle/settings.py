@@ -60,6 +60,7 @@ def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
             "model_type": config.model_type,
             "conversation": checkpoint.choice.conversation.name,
             "vision_tower": _public_name(checkpoint.vision_repository),
+            "unfreeze_mm_vision_tower": bool(config.unfreeze_mm_vision_tower),
             "vision_tower_revision": None
             if checkpoint.vision_repository.is_local
             else checkpoint.vision_repository.revision,

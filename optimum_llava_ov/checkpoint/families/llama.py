@@ -32,7 +32,12 @@ class LlavaLlamaConfig(OriginalLlavaConfig):
     model_type = "llava_llama"
     family = "LLaMA"
     text_model_type = "llama"
-    original_architectures: ClassVar[tuple[str, ...]] = ("LlavaLlamaForCausalLM", "LlavaLLaMAForCausalLM")
+    # The last is the same model: ShareGPT4V's own name for it
+    original_architectures: ClassVar[tuple[str, ...]] = (
+        "LlavaLlamaForCausalLM",
+        "LlavaLLaMAForCausalLM",
+        "Share4VLlamaForCausalLM",
+    )
     required: ClassVar[tuple[str, ...]] = (
         "hidden_size",
         "intermediate_size",
