@@ -25,7 +25,7 @@ MIN_BYTES = 1 << 20  # smaller tensors stay in memory
 _SHOWN = 8  # number of problems in a message
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Parts of a LLaVA that a language model does not have
-_MULTIMODAL = re.compile(r"(?:model|transformer)\.(?:mm_projector\.[^/]+|image_newline)")
+_MULTIMODAL = re.compile(r"(?:model|transformer)\.(?:(?:mm_projector|vision_tower\.vision_tower)\..+|image_newline)")
 # Tables with a row for each token. A tokenizer with added tokens needs more rows than the base has.
 _TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
 
