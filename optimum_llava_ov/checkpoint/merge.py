@@ -205,8 +205,9 @@ def merge(
 ) -> dict[str, torch.Tensor]:
     """Merge overlays into the tensors of a base, in their order.
 
-    Tensors that no overlay changes are returned as they are. All others are new, and need memory: with a `workspace`,
-    each is written to a file there and mapped from it, so that only one is in memory at a time.
+    Tensors that no overlay changes are returned as they are, but those in bf16 become fp16, as in the original. New
+    tensors need memory: with a `workspace`, each is written to a file there and mapped from it, so that only one is in
+    memory at a time.
 
     Args:
         tensors: the base's tensors by name.
@@ -226,8 +227,11 @@ def merge(
             updates.setdefault(name, []).append(update)
             shapes[name] = update.shape(shapes.get(name))
     merged = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bfloat16 and name not in updates:
+            merged[name] = _spilled(tensor.half(), workspace)
     for name, changes in updates.items():
-        merged[name] = _spilled(_changed(merged.get(name), changes, dtype), workspace)
+        merged[name] = _spilled(_changed(tensors.get(name), changes, dtype), workspace)
     return merged
 
 
