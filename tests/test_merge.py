@@ -30,15 +30,6 @@ TARGETS = sorted(name for name in BASE if "_proj." in name)
 PREFIX = "base_model.model."
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For tensors as small as these, several are slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def matrices(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     module = name.removesuffix(".weight")
     return ADAPTER[f"{PREFIX}{module}.lora_A.weight"], ADAPTER[f"{PREFIX}{module}.lora_B.weight"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import Any
 
@@ -56,6 +57,15 @@ def _set_options(config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def model_kwargs(converted_from: dict[str, Any]) -> dict[str, Any]:
+    """Return the `--model-kwargs` that name the parts of a fine-tune; empty for a whole checkpoint."""
+    names = [adapter["model"] for adapter in converted_from.get("adapters") or ()]
+    own = names.index(converted_from["model"]) if converted_from["model"] in names else -1
+    # A fine-tune of a fine-tune names its base itself
+    options: dict[str, Any] = {"base_model": converted_from["base_model"]} if own == 0 else {}
+    return options | ({"adapters": names[own + 1 :]} if names[own + 1 :] else {})
+
+
 def export_command(openvino_config: dict[str, Any], parameters: int, output: str) -> str | None:
     """Return the command line of the export, with all options.
 
@@ -70,6 +80,8 @@ def export_command(openvino_config: dict[str, Any], parameters: int, output: str
     """
     recipes, dtype = part_recipes(openvino_config), openvino_config.get("dtype")
     command = ["optimum-cli", "export", "openvino", "--model", openvino_config["converted_from"]["model"]]
+    if parts := model_kwargs(openvino_config["converted_from"]):
+        command += ["--model-kwargs", json.dumps(parts)]
     if not recipes:
         command += ["--weight-format", dtype] if dtype in ("fp16", "fp32") else []
     elif recipes.keys() == {LANGUAGE_MODEL} and recipes[LANGUAGE_MODEL] == {"dtype": "int8", "sym": False}:
@@ -104,6 +116,8 @@ def _options(recipes: dict[str, dict[str, Any]]) -> list[str] | None:
 def export_snippet(openvino_config: dict[str, Any], output: str) -> str:
     """Return Python code that makes the bundle again, with a recipe for each part."""
     recipes, model = part_recipes(openvino_config), openvino_config["converted_from"]["model"]
+    options = model_kwargs(openvino_config["converted_from"])
+    more = f", model_kwargs={options!r}" if options else ""
     parts = "\n".join(
         f'        "{part}": OVWeightQuantizationConfig(bits={_bits(recipe)}, {_arguments(recipe)}),'
         for part, recipe in recipes.items()
@@ -112,7 +126,7 @@ def export_snippet(openvino_config: dict[str, Any], output: str) -> str:
         "from optimum.intel import OVConfig, OVPipelineQuantizationConfig, OVWeightQuantizationConfig\n"
         "from optimum_llava_ov import main_export\n\n"
         f"recipe = OVPipelineQuantizationConfig(\n    {{\n{parts}\n    }}\n)\n"
-        f'main_export("{model}", "{output}", ov_config=OVConfig(quantization_config=recipe))'
+        f'main_export("{model}", "{output}", ov_config=OVConfig(quantization_config=recipe){more})'
     )
 
 

@@ -21,7 +21,7 @@ from optimum_llava_ov.checkpoint.names import without_peft
 from optimum_llava_ov.checkpoint.options import read_json, shown
 from optimum_llava_ov.checkpoint.related import find_related
 from optimum_llava_ov.checkpoint.repository import Repository
-from optimum_llava_ov.checkpoint.tensors import WEIGHT_FILES, map_tensors, weight_files
+from optimum_llava_ov.checkpoint.tensors import WEIGHT_FILES, map_files, map_tensors, weight_files
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
 
@@ -84,14 +84,29 @@ class FineTune:
         config_file = repository.get(ADAPTER_CONFIG)
         if config_file is not None:
             return cls(Kind.LORA, repository.pinned(config_file), AdapterConfig.read(config_file))
+        is_projector = repository.has(PROJECTOR_FILE)
+        if not is_projector and not has_base:
+            return None
         if any(repository.has(name) for names in WEIGHT_FILES for name in names):
             return cls(Kind.DELTA, repository) if has_base else None
-        return cls(Kind.PROJECTOR, repository) if repository.has(PROJECTOR_FILE) else None
+        return cls(Kind.PROJECTOR, repository) if is_projector else None
 
     @property
     def has_projector(self) -> bool:
         """Return whether it holds a projector. For an adapter, its configuration or a file beside it says so."""
         return self.kind is not Kind.LORA or self.repository.has(NON_LORA_FILE)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Return whether it is a `checkpoint-N` folder of the original's training, which does not hold the projector.
+
+        The folder above it then holds the projector, or the LLaVA's `config.json`, which the training writes at its
+        end.
+        """
+        if self.has_projector or _settings(self.repository) or not self.repository.is_local:
+            return False
+        above = Repository(str(self.repository.folder.resolve().parent))
+        return above.has(NON_LORA_FILE) or (above.has(ADAPTER_CONFIG) and _is_llava(_settings(above)))
 
     def base(self, chosen: str | None = None) -> Repository:
         """Return the repository of the base model.
@@ -102,7 +117,7 @@ class FineTune:
         Raises:
             [`InvalidCheckpointError`]: no base is named, or it is not found.
         """
-        named, source = self._named_base()
+        named, source = self.named_base, self._source_of_name
         name = chosen or named
         if not name:
             raise InvalidCheckpointError(
@@ -122,12 +137,19 @@ class FineTune:
             )
         return base
 
-    def _named_base(self) -> tuple[str | None, str]:
-        """Return the base that the fine-tune names, and where it does so."""
+    @property
+    def named_base(self) -> str | None:
+        """Return the name of the base model that the fine-tune names."""
         if self.adapter is not None:
-            return self.adapter.base_model, f"base_model_name_or_path in {ADAPTER_CONFIG}"
+            return self.adapter.base_model
         name = _settings(self.repository).get("_name_or_path") if self.kind is Kind.PROJECTOR else None
-        return (name if isinstance(name, str) else None), "_name_or_path in config.json"
+        return name if isinstance(name, str) else None
+
+    @property
+    def _source_of_name(self) -> str:
+        if self.adapter is not None:
+            return f"base_model_name_or_path in {ADAPTER_CONFIG}"
+        return "_name_or_path in config.json"
 
     def overlays(self, with_tower: bool = False) -> list[Overlay]:
         """Map the tensors, which are downloaded first.
@@ -153,18 +175,14 @@ class FineTune:
         return overlays
 
     def _differences(self) -> dict[str, Difference]:
-        tensors = {
-            name: tensor
-            for file in weight_files(self.repository, "the delta weights")
-            for name, tensor in map_tensors(file).items()
-            if not name.endswith(".rotary_emb.inv_freq")
-        }
+        tensors = map_files(weight_files(self.repository, "the delta weights"))
         if not is_delta(tensors):
             raise InvalidCheckpointError(
                 f"{self.repository.name!r} holds the whole weights of a model, not differences to a base: the weights "
                 "of its last norm are not near 0. Leave `base_model` out."
             )
-        return {name: Difference(tensor) for name, tensor in tensors.items()}
+        # Rotary frequencies, which old checkpoints store, are not weights
+        return {name: Difference(tensor) for name, tensor in tensors.items() if not name.endswith(".inv_freq")}
 
 
 def is_delta(tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -180,10 +198,12 @@ def is_delta(tensors: Mapping[str, torch.Tensor]) -> bool:
 class Lineage:
     """
     Attributes:
+        repository ([`Repository`]): the checkpoint itself.
         root ([`Repository`]): whole weights: a language model or a LLaVA.
         steps (`tuple[FineTune, ...]`): what is merged into them, in this order. Empty for a whole checkpoint.
     """
 
+    repository: Repository
     root: Repository
     steps: tuple[FineTune, ...]
 
@@ -201,7 +221,7 @@ class Lineage:
                 found, does not fit, or is of a kind that is not supported.
         """
         steps: list[FineTune] = []
-        root, chosen = repository, base_model
+        root, chosen = _pinned(repository), base_model
         while (step := FineTune.recognise(root, has_base=chosen is not None)) is not None:
             steps.insert(0, step)
             if len(steps) > MAX_STEPS:
@@ -209,17 +229,20 @@ class Lineage:
                     f"{repository.name!r} is more than {MAX_STEPS} steps from a whole model. Is one of its bases a "
                     f"fine-tune of itself? {_ADVICE}"
                 )
-            root, chosen = step.base(chosen), None
+            if step.is_unfinished:
+                raise InvalidCheckpointError(_missing_projector(step.repository))
+            root, chosen = _pinned(step.base(chosen)), None
+        own = steps[-1].repository if steps else root
         for name in adapters:
             what = f"The adapter {shown(name)}"
-            folder = find_related(repository, name, what, "Check its name in `adapters`.", chosen=True)
-            step = FineTune.recognise(folder)
+            folder = find_related(own, name, what, "Check its name in `adapters`.", chosen=True)
+            step = FineTune.recognise(_pinned(folder))
             if step is None:
                 raise InvalidCheckpointError(
                     f"{what} is not an adapter: it has neither {ADAPTER_CONFIG} nor {PROJECTOR_FILE} alone."
                 )
             steps.append(step)
-        lineage = cls(root, tuple(steps))
+        lineage = cls(own, root, tuple(steps))
         if steps:
             lineage._check()
         return lineage
@@ -235,6 +258,24 @@ class Lineage:
         """Return the repository of the tokenizer: the root's, as in the original. Delta weights bring their own."""
         deltas = (step.repository for step in reversed(self.steps) if step.kind is Kind.DELTA)
         return next(deltas, self.root)
+
+    @property
+    def base_models(self) -> list[str]:
+        """Return the names of the models that the checkpoint was trained from: those in its files, then the root's."""
+        names = [step.named_base for step in self.steps] if self.steps else [_settings(self.root).get("_name_or_path")]
+        names += [self.root.name] if self.steps else []
+        return [name for name in names if isinstance(name, str)]
+
+    @property
+    def has_projector(self) -> bool:
+        """Return whether the root is a LLaVA, which has a projector of its own."""
+        return _is_llava(_settings(self.root))
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Return the number of rows of the root's embedding table."""
+        size = _settings(self.root).get("vocab_size")
+        return size if isinstance(size, int) else None
 
     @property
     def is_trained_in_4_bits(self) -> bool:
@@ -262,8 +303,33 @@ class Lineage:
             )
         for step in self.steps:
             _check_sizes(step, _settings(step.repository), self.root, base)
-        if not _is_llava(base) and not any(step.has_projector for step in self.steps):
-            raise InvalidCheckpointError(_missing_projector(self.steps[-1].repository))
+        if not any(step.has_projector for step in self.steps):
+            if not self.has_projector:
+                raise InvalidCheckpointError(_missing_projector(self.steps[-1].repository))
+            logger.warning(
+                "%r has no %s, so the projector is that of the base model %r.",
+                self.steps[-1].repository.name,
+                NON_LORA_FILE,
+                self.root.name,
+            )
+
+
+def is_adapter_of_llava(repository: Repository, base_model: str | None = None) -> bool:
+    """Return whether a repository without a `config.json` holds an adapter of a LLaVA in the original's format.
+
+    Such are the `checkpoint-N` folders of the original's training, and adapters that PEFT has trained. The former lie
+    in the folder of the LLaVA's configuration, the latter name a base model, or the user does.
+    """
+    file = repository.get(ADAPTER_CONFIG)
+    if file is None:
+        return False
+    if base_model is not None:
+        return True
+    try:
+        step = FineTune(Kind.LORA, repository, AdapterConfig.read(file))
+        return step.is_unfinished or _is_llava(_settings(step.base()))
+    except ValueError:  # of another model, about which this package has nothing to say
+        return False
 
 
 def _check_sizes(step: FineTune, values: Mapping[str, Any], root: Repository, base: Mapping[str, Any]) -> None:
@@ -293,6 +359,12 @@ def _missing_projector(repository: Repository) -> str:
         f"{message} Copy it from there. If the training was interrupted, DeepSpeed's `global_step` folder holds the "
         "projector."
     )
+
+
+def _pinned(repository: Repository) -> Repository:
+    """Return the repository at one commit, so that all its files have one version."""
+    file = repository.get("config.json") or repository.get(ADAPTER_CONFIG)
+    return repository if file is None else repository.pinned(file)
 
 
 def _settings(repository: Repository) -> dict[str, Any]:

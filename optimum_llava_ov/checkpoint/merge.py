@@ -235,6 +235,14 @@ def merge(
     return merged
 
 
+def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a table with this number of rows. New ones are the mean of the others, as when a training adds tokens."""
+    if len(table) >= rows:
+        return table[:rows]
+    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - len(table), -1)])
+
+
 def _changed(weight: torch.Tensor | None, updates: Sequence[Update], dtype: torch.dtype | None) -> torch.Tensor:
     if dtype is None:
         stored = weight if weight is not None else getattr(updates[0], "tensor", None)

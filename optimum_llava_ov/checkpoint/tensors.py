@@ -6,6 +6,7 @@ import pickle
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ def index_shards(index_file: Path) -> list[str]:
                 f"{suffix} file in the same folder. Take the index from the checkpoint's own repository."
             )
     return sorted(set(weight_map.values()))
+
+
+def map_files(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """Map all tensors of several weight files (see [`map_tensors`])."""
+    return {name: tensor for file in files for name, tensor in map_tensors(file).items()}
 
 
 def map_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -55,6 +55,20 @@ def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
     parameter.data = empty_on_disk(parameter.shape, parameter.dtype, folder).copy_(parameter.data)
 
 
+def halve(module: torch.nn.Module, folder: Path) -> None:
+    """Convert the weights of a module to fp16 on disk, one at a time. What shares its weights still does."""
+    halves: dict[int, torch.Tensor] = {}
+    for parameter in module.parameters():
+        if parameter.dtype != torch.float16:
+            key = parameter.data_ptr()
+            if key not in halves:
+                half = (
+                    empty_on_disk(parameter.shape, torch.float16, folder) if os.name == "posix" else parameter.half()
+                )
+                halves[key] = half.copy_(parameter.data)
+            parameter.data = halves[key]
+
+
 def free(module: torch.nn.Module) -> None:
     """Free the weights of a module."""
     for tensor in (*module.parameters(), *module.buffers()):

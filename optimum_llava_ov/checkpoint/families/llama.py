@@ -33,6 +33,7 @@ class LlavaLlamaConfig(OriginalLlavaConfig):
     family = "LLaMA"
     text_model_type = "llama"
     original_architectures: ClassVar[tuple[str, ...]] = ("LlavaLlamaForCausalLM", "LlavaLLaMAForCausalLM")
+    base_architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM",)
     required: ClassVar[tuple[str, ...]] = (
         "hidden_size",
         "intermediate_size",
