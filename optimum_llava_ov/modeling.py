@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,9 +21,8 @@ from optimum_llava_ov.bundle.provenance import openvino_config
 from optimum_llava_ov.bundle.staging import complete_replacement, staged
 from optimum_llava_ov.chat.openvino_engine import OpenVINOEngine
 from optimum_llava_ov.chat.session import ChatSession
-from optimum_llava_ov.checkpoint.families import names_original
 from optimum_llava_ov.checkpoint.options import read_json
-from optimum_llava_ov.checkpoint.reader import CHECKPOINT_OPTIONS
+from optimum_llava_ov.checkpoint.reader import CHECKPOINT_OPTIONS, find_original
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository, repository_of_snapshot
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
@@ -59,6 +59,8 @@ class OVModelForLlava(OVLlavaModel):
         *args,
         vision_tower: str | None = None,
         conversation: str | None = None,
+        base_model: str | None = None,
+        adapters: Sequence[str] = (),
         **kwargs,
     ) -> OVModelForLlava:
         """Load a bundle, or convert an original checkpoint on the fly.
@@ -73,6 +75,9 @@ class OVModelForLlava(OVLlavaModel):
                 config.json names.
             conversation: How an original checkpoint's prompts are written, such as "vicuna_v1". Default: chosen from
                 its files and names; see docs/checkpoints.md.
+            base_model: Folder or model id of the base model of a LoRA adapter, a projector or delta weights. Default:
+                the one that these name; see docs/fine-tunes.md.
+            adapters: Folders or model ids of LoRA adapters or projectors to merge into an original checkpoint.
             kwargs: Arguments of [`OVModelForVisualCausalLM.from_pretrained`]: `device`, `ov_config`, `compile`,
                 `cache_dir`, `token`, `revision`, `subfolder`, `local_files_only`, ... `ov_config` may also have
                 GenAI's `ATTENTION_BACKEND`: `"PA"` (paged attention, the default on CPU) or `"SDPA"`.
@@ -84,11 +89,13 @@ class OVModelForLlava(OVLlavaModel):
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         repository = Repository.of(model_id, **options)
         complete_replacement(repository.name)
+        original = find_original(repository, base_model=base_model)
+        if original is not None:
+            own = {"vision_tower": vision_tower, "conversation": conversation}
+            return cls._export(original, **own, base_model=base_model, adapters=adapters or None, **kwargs)
         config_file = repository.get("config.json")
         if config_file is not None:
             repository = repository.pinned(config_file)
-            if names_original(config_file):
-                return cls._export(repository, vision_tower=vision_tower, conversation=conversation, **kwargs)
         folder = _download(repository, cls._text_model_type)
         if kwargs.get("compile_only") and kwargs.get("ov_config"):  # Optimum passes all of it to OpenVINO
             kwargs["ov_config"] = {**kwargs["ov_config"]}

@@ -190,13 +190,13 @@ LLAMA, MISTRAL, MPT = "LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "Llava
     ],
 )
 def test_choice(tokenizer, architecture, base_model, name, expected, reason):
-    choice = choose_conversation(architecture, tokenizer, base_model, name)
+    choice = choose_conversation(architecture, tokenizer, [base_model] if base_model else [], name)
     assert choice.conversation.name == expected
     assert reason in choice.reason
     assert choice.reason.endswith(".")
 
 
 def test_a_tokenizer_with_chatml_decides(yi_tokenizer):
-    choice = choose_conversation(LLAMA, yi_tokenizer, "lmsys/vicuna-7b-v1.5", "liuhaotian/llava-v1.6-34b")
+    choice = choose_conversation(LLAMA, yi_tokenizer, ["lmsys/vicuna-7b-v1.5"], "liuhaotian/llava-v1.6-34b")
     assert choice.conversation.name == "chatml_direct"
     assert "<|im_start|>" in choice.reason

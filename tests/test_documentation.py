@@ -16,7 +16,7 @@ from pathlib import Path
 import programs
 import pytest
 import yaml
-from conftest import EXAMPLES, Golden, fill_hub_cache, run
+from conftest import EXAMPLES, GOLDEN, Golden, fill_hub_cache, run
 from filelock import FileLock
 
 from optimum_llava_ov.bundle.layout import FILES
@@ -46,6 +46,17 @@ def folder(tmp_path):
         "openai/clip-vit-large-patch14-336": vicuna / "clip",
     }
     fill_hub_cache(tmp_path / "hub", names)
+    # What somebody has trained, and its base model
+    for golden, source, name in (
+        ("lora", "checkpoint", "checkpoints/task-lora"),
+        ("lora", "checkpoint", "checkpoints/more-lora"),
+        ("projector_only", "checkpoint", "checkpoints/pretrain"),
+        ("lora", "clip", "checkpoints/clip"),
+        ("lora", "base", "checkpoints/base"),
+        ("lora", "base", "vicuna-7b-v1.5"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(GOLDEN / golden / source)
     return tmp_path
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -21,48 +20,29 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from optimum_llava_ov.bundle.facts import BundleFacts
-from optimum_llava_ov.bundle.terms import known_license
+from optimum_llava_ov.bundle.licenses import CARD, FRONT_MATTER, UNKNOWN_LICENSE, repository_license
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.files import replace_text
 
 
-logger = logging.getLogger(__name__)
-
-CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 THIS_MODEL = "<this model>"  # placeholder until the model has an id
-UNKNOWN_LICENSE = "unknown"  # as the Hub calls it
 REQUIRED_METADATA = ("license", "library_name", "pipeline_tag", "tags")
 
 _SECTION = re.compile(
     r"<!-- optimum-llava-ov: (\w+)(?: ([0-9a-f]{8}))? -->\n(.*?)<!-- /optimum-llava-ov: \1 -->", re.DOTALL
 )
-_FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)\n?---[ \t]*(?:\n|$)(.*)", re.DOTALL)
-_LICENSE = re.compile(r"""^license:[ \t]*["']?([\w.+-]{1,100})["']?[ \t]*$""", re.MULTILINE)
 _METADATA = re.compile(r"<!-- optimum-llava-ov metadata: (\{.*?\}) -->\n?")
 
 
 def source_license(checkpoint: OriginalCheckpoint) -> str:
     """Return the license of a checkpoint, which the bundle inherits: from its card, else what is known about it.
 
-    The card is searched, not parsed, because an error elsewhere in it must not stop an export.
+    A fine-tune without a license has that of its base model.
     """
-    readme = checkpoint.repository.get(CARD)
-    match = _LICENSE.search(_metadata_lines(readme)) if readme else None
-    return (match and match[1]) or known_license(checkpoint.repository.name) or UNKNOWN_LICENSE
-
-
-def _metadata_lines(readme: Path) -> str:
-    """Return the text between the first two lines of `---`; empty if the file has none or cannot be read."""
-    try:
-        with readme.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(1 << 20)
-    except OSError as error:
-        logger.warning("%s cannot be read, so the license is unknown. (%s)", readme, error)
-        return ""
-    match = _FRONT_MATTER.match(text)
-    return match[1] if match else ""
+    licenses = map(repository_license, (checkpoint.repository, checkpoint.lineage.root))
+    return next((license_id for license_id in licenses if license_id != UNKNOWN_LICENSE), UNKNOWN_LICENSE)
 
 
 def read_card(file: Path) -> str | None:
@@ -185,7 +165,7 @@ def _join(metadata: dict[str, Any], body: str) -> str:
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    match = _FRONT_MATTER.match(text)
+    match = FRONT_MATTER.match(text)
     if match is None:
         return {}, text
     try:
@@ -214,11 +194,11 @@ def _choose_license(source: str | None, metadata: dict[str, Any], written: dict[
 
 
 def _card_data(facts: BundleFacts, license_id: str, model_id: str) -> ModelCardData:
-    eval_results = facts.eval_results()
+    eval_results, base_models = facts.eval_results(), facts.base_models
     return ModelCardData(
         license=license_id,
-        base_model=facts.source if facts.source_url else None,
-        base_model_relation="quantized" if facts.source_url and facts.compressed else None,
+        base_model=base_models[0] if len(base_models) == 1 else base_models or None,
+        base_model_relation="quantized" if base_models and facts.compressed else None,
         library_name="openvino",
         pipeline_tag="image-text-to-text",
         tags=["openvino", "llava", facts.kind, *(["nncf"] if facts.compressed else []), facts.precision],

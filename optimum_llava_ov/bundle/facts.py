@@ -111,6 +111,16 @@ class BundleFacts:
         return f"https://huggingface.co/{self.source}" if self._converted_from.get("revision") else None
 
     @property
+    def base_models(self) -> list[str]:
+        """Return the model ids of the checkpoint, and of the models that it was merged from."""
+        converted_from = self._converted_from
+        parts = [converted_from, *(converted_from.get("adapters") or ())]
+        named = [part["model"] for part in parts if part.get("revision")]
+        if converted_from.get("base_model_revision"):
+            named.append(converted_from["base_model"])
+        return list(dict.fromkeys(named))
+
+    @property
     def compressed(self) -> bool:
         """Return whether any weights are compressed."""
         return any(not share.mode.startswith(("fp", "bf")) for shares in self.shares.values() for share in shares)
@@ -164,6 +174,8 @@ class BundleFacts:
             "max_seq_len": context_length(self.text_config),
             "notes": notes_about(self.source, self.text_config.model_type),
             "quality": self._quality(),
+            "merged": self._merged(),
+            "quantized_training": converted_from.get("quantized_training", False),
         }
 
     def _prompt(self) -> str | None:
@@ -174,6 +186,19 @@ class BundleFacts:
         question = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
         template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(conversation.chat_template)
         return template.render(messages=[{"role": "user", "content": question}], add_generation_prompt=True)
+
+    def _merged(self) -> list[dict[str, Any]]:
+        """Return what the model was merged from: the base model and fine-tunes, with revisions and licenses."""
+        source = self._converted_from
+        if not source.get("adapters"):
+            return []
+        names = ("revision", "license")
+        base = {"model": source["base_model"], "what": "base model"}
+        rows = [base | {name: source.get(f"base_model_{name}") for name in names}]
+        for adapter in source["adapters"]:
+            rank = f", rank {adapter['rank']}, alpha {adapter['alpha']}" if adapter.get("rank") else ""
+            rows.append({**adapter, "what": f"{adapter['kind']}{rank}"})
+        return rows
 
     def _weight_rows(self) -> list[dict[str, Any]]:
         rows = []

@@ -59,9 +59,18 @@ def _set_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_kwargs(converted_from: dict[str, Any]) -> dict[str, Any]:
-    """Return the `--model-kwargs` of the export: the conversation, where it could depend on the folder's name."""
+    """Return the `--model-kwargs` of the export: the parts of a fine-tune, and the conversation.
+
+    The conversation is named where it could depend on the folder's name.
+    """
+    names = [adapter["model"] for adapter in converted_from.get("adapters") or ()]
+    own = names.index(converted_from["model"]) if converted_from["model"] in names else -1
+    # A fine-tune of a fine-tune names its base itself
+    options: dict[str, Any] = {"base_model": converted_from["base_model"]} if own == 0 else {}
+    if names[own + 1 :]:
+        options["adapters"] = names[own + 1 :]
     conversation = converted_from.get("conversation")
-    return {} if conversation in (None, MPT.name) else {"conversation": conversation}
+    return options if conversation in (None, MPT.name) else options | {"conversation": conversation}
 
 
 def export_command(openvino_config: dict[str, Any], parameters: int, output: str) -> str | None:

@@ -11,7 +11,9 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, Pretrain
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from optimum_llava_ov.bundle.licenses import repository_license
 from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
+from optimum_llava_ov.checkpoint.fine_tune import Lineage
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.files import replace_text
@@ -56,21 +58,47 @@ def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
         architectures=["LlavaForConditionalGeneration"],
         converted_from={
             "model": _public_name(checkpoint.repository),
-            "revision": None if checkpoint.repository.is_local else checkpoint.repository.revision,
+            "revision": _revision(checkpoint.repository),
             "model_type": config.model_type,
             "conversation": checkpoint.choice.conversation.name,
             "vision_tower": _public_name(checkpoint.vision_repository),
             "unfreeze_mm_vision_tower": bool(config.unfreeze_mm_vision_tower),
-            "vision_tower_revision": None
-            if checkpoint.vision_repository.is_local
-            else checkpoint.vision_repository.revision,
+            "vision_tower_revision": _revision(checkpoint.vision_repository),
             "mm_projector_type": config.projector_type,
             "mm_vision_select_feature": config.select_feature,
             "mm_use_im_start_end": bool(config.mm_use_im_start_end),
             "image_aspect_ratio": config.image_aspect_ratio,
             "optimum_llava_ov_version": version("optimum-llava-ov"),
+            **_fine_tune(checkpoint.lineage),
         },
     )
+
+
+def _fine_tune(lineage: Lineage) -> dict[str, Any]:
+    """Return what was merged into which base model; empty for a whole checkpoint."""
+    if not lineage.steps:
+        return {}
+    facts = {
+        "base_model": _public_name(lineage.root),
+        "base_model_revision": _revision(lineage.root),
+        "base_model_license": repository_license(lineage.root),
+        "adapters": [
+            {
+                "model": _public_name(step.repository),
+                "revision": _revision(step.repository),
+                "license": repository_license(step.repository),
+                "kind": step.kind.value,
+                "rank": step.adapter.rank if step.adapter else None,
+                "alpha": step.adapter.alpha if step.adapter else None,
+            }
+            for step in lineage.steps
+        ],
+    }
+    return facts | ({"quantized_training": True} if lineage.is_trained_in_4_bits else {})
+
+
+def _revision(repository: Repository) -> str | None:
+    return None if repository.is_local else repository.revision
 
 
 def _public_name(repository: Repository) -> str:

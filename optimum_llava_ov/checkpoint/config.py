@@ -76,6 +76,7 @@ class OriginalLlavaConfig(PretrainedConfig):
         family (`str`): name of the family in messages.
         text_model_type (`str`): type of the language model in transformers.
         original_architectures (`tuple[str, ...]`): names in `architectures` of `config.json`.
+        base_architectures (`tuple[str, ...]`): the same for the language model alone.
         prefix (`str`): what the names of the language model's tensors begin with, on disk and in torch.
         table (`str`): name of the embedding table after this prefix.
         required (`tuple[str, ...]`): options that must be there.
@@ -86,6 +87,7 @@ class OriginalLlavaConfig(PretrainedConfig):
     family: ClassVar[str] = "LLaVA"
     text_model_type: ClassVar[str] = ""
     original_architectures: ClassVar[tuple[str, ...]] = ()
+    base_architectures: ClassVar[tuple[str, ...]] = ()
     prefix: ClassVar[str] = "model."
     table: ClassVar[str] = "embed_tokens.weight"
     required: ClassVar[tuple[str, ...]] = ()
@@ -167,6 +169,20 @@ class OriginalLlavaConfig(PretrainedConfig):
     @property
     def projector_type(self) -> str:
         return self.mm_projector_type or "linear"
+
+    @property
+    def projector_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of the projector, by its name after `mm_projector.`."""
+        inner, outer = self.vision_config.hidden_size, self.text_config.hidden_size
+        if self.projector_type == "identity":
+            return {}
+        if self.projector_type == "linear":
+            return {"weight": (outer, inner), "bias": (outer,)}
+        depth = int(self.projector_type.removeprefix("mlp").removesuffix("x_gelu"))
+        layers = {2 * index: (outer, outer if index else inner) for index in range(max(depth, 1))}
+        return {f"{index}.weight": shape for index, shape in layers.items()} | {
+            f"{index}.bias": shape[:1] for index, shape in layers.items()
+        }
 
     @property
     def num_border_tokens(self) -> int:

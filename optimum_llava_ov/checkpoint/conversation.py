@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -163,7 +164,7 @@ _NAMES = (
 def choose_conversation(
     architecture: str | None,
     tokenizer: PreTrainedTokenizerFast,
-    base_model: str | None = None,
+    base_models: Sequence[str] = (),
     name: str | None = None,
 ) -> Choice:
     """Choose the style that a checkpoint was trained with, as far as the checkpoint says it. The first match wins:
@@ -181,12 +182,13 @@ def choose_conversation(
     Args:
         architecture: the first of `architectures` in `config.json`.
         tokenizer: the tokenizer of the checkpoint.
-        base_model: folder or model id that it was trained from: `base_model_name_or_path` of an adapter, or
+        base_models: folders or model ids that it was trained from: `base_model_name_or_path` of an adapter, or
             `_name_or_path` of `config.json`.
         name: folder or model id of the checkpoint.
     """
     architecture = architecture or ""
-    names = [(what, text.rstrip("/")) for what, text in (("base model", base_model), ("name", name)) if text]
+    names = [("base model", base_model.rstrip("/")) for base_model in base_models]
+    names += [("name", name.rstrip("/"))] if name else []
     if "mpt" in architecture.lower():
         return Choice(MPT, f"The checkpoint is a {architecture}.")
     if {TURN_START_TOKEN, TURN_END_TOKEN} <= tokenizer.get_vocab().keys():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,20 @@ from transformers import PreTrainedTokenizerFast
 from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
 from optimum_llava_ov.checkpoint.conversation import Choice, choose_conversation, conversation_named
 from optimum_llava_ov.checkpoint.families import names_original, read_config
+from optimum_llava_ov.checkpoint.fine_tune import Lineage, is_adapter_of_llava, is_delta
 from optimum_llava_ov.checkpoint.image_processor import read_image_processor
+from optimum_llava_ov.checkpoint.merge import Overlay, check_fit, merge, with_rows
 from optimum_llava_ov.checkpoint.options import MAX_INDEX_BYTES, read_json
 from optimum_llava_ov.checkpoint.repository import Repository
-from optimum_llava_ov.checkpoint.tensors import index_shards, map_tensors
+from optimum_llava_ov.checkpoint.tensors import WEIGHT_FILES, map_files, weight_files
 from optimum_llava_ov.checkpoint.tokenizer import fill_in_token_ids
 from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower, read_vision_config
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
 
-logger = logging.getLogger(__name__)
-
 # Options of a checkpoint that a user may give: keys of --model-kwargs
-CHECKPOINT_OPTIONS = ("vision_tower", "conversation")
+CHECKPOINT_OPTIONS = ("vision_tower", "conversation", "base_model", "adapters")
 
-# Name of a single file and name of an index of several, in the order of preference
-_WEIGHT_FILES = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
 _OWN_TOWER = "model.vision_tower.vision_tower."
 
 
@@ -40,20 +35,29 @@ _OWN_TOWER = "model.vision_tower.vision_tower."
 class OriginalCheckpoint:
     """
     Attributes:
-        repository ([`Repository`]): where the language model and the projector are.
+        lineage ([`Lineage`]): where the language model and the projector are, and what is merged into them.
         vision_repository ([`Repository`]): where the vision tower is.
         config ([`OriginalLlavaConfig`]): with `vision_config` and the ids of tokens filled in.
         tokenizer ([`PreTrainedTokenizerFast`]): with `<image>` added after the checkpoint's vocabulary.
         image_processor (`dict`): options of `preprocessor_config.json` of the vision tower.
         choice ([`Choice`]): the conversation that its prompts are written as, and why.
+        workspace (`Path`, *optional*): folder for the files of merged weights. If `None`, they are in memory.
+        merge_dtype (`torch.dtype`, *optional*): dtype of merged weights, as for [`merge`].
     """
 
-    repository: Repository
+    lineage: Lineage
     vision_repository: Repository
     config: OriginalLlavaConfig
     tokenizer: PreTrainedTokenizerFast
     image_processor: dict[str, Any]
     choice: Choice
+    workspace: Path | None = None
+    merge_dtype: torch.dtype | None = None
+
+    @property
+    def repository(self) -> Repository:
+        """Where the checkpoint itself is."""
+        return self.lineage.repository
 
     @classmethod
     def open(
@@ -61,6 +65,8 @@ class OriginalCheckpoint:
         name_or_path: str | Path | Repository,
         vision_tower: str | None = None,
         conversation: str | None = None,
+        base_model: str | None = None,
+        adapters: Sequence[str] = (),
         **kwargs,
     ) -> OriginalCheckpoint:
         """Read configurations and tokenizer, and check that they can be converted. Weights are not downloaded yet.
@@ -69,6 +75,8 @@ class OriginalCheckpoint:
             name_or_path: a folder, a model id on the Hub, or its [`Repository`].
             vision_tower: folder or model id of the vision tower, instead of `mm_vision_tower`.
             conversation: name of the conversation, instead of the one that the checkpoint's files and names say.
+            base_model: folder or model id of the base model of a fine-tune, instead of the one that it names.
+            adapters: folders or model ids of LoRA adapters or projectors to merge into the checkpoint, in this order.
             kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
 
         Raises:
@@ -76,15 +84,14 @@ class OriginalCheckpoint:
                 damaged, is of a kind that is not computed, or cannot be downloaded.
             `ValueError`: there is no such conversation.
         """
-        repository = Repository.of(name_or_path, **kwargs)
-        config_file = repository.require("config.json", "it says what the model is")
-        repository = repository.pinned(config_file)
-
+        lineage = Lineage.trace(Repository.of(name_or_path, **kwargs), base_model, adapters)
+        repository = lineage.repository
+        config_file = lineage.settings.require("config.json", "it says what the model is")
         config = read_config(config_file)
         config._name_or_path = repository.name
         named = conversation_named(conversation) if conversation else None
 
-        vision_repository = find_vision_tower(repository, config.mm_vision_tower, vision_tower)
+        vision_repository = find_vision_tower(lineage.settings, config.mm_vision_tower, vision_tower)
         vision_file = vision_repository.require("config.json", "it is the vision tower's configuration")
         vision_repository = vision_repository.pinned(vision_file)
         config.vision_config = read_vision_config(vision_file)
@@ -94,31 +101,84 @@ class OriginalCheckpoint:
             processor_file, config.vision_config.image_size, pads=config.image_aspect_ratio == "pad"
         )
 
-        tokenizer = config.load_tokenizer(repository)
-        fill_in_token_ids(repository, config, tokenizer)
-        choice = Choice(named, "It was chosen by name.") if named else _choose(repository, config_file, tokenizer)
+        tokenizer = config.load_tokenizer(lineage.tokenizer)
+        fill_in_token_ids(lineage.tokenizer, config, tokenizer)
+        choice = Choice(named, "It was chosen by name.") if named else _choose(lineage, config_file, tokenizer)
         config.eos_token_id, _ = choice.conversation.stops(tokenizer)
         # Some loaders of a bundle read only `eos_token` of the tokenizer, so it must be the one that ends a turn
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id[0])
-        checkpoint = cls(repository, vision_repository, config, tokenizer, image_processor, choice)
+        checkpoint = cls(lineage, vision_repository, config, tokenizer, image_processor, choice)
         checkpoint._check_own_tower()
         return checkpoint
 
+    def merging(self, workspace: Path | None, dtype: torch.dtype | None) -> OriginalCheckpoint:
+        """Return this checkpoint with a place and a dtype for merged weights (see [`merge`])."""
+        return replace(self, workspace=workspace, merge_dtype=dtype)
+
     @cached_property
     def weight_files(self) -> list[Path]:
-        """Paths of the language model's weights, which are downloaded first."""
-        return _weight_files(self.repository, "the weights")
+        """Paths of the language model's weights, which are downloaded first.
+
+        What is merged into them is downloaded and checked before, because it is much smaller.
+        """
+        check_fit(self._overlays, self._shapes())
+        return weight_files(self.lineage.root, "the weights")
 
     @cached_property
     def vision_weight_files(self) -> list[Path]:
         """Paths of the vision tower's weights, which are downloaded first."""
         if self.config.unfreeze_mm_vision_tower:
             return self.weight_files
-        return _weight_files(self.vision_repository, "the vision tower's weights")
+        return weight_files(self.vision_repository, "the vision tower's weights")
+
+    @cached_property
+    def _overlays(self) -> list[Overlay]:
+        return self.lineage.overlays(self.config.unfreeze_mm_vision_tower)
 
     @cached_property
     def _all_tensors(self) -> dict[str, torch.Tensor]:
-        return _merge(self.weight_files)
+        tensors = map_files(self.weight_files)
+        if not self.lineage.steps:
+            if is_delta(tensors):
+                raise InvalidCheckpointError(
+                    f"{self.repository.name!r} holds delta weights, which are differences to a base model: the "
+                    "weights of its last norm are near 0. Name the base: --model-kwargs "
+                    '\'{"base_model": "<folder or model id>"}\'.'
+                )
+            return tensors
+        if not self.config.unfreeze_mm_vision_tower:  # adapters of others may be for the tower, too
+            tensors = {name: tensor for name, tensor in tensors.items() if ".vision_tower." not in f".{name}"}
+            tower = map_files(self.vision_weight_files)
+            tensors |= {
+                f"{_OWN_TOWER}{name}": tensor for name, tensor in tower.items() if name.startswith("vision_model.")
+            }
+        merged = merge(tensors, self._overlays, self.merge_dtype, self.workspace)
+        rows = self.config.padded_vocab_size
+        assert rows is not None  # filled in with the tokenizer
+        for name in (f"{self.config.prefix}{self.config.table}", "lm_head.weight"):
+            if name in merged:
+                merged[name] = with_rows(merged[name], rows)
+        return merged
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of the tensors that a fine-tune may change, from the configuration of its base."""
+        if not self.lineage.steps:
+            return {}
+        from transformers import AutoModelForCausalLM, CLIPVisionModel
+
+        text_config = self.config.text_config
+        text_config.vocab_size = self.lineage.vocab_size or text_config.vocab_size
+        with torch.device("meta"):
+            language_model = AutoModelForCausalLM.from_config(text_config)
+            tower = CLIPVisionModel(self.config.vision_config)
+        shapes = {name: tensor.shape for name, tensor in language_model.state_dict().items()}
+        shapes |= {f"{_OWN_TOWER}{name}": tensor.shape for name, tensor in tower.state_dict().items()}
+        if self.lineage.has_projector:
+            shapes |= {
+                f"{self.config.prefix}mm_projector.{name}": torch.Size(shape)
+                for name, shape in self.config.projector_shapes.items()
+            }
+        return shapes
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Map the tensors of the language model and the projector, by their names. A vision tower is left out.
@@ -137,10 +197,10 @@ class OriginalCheckpoint:
         A checkpoint that says `unfreeze_mm_vision_tower` holds the tower. Others may hold one too, but the original
         loads it from its own repository.
         """
-        if self.config.unfreeze_mm_vision_tower:
+        if self.config.unfreeze_mm_vision_tower or self.lineage.steps:
             tensors = {name.removeprefix(_OWN_TOWER): tensor for name, tensor in self._all_tensors.items()}
         else:
-            tensors = _merge(self.vision_weight_files)
+            tensors = map_files(self.vision_weight_files)
         return {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
 
     def _check_own_tower(self) -> None:
@@ -148,9 +208,9 @@ class OriginalCheckpoint:
 
         The original goes on with random weights if it does not.
         """
-        if not self.config.unfreeze_mm_vision_tower:
+        if not self.config.unfreeze_mm_vision_tower or self.lineage.steps:
             return
-        for _, name in _WEIGHT_FILES:
+        for _, name in WEIGHT_FILES:
             if (index := self.repository.get(name)) is not None:
                 names = read_json(index, MAX_INDEX_BYTES).get("weight_map") or {}
                 if not any(name.startswith(_OWN_TOWER) for name in names):
@@ -176,14 +236,15 @@ def holds_original_checkpoint(name_or_path: str | Path | Repository, **kwargs) -
 
 
 def find_original(name_or_path: str | Path | Repository, **kwargs) -> Repository | None:
-    """Return the repository of an original-format LLaVA checkpoint, at the commit of its configuration.
+    """Return the repository of an original-format LLaVA checkpoint or fine-tune, at the commit of its configuration.
 
     Returns `None` if the configuration is missing or is not in LLaVA's original format.
 
     Args:
         name_or_path: a folder, a model id on the Hub, or its [`Repository`].
         kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`; `any_name` to ask
-            the Hub also for names without an owner (`gpt2`), which some other models have.
+            the Hub also for names without an owner (`gpt2`), which some other models have; `base_model` of a
+            fine-tune.
 
     Raises:
         [`InvalidCheckpointError`], [`HubError`]: there is no such folder or model, or the Hub cannot be reached or
@@ -191,17 +252,19 @@ def find_original(name_or_path: str | Path | Repository, **kwargs) -> Repository
     """
     repository = Repository.of(name_or_path, **kwargs)
     config_file = repository.get("config.json")
-    return repository.pinned(config_file) if config_file is not None and names_original(config_file) else None
+    if config_file is not None:
+        return repository.pinned(config_file) if names_original(config_file) else None
+    return repository if is_adapter_of_llava(repository, kwargs.get("base_model")) else None
 
 
-def _choose(repository: Repository, config_file: Path, tokenizer: PreTrainedTokenizerFast) -> Choice:
+def _choose(lineage: Lineage, config_file: Path, tokenizer: PreTrainedTokenizerFast) -> Choice:
     """Choose the conversation from the architecture, the tokenizer and the names of a checkpoint."""
-    values = read_json(config_file)
-    architectures, base_model = values.get("architectures"), values.get("_name_or_path")
+    values, repository = read_json(config_file), lineage.repository
+    architectures = values.get("architectures")
     return choose_conversation(
         architectures[0] if isinstance(architectures, list) and architectures else values.get("model_type"),
         tokenizer,
-        base_model if isinstance(base_model, str) else None,
+        lineage.base_models,
         Path(repository.name).resolve().name if repository.is_local else repository.name,
     )
 
@@ -225,24 +288,3 @@ def _check_vision_config(config: OriginalLlavaConfig) -> None:
             f"mm_vision_select_layer={config.mm_vision_select_layer}, but the vision tower has "
             f"{vision.num_hidden_layers} layers."
         )
-
-
-def _weight_files(repository: Repository, what: str) -> list[Path]:
-    for single, index in _WEIGHT_FILES:
-        if (path := repository.get(single)) is not None:
-            return [path]
-        if (path := repository.get(index)) is not None:
-            shards = index_shards(path)
-            return [
-                repository.require(shard, f"{index} says that {what} are in {len(shards)} files") for shard in shards
-            ]
-    names = ", ".join(name for names in _WEIGHT_FILES for name in names)
-    raise InvalidCheckpointError(f"{repository.name!r} has none of {names}: {what} are not there.")
-
-
-def _merge(files: list[Path]) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        logger.debug("Mapping %s", file)
-        tensors.update(map_tensors(file))
-    return tensors

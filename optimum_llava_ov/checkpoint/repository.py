@@ -106,6 +106,32 @@ class Repository:
             logger.warning("%s Only files in the cache are used.", error)
             return None
 
+    def has(self, filename: str) -> bool:
+        """Return whether the repository has a file. Does not download it, which [`get`] does.
+
+        Raises:
+            [`InvalidCheckpointError`], [`HubError`]: see [`get`].
+        """
+        if self.is_local:
+            return (self.folder / filename).is_file()
+        self._check_name()
+        cached = self._cached(filename)
+        if cached is not None and (isinstance(cached, str) or self.offline):
+            return isinstance(cached, str)
+        if self.offline:
+            return False
+        try:
+            url = hf_hub_url(self.name, filename, subfolder=self.subfolder or None, revision=self.revision)
+            get_hf_file_metadata(url, token=self.token, library_name="optimum-llava-ov")
+        except EntryNotFoundError:
+            return False
+        except (HfHubHTTPError, httpx.TransportError, OSError, RuntimeError, ValueError) as error:
+            explained = self._explain(filename, error)
+            if isinstance(explained, HubUnreachableError) and self._is_cached:
+                return False
+            raise explained from error
+        return True
+
     def _find(self, filename: str) -> Path | None:
         """Like [`get`], but always raise an error if there is no connection and the file is not in the cache."""
         if self.is_local:

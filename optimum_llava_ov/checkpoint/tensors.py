@@ -6,6 +6,7 @@ import pickle
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,37 @@ from typing import Any
 import torch
 
 from optimum_llava_ov.checkpoint.options import MAX_INDEX_BYTES, read_json, shown
+from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.errors import InvalidCheckpointError
+
+
+# Name of a single file and name of an index of several, in the order of preference
+WEIGHT_FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def weight_files(repository: Repository, what: str) -> list[Path]:
+    """Return the paths of the weights of a repository, which are downloaded first.
+
+    Args:
+        repository: where they are.
+        what: what they are, for messages.
+
+    Raises:
+        [`InvalidCheckpointError`]: there are none, or a file is missing.
+    """
+    for single, index in WEIGHT_FILES:
+        if (path := repository.get(single)) is not None:
+            return [path]
+        if (path := repository.get(index)) is not None:
+            shards = index_shards(path)
+            return [
+                repository.require(shard, f"{index} says that {what} are in {len(shards)} files") for shard in shards
+            ]
+    names = ", ".join(name for names in WEIGHT_FILES for name in names)
+    raise InvalidCheckpointError(f"{repository.name!r} has none of {names}: {what} are not there.")
 
 
 def index_shards(index_file: Path) -> list[str]:
@@ -37,6 +68,11 @@ def index_shards(index_file: Path) -> list[str]:
                 f"{suffix} file in the same folder. Take the index from the checkpoint's own repository."
             )
     return sorted(set(weight_map.values()))
+
+
+def map_files(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """Map all tensors of several weight files (see [`map_tensors`])."""
+    return {name: tensor for file in files for name, tensor in map_tensors(file).items()}
 
 
 def map_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import CLIPVisionConfig
@@ -11,8 +9,9 @@ from transformers import CLIPVisionConfig
 from optimum_llava_ov.checkpoint.config import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 from optimum_llava_ov.checkpoint.image_processor import MAX_SIDE
 from optimum_llava_ov.checkpoint.options import broken_rules, integer, number, one_of, positive, read_json, shown
+from optimum_llava_ov.checkpoint.related import find_related
 from optimum_llava_ov.checkpoint.repository import Repository
-from optimum_llava_ov.errors import HubError, InvalidCheckpointError, UnsupportedCheckpointError
+from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
 
 _OVERRIDE = (
@@ -40,11 +39,7 @@ _OPTIONS = {
 
 
 def find_vision_tower(repository: Repository, named: str | None, chosen: str | None = None) -> Repository:
-    """Return the repository of the vision tower.
-
-    A folder is preferred to a model id. A path relative to the checkpoint is preferred to a path relative to the
-    working directory, so that a checkpoint with its tower can be copied elsewhere. A checkpoint on the Hub can only
-    name a model id: it must not choose folders of this machine.
+    """Return the repository of the vision tower (see [`find_related`]).
 
     Args:
         repository: repository of the checkpoint.
@@ -60,30 +55,10 @@ def find_vision_tower(repository: Repository, named: str | None, chosen: str | N
             f"config.json of {repository.name!r} does not name a vision tower (mm_vision_tower). {_OVERRIDE}"
         )
 
-    candidates = [Path(vision_tower)] if chosen or repository.is_local else []
-    if repository.is_local:
-        candidates.insert(0, repository.folder / vision_tower)
-    for folder in candidates:
-        if os.path.isdir(folder):  # noqa: PTH112  unlike Path.is_dir, it never raises
-            return Repository(os.path.normpath(folder))
-
     what = f"The vision tower {shown(vision_tower)}" + (
         "" if chosen else f", mm_vision_tower in config.json of {repository.name!r},"
     )
-    looks_like_id = vision_tower.count("/") == 1 and not vision_tower.startswith((".", "/", "~"))
-    if not looks_like_id:
-        tried = " and ".join(shown(str(folder)) for folder in candidates)
-        reason = (
-            f"{tried} is not a folder" if tried else f"{repository.name!r} is on the Hub, so it must name a model id"
-        )
-        raise InvalidCheckpointError(f"{what} was not found: {reason}. {_OVERRIDE}")
-
-    tower = replace(repository, name=vision_tower, subfolder="", revision=None, on_hub=True)
-    try:
-        tower.require("config.json", "it is the vision tower's configuration")
-    except (HubError, InvalidCheckpointError) as error:
-        raise InvalidCheckpointError(f"{what} was not found: {error} {_OVERRIDE}") from error
-    return tower
+    return find_related(repository, vision_tower, what, _OVERRIDE, chosen=bool(chosen))
 
 
 def read_vision_config(file: Path) -> CLIPVisionConfig:

@@ -43,7 +43,7 @@ from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.export.tokenizers import export_tokenizers
 from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 from optimum_llava_ov.options import check_options, names_of
-from optimum_llava_ov.system.memory import free, move_to_disk, read_ahead
+from optimum_llava_ov.system.memory import free, halve, move_to_disk, read_ahead
 
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def main_export(
         stateful: whether the language model keeps its cache inside. Only `True` is supported.
         convert_tokenizer: whether to write the tokenizer as OpenVINO models, which GenAI needs.
         model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint,
-            `{"conversation": <name>}` the conversation that is chosen for it.
+            `{"conversation": <name>}` the conversation that is chosen for it. `{"base_model": <folder or model id>}`
+            is the base model of a fine-tune, `{"adapters": [<folder or model id>, ...]}` are merged into the model.
         kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. Other options of
             Optimum's `main_export`, such as `trust_remote_code` and shapes for tracing, are accepted and have no
             effect.
@@ -154,17 +155,20 @@ def _export(
     previous_card = read_card(output / CARD)
     license_id = source_license(checkpoint)
     recipe = _requested_recipe(ov_config)
-    is_ours = model is None
+    is_ours, part_config = model is None, ov_config
     if model is None:
         read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
-        model = OriginalLlavaForConditionalGeneration.from_checkpoint(
-            checkpoint, dtype=_load_dtype(checkpoint, ov_config)
-        )
-    processor = build_processor(checkpoint)
-    if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
-        recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
 
     with staged(output, tokenizers=convert_tokenizer) as folder:
+        if model is None:
+            if checkpoint.lineage.steps:
+                size = sum(file.stat().st_size for file in checkpoint.weight_files)
+                _check_free(size, "Until the export ends, the merged weights need", folder)
+                checkpoint = checkpoint.merging(folder, _merge_dtype(ov_config))
+            model = OriginalLlavaForConditionalGeneration.from_checkpoint(checkpoint, dtype=_load_dtype(ov_config))
+        processor = build_processor(checkpoint)
+        if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
+            recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
         _check_free_space(model, ov_config, recipe, folder)
         if is_ours and os.name == "posix":
             # Table and head are copies of the checkpoint's, with a row for `<image>`
@@ -175,10 +179,14 @@ def _export(
                 head.data = table.data
             else:
                 move_to_disk(head, folder)
+        if is_ours and ov_config is not None and ov_config.dtype == "fp16":
+            # Only the weights. OpenVINO would also round the frequencies of rotary embeddings.
+            halve(model, folder)
+            part_config = None
         save_settings(checkpoint, processor, model.generation_config, folder)
         if convert_tokenizer:
             export_tokenizers(processor, folder)  # before the parts, because it may fail
-        _export_parts(model, processor, folder, ov_config, recipe, free if is_ours else None)
+        _export_parts(model, processor, folder, part_config, recipe, free if is_ours else None)
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
         write_card(folder, license_id, previous_card)
         # Close the mapped files
@@ -196,22 +204,29 @@ def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwarg
         )
     if unknown := set(model_kwargs or {}) - {*CHECKPOINT_OPTIONS}:
         raise ValueError(
-            f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {' and '.join(CHECKPOINT_OPTIONS)}."
+            f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {', '.join(CHECKPOINT_OPTIONS)}."
         )
+    for name, value in (model_kwargs or {}).items():
+        names = value if name == "adapters" else [value]
+        if not isinstance(names, (list, tuple)) or not all(isinstance(item, str) for item in names):
+            expected = "a list of names" if name == "adapters" else "a name"
+            raise ValueError(f"--model-kwargs has {name}={value!r}. Expected {expected}.")
     for name in ("variant", "custom_export_configs", "fn_get_submodels"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not supported for LLaVA checkpoints. Leave it out.")
 
 
-def _load_dtype(checkpoint: OriginalCheckpoint, ov_config: OVConfig | None) -> torch.dtype | None:
-    """Return the dtype to load the weights in. `None` keeps the stored dtypes, which needs no memory."""
-    if ov_config is None or ov_config.dtype not in ("fp16", "fp32"):
-        return None  # NNCF compresses weights of any stored dtype
-    if ov_config.dtype == "fp32":
-        return torch.float32
-    # When OpenVINO saves a graph, it converts f32 to f16, but not bf16
-    stored = {tensor.dtype for tensor in checkpoint.tensors().values()}
-    return torch.float16 if torch.bfloat16 in stored else None
+def _merge_dtype(ov_config: OVConfig | None) -> torch.dtype | None:
+    """Return the dtype of merged weights (see [`merge`]): exact for a bundle in float32, else the original's."""
+    return None if ov_config is None else {"fp32": torch.float32, "fp16": torch.float16}.get(ov_config.dtype)
+
+
+def _load_dtype(ov_config: OVConfig | None) -> torch.dtype | None:
+    """Return the dtype to load the weights in. `None` keeps the stored dtypes, which needs no memory.
+
+    NNCF compresses weights of any stored dtype. For fp16, they are converted on disk.
+    """
+    return torch.float32 if ov_config is not None and ov_config.dtype == "fp32" else None
 
 
 def _requested_recipe(ov_config: OVConfig | None) -> OVPipelineQuantizationConfig | None:
@@ -235,12 +250,16 @@ def _check_free_space(
             needed += weight.numel() * (
                 _bytes_per_weight(part_recipe) if part_recipe else float_bytes or weight.element_size()
             )
+    _check_free(needed, "The bundle needs", folder)
+
+
+def _check_free(needed: float, what: str, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
-    logger.info("The bundle needs %.2f GB of disk; %.2f GB are free.", needed / 1e9, free / 1e9)
+    logger.info("%s %.2f GB of disk; %.2f GB are free.", what, needed / 1e9, free / 1e9)
     if needed > free:
         raise BundleError(
-            f"The bundle needs {needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free in "
-            f"{folder.parent}. Free some space, or write to another disk."
+            f"{what} {needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free in {folder.parent}. Free "
+            "some space, or write to another disk."
         )
 
 

@@ -48,9 +48,10 @@ def _main_export_for_all(original: Callable) -> Callable:
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs_shapes", {}))
         hub_options = {name: arguments[name] for name in HUB_OPTIONS if name in arguments}
+        base_model = (arguments.get("model_kwargs") or {}).get("base_model")
         repository = None
         with contextlib.suppress(ValueError, OSError):  # Optimum reports what is wrong with it
-            repository = find_original(arguments["model_name_or_path"], **hub_options)
+            repository = find_original(arguments["model_name_or_path"], base_model=base_model, **hub_options)
         if repository is None:
             return original(*args, **kwargs)
 
@@ -98,7 +99,13 @@ def hook_command() -> None:
         }
         with exit_status(getattr(self.args, "verbose", False), options.get("token")):
             # This also reports a model that cannot be read, instead of Optimum
-            repository = find_original(self.args.model, any_name=True, cache_dir=self.args.cache_dir, **options)
+            repository = find_original(
+                self.args.model,
+                any_name=True,
+                base_model=(getattr(self.args, "model_kwargs", None) or {}).get("base_model"),
+                cache_dir=self.args.cache_dir,
+                **options,
+            )
             if repository is not None and is_supported():
                 from optimum_llava_ov.cli.export import run_export
 
@@ -189,11 +196,15 @@ def _class_for(model_id: str | Path, **options: Any) -> Any:
     from optimum_llava_ov.bundle.check import is_our_bundle
     from optimum_llava_ov.checkpoint.families import family_of, names_original
     from optimum_llava_ov.checkpoint.options import read_json
+    from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
     from optimum_llava_ov.checkpoint.repository import Repository
 
     config_file = None
     with contextlib.suppress(ValueError, OSError):  # the host reports what is wrong with it
-        config_file = Repository.of(model_id, any_name=True, **options).get("config.json")
+        repository = Repository.of(model_id, any_name=True, **options)
+        config_file = repository.get("config.json")
+        if config_file is None and is_original_checkpoint(repository, base_model=options.get("base_model")):
+            return _our_class(None)  # an adapter
     if config_file is None:
         return None
     with contextlib.suppress(ValueError):

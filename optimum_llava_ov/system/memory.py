@@ -40,16 +40,33 @@ def reserve(file: Path, size: int) -> None:
         os.posix_fallocate(reserved.fileno(), 0, size)
 
 
-def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
-    """Move a parameter from memory to a mapped file. The file has no name; the system deletes it with the mapping."""
-    file = folder / ".parameter"
+def empty_on_disk(shape: torch.Size, dtype: torch.dtype, folder: Path) -> torch.Tensor:
+    """Return a tensor in a mapped file. The file has no name; the system deletes it with the mapping."""
+    file = folder / ".tensor"
     if hasattr(os, "posix_fallocate"):
-        reserve(file, parameter.numel() * parameter.element_size())
-    tensor = torch.from_file(str(file), shared=True, size=parameter.numel(), dtype=parameter.dtype).view(
-        parameter.shape
-    )
-    parameter.data = tensor.copy_(parameter.data)
+        reserve(file, shape.numel() * dtype.itemsize)
+    tensor = torch.from_file(str(file), shared=True, size=shape.numel(), dtype=dtype)
     file.unlink()
+    return tensor.view(shape)
+
+
+def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
+    """Move a parameter from memory to a mapped file."""
+    parameter.data = empty_on_disk(parameter.shape, parameter.dtype, folder).copy_(parameter.data)
+
+
+def halve(module: torch.nn.Module, folder: Path) -> None:
+    """Convert the weights of a module to fp16 on disk, one at a time. What shares its weights still does."""
+    halves: dict[int, torch.Tensor] = {}
+    for parameter in module.parameters():
+        if parameter.dtype != torch.float16:
+            key = parameter.data_ptr()
+            if key not in halves:
+                half = (
+                    empty_on_disk(parameter.shape, torch.float16, folder) if os.name == "posix" else parameter.half()
+                )
+                halves[key] = half.copy_(parameter.data)
+            parameter.data = halves[key]
 
 
 def free(module: torch.nn.Module) -> None:

@@ -44,7 +44,16 @@ def family_of(values: dict[str, Any]) -> type[OriginalLlavaConfig] | None:
     """
     names = values.get("architectures")
     if isinstance(names, list) and names:
-        return next((family for family in FAMILIES if names[0] in family.original_architectures), None)
+        # LoRA folders and projectors have the architecture of their base model
+        is_llava = isinstance(values.get("mm_vision_tower"), str)
+        return next(
+            (
+                family
+                for family in FAMILIES
+                if names[0] in family.original_architectures or (is_llava and names[0] in family.base_architectures)
+            ),
+            None,
+        )
     return next((family for family in FAMILIES if values.get("model_type") == family.model_type), None)
 
 

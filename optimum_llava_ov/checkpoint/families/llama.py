@@ -38,6 +38,7 @@ class LlavaLlamaConfig(OriginalLlavaConfig):
         "LlavaLLaMAForCausalLM",
         "Share4VLlamaForCausalLM",
     )
+    base_architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM",)
     required: ClassVar[tuple[str, ...]] = (
         "hidden_size",
         "intermediate_size",

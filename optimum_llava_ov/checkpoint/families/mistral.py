@@ -25,6 +25,7 @@ class LlavaMistralConfig(LlavaLlamaConfig):
     family = "Mistral"
     text_model_type = "mistral"
     original_architectures = ("LlavaMistralForCausalLM",)
+    base_architectures = ("MistralForCausalLM",)
     required = (*LlavaLlamaConfig.required, "num_key_value_heads")
     options = {
         **LlavaLlamaConfig.options,

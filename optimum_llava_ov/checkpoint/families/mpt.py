@@ -62,6 +62,7 @@ class LlavaMptConfig(OriginalLlavaConfig):
     family = "MPT"
     text_model_type = "mpt"
     original_architectures = ("LlavaMPTForCausalLM", "LlavaMptForCausalLM")
+    base_architectures = ("MPTForCausalLM", "MptForCausalLM")
     torch_class = "LlavaMptForConditionalGeneration"
     prefix = "transformer."
     table = "wte.weight"

@@ -1,0 +1,405 @@
+"""Fine-tunes of the original's training: what is recognised, where the base is found, and what is refused before weights are read."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXACT, Golden, fill_hub_cache
+from optimum.intel import OVConfig
+from transformers import AutoProcessor
+
+from optimum_llava_ov import (
+    InvalidCheckpointError,
+    OriginalLlavaForConditionalGeneration,
+    OVModelForLlava,
+    UnsupportedCheckpointError,
+    main_export,
+)
+from optimum_llava_ov.bundle.settings import build_config
+from optimum_llava_ov.checkpoint.fine_tune import Kind, Lineage
+from optimum_llava_ov.checkpoint.merge import merge
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, find_original
+from optimum_llava_ov.checkpoint.repository import Repository
+from optimum_llava_ov.checkpoint.tensors import map_tensors
+from optimum_llava_ov.evaluation.record import load
+
+
+LORA, PROJECTOR = Golden("lora"), Golden("projector_only")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """The golden adapter in fp16, after a training in 4 bits, with a base that the user names."""
+    folder = tmp_path_factory.mktemp("fine-tune")
+    for source, name in (("checkpoint", "task"), ("base", "vicuna"), ("clip", "clip")):
+        shutil.copytree(LORA.folder / source, folder / name, copy_function=shutil.copy)
+    change(folder / "task" / "config.json", quantization_config={"load_in_4bit": True})
+    (folder / "vicuna" / "README.md").write_text("---\nlicense: llama2\n---\n")
+    options = {"ov_config": OVConfig(dtype="fp16"), "model_kwargs": {"base_model": str(folder / "vicuna")}}
+    main_export(folder / "task", folder / "bundle", **options)
+    return folder / "bundle"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Copies a golden fine-tune with its base. Folders have names that say nothing."""
+
+    def copy(golden=LORA):
+        for source, name in (("checkpoint", "a"), ("base", "base"), ("clip", "clip")):
+            shutil.copytree(golden.folder / source, tmp_path / name, copy_function=shutil.copy)
+        return tmp_path / "a"
+
+    return copy
+
+
+def change(file, **options):
+    values = json.loads(file.read_text()) | options
+    file.write_text(json.dumps({name: value for name, value in values.items() if value != "absent"}))
+
+
+def trace(folder, *args, **kwargs):
+    return Lineage.trace(Repository(str(folder)), *args, **kwargs)
+
+
+def tensors_of(folder):
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.bin"))
+        for name, tensor in map_tensors(file).items()
+        if "inv_freq" not in name
+    }
+
+
+def assert_equals_the_original(model, processor, golden, suffix=""):
+    """Logits at every position, and all greedy tokens."""
+    for case, expected in golden.cases.items():
+        inputs = processor(text=expected["prompt"], images=golden.images(case), return_tensors="pt")
+        if "pixel_values" in inputs:
+            pixel_values = [golden.pixel_values(name) for name in expected["images"]]
+            inputs["pixel_values"] = torch.from_numpy(np.concatenate(pixel_values))
+        if (recorded := golden.arrays.get(f"{case}/logits{suffix}")) is not None:
+            with torch.no_grad():
+                logits = model(**inputs).logits[0, :, :-1].numpy()
+            assert np.abs(logits - recorded).max() < 5e-4, case
+        output = model.generate(**inputs, max_new_tokens=32, do_sample=False, eos_token_id=None)
+        tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+        assert tokens == golden.arrays[f"{case}/greedy{suffix}"].tolist(), case
+
+
+class TestEqualToTheOriginal:
+    def test_exact_merge(self, folder, optimum_cli, tmp_path):
+        """A bundle in float32, by the command, in our engine and in GenAI."""
+        import openvino_genai
+        from openvino import Tensor
+
+        folder()
+        status, _, _ = optimum_cli(
+            "export", "openvino", "--model", tmp_path / "a", "--weight-format", "fp32", bundle := tmp_path / "bundle"
+        )
+        assert status == 0
+        model = OVModelForLlava.from_pretrained(bundle, ov_config=EXACT)
+        assert_equals_the_original(model, AutoProcessor.from_pretrained(bundle), LORA)
+
+        pipeline = openvino_genai.VLMPipeline(bundle, "CPU", **EXACT)
+        for case in ("text_only", "image_start"):  # GenAI does not pad images, and these are square or none
+            question = LORA.cases[case]["prompt"].split("USER: ")[1].removesuffix(" ASSISTANT:")
+            answer = pipeline.generate(
+                question.removeprefix("<image>\n"),
+                images=[Tensor(np.array(image)[None]) for image in LORA.images(case) or []],
+                generation_config=openvino_genai.GenerationConfig(max_new_tokens=32, do_sample=False, ignore_eos=True),
+            ).texts[0]
+            assert answer == pipeline.get_tokenizer().decode(LORA.cases[case]["greedy"])
+
+    def test_merge_of_the_original(self, bundle):
+        """In fp16, which the original loads everything in."""
+        model = OVModelForLlava.from_pretrained(bundle, ov_config=EXACT)
+        assert_equals_the_original(model, AutoProcessor.from_pretrained(bundle), LORA, "_fp16_merge")
+
+    def test_projector(self, folder):
+        checkpoint = folder(PROJECTOR)
+        model = OVModelForLlava.from_pretrained(checkpoint, base_model="../base", ov_config=EXACT)
+        assert_equals_the_original(model, AutoProcessor.from_pretrained(checkpoint, base_model="../base"), PROJECTOR)
+
+    @pytest.mark.parametrize("golden", [LORA, PROJECTOR], ids=lambda golden: golden.name)
+    def test_torch(self, golden):
+        """As the reference of an evaluation."""
+        assert_equals_the_original(*load(golden.checkpoint), golden)
+
+
+class TestCard:
+    def test_names_all_that_was_merged(self, bundle):
+        converted_from = json.loads((bundle / "config.json").read_text())["converted_from"]
+        assert converted_from["model"] == "task"
+        assert converted_from["base_model"] == "vicuna"
+        (adapter,) = converted_from["adapters"]
+        assert adapter | {"revision": None} == {
+            "model": "task", "revision": None, "license": "unknown", "kind": "LoRA adapter", "rank": 8, "alpha": 16
+        }  # fmt: skip
+        card = (bundle / "README.md").read_text()
+        assert "license: llama2" in card
+        assert "| vicuna | base model |  | llama2 |" in card
+        assert "| task | LoRA adapter, rank 8, alpha 16 |  | unknown |" in card
+        assert "The training had loaded the base model in 4 or 8 bits." in card
+        assert """--model task --model-kwargs '{"base_model": "vicuna"}' --weight-format fp16""" in card
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, tmp_path):
+        """A cache of the Hub, where the adapter names its base by its id."""
+        golden = shutil.copytree(LORA.folder, tmp_path / "golden", ignore=shutil.ignore_patterns("arrays.npz"))
+        change(
+            golden / "checkpoint" / "adapter_config.json", base_model_name_or_path="lmsys/vicuna", revision="0" * 40
+        )
+        names = {"me/task": golden / "checkpoint", "lmsys/vicuna": golden / "base", "openai/clip": golden / "clip"}
+        fill_hub_cache(tmp_path / "hub", names)
+        return {"cache_dir": tmp_path / "hub", "local_files_only": True}
+
+    def test_base_and_revisions(self, hub):
+        checkpoint = OriginalCheckpoint.open("me/task", **hub)
+        assert checkpoint.lineage.root.name == "lmsys/vicuna"
+        assert checkpoint.lineage.root.revision == checkpoint.repository.revision == "0" * 40
+        facts = build_config(checkpoint).converted_from
+        assert (facts["base_model"], facts["base_model_revision"]) == ("lmsys/vicuna", "0" * 40)
+        assert set(checkpoint.tensors()) >= {"model.mm_projector.0.weight", "lm_head.weight"}
+
+    def test_an_adapter_there_names_no_folder_here(self, hub):
+        (file,) = hub["cache_dir"].glob("models--me--task/snapshots/*/adapter_config.json")
+        change(file, base_model_name_or_path=str(LORA.folder / "base"))
+        with pytest.raises(InvalidCheckpointError, match="is on the Hub, so it must name a model id"):
+            OriginalCheckpoint.open("me/task", **hub)
+
+
+class TestWeights:
+    def test_rows_of_added_tokens(self, folder):
+        """Trained embeddings of `<im_start>` and `<im_end>`. Their rows of the head are the mean, as in the training."""
+        checkpoint = folder(PROJECTOR)
+        change(checkpoint / "config.json", mm_use_im_start_end=True, vocab_size=602)
+        base, rows = tensors_of(checkpoint.parent / "base"), torch.randn(2, 64).half()
+        table = torch.cat([base["model.embed_tokens.weight"], rows])
+        projector = torch.load(checkpoint / "mm_projector.bin")
+        for saved in (table, rows):  # newer and older trainings
+            torch.save({**projector, "model.embed_tokens.weight": saved}, checkpoint / "mm_projector.bin")
+            model = OriginalLlavaForConditionalGeneration.from_pretrained(checkpoint)
+            assert torch.equal(model.embed_tokens.weight[:602], table)
+            assert torch.equal(model.image_encoder.borders, rows)
+            head = base["lm_head.weight"]
+            assert torch.equal(model.language_model.lm_head.weight[:600], head)
+            assert torch.equal(model.language_model.lm_head.weight[601], head.float().mean(dim=0).half())
+
+    def test_adapter_of_transformers_over_a_whole_llava(self, folder):
+        """PEFT writes no `config.json`. The vision tower and the projector may be trained, too."""
+        base = Golden("llava15_vicuna").checkpoint
+        adapter = folder().parent / "peft"
+        adapter.mkdir()
+        shutil.copy(LORA.checkpoint / "adapter_config.json", adapter)
+        modules = {
+            "language_model.model.layers.1.mlp.up_proj": "model.layers.1.mlp.up_proj",
+            "multi_modal_projector.linear_2": "model.mm_projector.2",
+            "vision_tower.vision_model.encoder.layers.0.mlp.fc1": "vision_model.encoder.layers.0.mlp.fc1",
+        }
+        before = OriginalCheckpoint.open(base)
+        weights = {**before.tensors(), **before.vision_tensors()}
+        trained, expected = {}, {}
+        for name, original in modules.items():
+            weight = weights[f"{original}.weight"]
+            a, b = torch.randn(8, weight.shape[1]), torch.randn(weight.shape[0], 8)
+            trained |= {f"base_model.model.{name}.lora_{side}.weight": value for side, value in (("A", a), ("B", b))}
+            expected[f"{original}.weight"] = (weight.float() + 2.0 * (b @ a)).to(weight.dtype)
+        torch.save(trained, adapter / "adapter_model.bin")
+        assert find_original(adapter) is None  # an adapter of a language model, for all that is known
+        assert find_original(adapter, base_model=str(base)).folder == adapter
+        checkpoint = OriginalCheckpoint.open(adapter, base_model=str(base))
+        found = {**checkpoint.tensors(), **checkpoint.vision_tensors()}
+        assert all(torch.equal(found[name], {**weights, **expected}[name]) for name in weights)
+
+    def test_what_does_not_fit_is_refused_before_the_base_is_read(self, folder):
+        checkpoint = folder()
+        for file in (checkpoint.parent / "base").glob("*.bin"):
+            file.write_bytes(b"")
+        tensors = torch.load(checkpoint / "adapter_model.bin")
+        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        torch.save({**tensors, name: torch.ones(8, 32)}, checkpoint / "adapter_model.bin")
+        with pytest.raises(InvalidCheckpointError, match=r"q_proj.weight is changed by \(64, 32\), and is \(64, 64\)"):
+            _ = OriginalCheckpoint.open(checkpoint).weight_files
+
+    def test_delta_without_its_base(self, folder):
+        golden = Golden("llava15_vicuna")
+        delta = shutil.copytree(golden.folder, folder().parent / "golden", copy_function=shutil.copy) / "checkpoint"
+        for file in delta.glob("pytorch_model*.bin"):
+            torch.save({name: tensor * 0.01 for name, tensor in torch.load(file).items()}, file)
+        with pytest.raises(InvalidCheckpointError, match=r"holds delta weights.*--model-kwargs '\{\"base_model\""):
+            OriginalCheckpoint.open(delta).tensors()
+
+
+class TestKinds:
+    def test_lora(self, folder):
+        lineage = trace(checkpoint := folder())
+        assert [step.kind for step in lineage.steps] == [Kind.LORA]
+        assert lineage.root.folder == checkpoint.parent / "base"
+        assert lineage.settings.folder == checkpoint
+        assert lineage.tokenizer.folder == checkpoint.parent / "base"
+        tensors = merge(tensors_of(checkpoint.parent / "base"), lineage.overlays())
+        projector = map_tensors(checkpoint / "non_lora_trainables.bin")
+        for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
+            expected = projector[f"base_model.model.model.mm_projector.{name}"].half()
+            assert torch.equal(tensors[f"model.mm_projector.{name}"], expected)
+
+    def test_projector(self, folder):
+        lineage = trace(checkpoint := folder(PROJECTOR))
+        assert [step.kind for step in lineage.steps] == [Kind.PROJECTOR]
+        base = tensors_of(checkpoint.parent / "base")
+        tensors = merge(base, lineage.overlays())
+        projector = {name: tensor.half() for name, tensor in map_tensors(checkpoint / "mm_projector.bin").items()}
+        assert tensors.keys() == base.keys() | projector.keys()
+        assert all(torch.equal(tensors[name], {**base, **projector}[name]) for name in tensors)
+
+    def test_whole(self):
+        lineage = trace(Golden("linear_fp16_sharded").checkpoint)
+        assert lineage.steps == ()
+        assert lineage.root == lineage.settings == lineage.tokenizer
+
+    def test_delta(self, folder):
+        """Whole weights, and a base that the user names."""
+        base = folder().parent / "base"
+        whole = tensors_of(base)
+        delta = {name: (tensor * 0.01).half() for name, tensor in whole.items()}
+        delta["model.embed_tokens.weight"] = torch.cat([delta["model.embed_tokens.weight"], torch.ones(3, 64).half()])
+        delta["model.mm_projector.weight"] = torch.ones(64, 32).half()
+        target = base.parent / "d"
+        shutil.copytree(base, target, ignore=shutil.ignore_patterns("*.bin*"))
+        torch.save(delta, target / "pytorch_model.bin")
+        lineage = trace(target, str(base))
+        assert [step.kind for step in lineage.steps] == [Kind.DELTA]
+        assert lineage.tokenizer.folder == target
+        tensors = merge(whole, lineage.overlays())
+        assert torch.equal(tensors["lm_head.weight"], delta["lm_head.weight"] + whole["lm_head.weight"])
+        assert tensors["model.embed_tokens.weight"].shape == (603, 64)
+        assert torch.equal(tensors["model.mm_projector.weight"], delta["model.mm_projector.weight"])
+
+    def test_whole_weights_are_not_a_delta(self, folder):
+        base = folder().parent / "base"
+        change(base / "config.json", mm_vision_tower="../clip")
+        with pytest.raises(InvalidCheckpointError, match="whole weights of a model.*Leave `base_model` out"):
+            trace(base, str(base)).overlays()
+
+    def test_adapter_of_an_adapter(self, folder):
+        """The second is trained on the result of the first, and brings no projector."""
+        first = folder()
+        second = shutil.copytree(first, first.parent / "b")
+        change(second / "adapter_config.json", base_model_name_or_path="../a")
+        (second / "non_lora_trainables.bin").unlink()
+        (second / "config.json").unlink()
+        lineage = trace(second)
+        assert [step.repository.folder for step in lineage.steps] == [first, second]
+        assert lineage.root.folder == first.parent / "base"
+        assert lineage.settings.folder == first
+
+    def test_adapters_of_the_user(self, folder):
+        first = folder()
+        second = shutil.copytree(first, first.parent / "b")
+        lineage = trace(first, adapters=[str(second), "../b"])
+        assert [step.repository.folder for step in lineage.steps] == [first, second, second]
+
+
+class TestBase:
+    def test_chosen(self, folder, caplog):
+        checkpoint = folder()
+        shutil.move(checkpoint.parent / "base", checkpoint.parent / "elsewhere")
+        change(checkpoint.parent / "elsewhere" / "config.json", _name_or_path="other")
+        with caplog.at_level(logging.WARNING):
+            assert trace(checkpoint, str(checkpoint.parent / "elsewhere")).root.folder.name == "elsewhere"
+        assert "elsewhere' as you have chosen" in caplog.text.replace("',", "'")
+        assert "was trained on '../base' (base_model_name_or_path in adapter_config.json)" in caplog.text
+
+    @pytest.mark.parametrize("name", ["x/base", "base"])
+    def test_chosen_copy_of_the_named_one(self, folder, caplog, name):
+        checkpoint = folder()
+        change(checkpoint / "adapter_config.json", base_model_name_or_path=name)
+        with caplog.at_level(logging.WARNING):
+            trace(checkpoint, str(checkpoint.parent / "base"))
+        assert caplog.text == ""
+
+    @pytest.mark.parametrize("name", ["../nowhere", "/no/such/folder"])
+    def test_not_found(self, folder, name):
+        checkpoint = folder()
+        change(checkpoint / "adapter_config.json", base_model_name_or_path=name)
+        with pytest.raises(InvalidCheckpointError, match=r"base_model_name_or_path.* was not found.*--model-kwargs"):
+            trace(checkpoint)
+
+    def test_not_named(self, folder):
+        checkpoint = folder(PROJECTOR)
+        change(checkpoint / "config.json", _name_or_path="absent")
+        with pytest.raises(InvalidCheckpointError, match=r"only a projector, and does not name.*--model-kwargs"):
+            trace(checkpoint)
+
+    def test_circle(self, folder):
+        checkpoint = folder()
+        change(checkpoint / "adapter_config.json", base_model_name_or_path="../a")
+        with pytest.raises(InvalidCheckpointError, match="more than 16 steps from a whole model"):
+            trace(checkpoint)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"hidden_size": 128}, "hidden_size is 64, and 128 in the base"),
+            ({"num_hidden_layers": 4}, "num_hidden_layers is 3, and 4 in the base"),
+            ({"model_type": "mistral"}, "its language model is a LLaMA, and a Mistral in the base"),
+        ],
+        ids=str,
+    )
+    def test_of_another_model(self, folder, options, message):
+        checkpoint = folder()
+        change(checkpoint.parent / "base" / "config.json", **options)
+        with pytest.raises(InvalidCheckpointError, match=message):
+            trace(checkpoint)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"quantization_config": {"load_in_4bit": True}}, "are quantized.*full-precision weights"),
+            ({"model_type": "llava", "text_config": {}}, "in the format of transformers"),
+        ],
+        ids=["quantized", "transformers"],
+    )
+    def test_in_another_format(self, folder, options, message):
+        checkpoint = folder()
+        change(checkpoint.parent / "base" / "config.json", **options)
+        with pytest.raises(UnsupportedCheckpointError, match=message):
+            trace(checkpoint)
+
+
+class TestProjectorIsMissing:
+    def test_checkpoint_of_a_running_training(self, folder):
+        above = folder()
+        checkpoint = above / "checkpoint-5"
+        checkpoint.mkdir()
+        for name in ("adapter_config.json", "adapter_model.bin"):
+            shutil.copy(above / name, checkpoint)
+        with pytest.raises(InvalidCheckpointError) as error:
+            trace(checkpoint, str(above.parent / "base"))
+        assert "has no non_lora_trainables.bin" in str(error.value)
+        assert f"It is in {above}: export this folder." in str(error.value)
+
+    def test_by_the_command(self, folder, optimum_cli):
+        checkpoint = folder() / "checkpoint-5"
+        checkpoint.mkdir()
+        shutil.copy(LORA.checkpoint / "adapter_config.json", checkpoint)
+        status, _, error = optimum_cli("export", "openvino", "--model", checkpoint, checkpoint.parent / "bundle")
+        assert status == 1
+        assert "checkpoint-5" in error
+
+    def test_not_in_the_folder_above(self, folder):
+        checkpoint = folder()
+        (checkpoint / "non_lora_trainables.bin").unlink()
+        with pytest.raises(InvalidCheckpointError, match="Copy it from there.*global_step"):
+            trace(checkpoint)
+
+
+def test_adapter_that_is_none(folder):
+    checkpoint = folder()
+    with pytest.raises(InvalidCheckpointError, match="'../clip' is not an adapter"):
+        trace(checkpoint, adapters=["../clip"])
