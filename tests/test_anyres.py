@@ -6,11 +6,16 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import Golden
+from PIL import Image
 from safetensors.torch import load_file
 
+from optimum_llava_ov.bundle.tiling import build_tiling_processor
+from optimum_llava_ov.checkpoint.image_processor import read_image_processor
+from optimum_llava_ov.checkpoint.tiling import grid_problems, processor_problems, read_pinpoints, tiling_problems
 from optimum_llava_ov.models.anyres import Tiling, resized_size, select_best_resolution
 
 
@@ -130,3 +135,93 @@ def test_size_inside_a_resolution():
     assert resized_size((300, 200), (112, 112)) == (112, 75)
     assert resized_size((64, 480), (56, 168)) == (23, 168)
     assert resized_size((1000, 1), (112, 56)) == (112, 1)
+
+
+@pytest.fixture(scope="module")
+def image_processor():
+    settings = read_image_processor(GOLDEN.folder / "clip" / "preprocessor_config.json", 56, pads=False)
+    return build_tiling_processor(settings, TINY)
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    width, height = size
+    pixels = np.random.default_rng(width * 10_000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def tiles_step_by_step(image: Image.Image, tiling: Tiling, resize=Image.Image.resize) -> np.ndarray:
+    """The base, and the tiles row by row: `(tiles, 3, side, side)` uint8."""
+    side, (columns, rows) = tiling.tile_size, rows_step_by_step(tiling, *image.size)[0]
+    across, down = columns * side, rows * side
+    scale_x, scale_y = across / image.width, down / image.height
+    if scale_x < scale_y:
+        resized = resize(image, (across, min(math.ceil(image.height * scale_x), down)))
+    else:
+        resized = resize(image, (min(math.ceil(image.width * scale_y), across), down))
+    black = Image.new("RGB", (across, down))
+    black.paste(resized, ((across - resized.width) // 2, (down - resized.height) // 2))
+    corners = [(x, y) for y in range(0, down, side) for x in range(0, across, side)]
+    tiles = [resize(image, (side, side)), *(black.crop((x, y, x + side, y + side)) for x, y in corners)]
+    return np.stack([np.asarray(tile).transpose(2, 0, 1) for tile in tiles])
+
+
+def resize_tall_by_rows_first(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize as Pillow 13 does, with any Pillow. Before, columns always came first, and were rounded to 8 bits in between."""
+    if image.height <= image.width:
+        return image.resize(size)
+    return image.transpose(Image.Transpose.TRANSPOSE).resize(size[::-1]).transpose(Image.Transpose.TRANSPOSE)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_pixels_of_the_golden_images(image_processor, name):
+    """The golden outputs were computed with Pillow 13. An earlier one gives tall images up to four grey levels more or less."""
+    image, golden = GOLDEN.image(name), GOLDEN.arrays[f"pixel_values/{name}"]
+    mean, std = (np.array(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std))
+    grey = np.rint((golden * std + mean) * 255)
+    np.testing.assert_array_equal(tiles_step_by_step(image, TINY, resize_tall_by_rows_first), grey)
+
+    inputs = image_processor(image, return_tensors="np")
+    assert inputs["image_sizes"].tolist() == [[image.height, image.width]]
+    if image.height <= image.width:
+        np.testing.assert_allclose(inputs["pixel_values"][0], golden, atol=1e-6, rtol=0)
+
+
+def test_pixels_of_random_sizes(image_processor):
+    """Half of the sizes are below the tile's, where all resolutions of two tiles are equally good and their order decides."""
+    for size in [*sizes(150, 400), *sizes(150, 60, seed=1)]:
+        image = noise(size)
+        tiles = image_processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
+        np.testing.assert_array_equal(tiles, tiles_step_by_step(image, TINY))
+
+
+def test_resolutions_are_read_from_a_list_or_its_text():
+    expected = ((336, 672), (672, 336))
+    assert read_pinpoints([[336, 672], [672, 336]]) == expected
+    assert read_pinpoints("[(336, 672), (672, 336)]") == expected
+    for value in ("(1x1),...,(6x6)", "[[336]]", [], [[336, 0]], [[336.0, 672]], [[336, 672, 1]], "[" * 9999, 7, None):
+        assert read_pinpoints(value) is None
+
+
+def test_what_the_tiles_cannot_be_is_named():
+    anyres = {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [[336, 672]],
+        "mm_patch_merge_type": "spatial_unpad",
+    }
+    assert tiling_problems(anyres) == []
+    for wrong, text in {
+        "mm_patch_merge_type='spatial_maxpool2x2'": "supported: absent, flat, spatial, spatial_unpad",
+        "image_grid_pinpoints='(1x1),...,(6x6)'": "supported: a list of 1 to 64 resolutions [width, height] in pixels",
+    }.items():
+        name, value = wrong.split("=")
+        assert tiling_problems(anyres | {name: value.strip("'")}) == [f"{wrong} ({text})"]
+        assert tiling_problems({**anyres, name: value, "image_aspect_ratio": "pad"}) == []
+    assert len(tiling_problems(anyres | {"mm_use_im_start_end": True, "mm_vision_select_feature": "cls_patch"})) == 2
+
+    assert grid_problems(((336, 672), (672, 336)), 336) == []
+    assert len(grid_problems(((336, 600), (336 * 9, 336 * 8)), 336)) == 2
+    square = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    assert processor_problems(square, 336) == []
+    assert processor_problems(square | {"size": {"shortest_edge": 224}}, 336) == [
+        "size={'shortest_edge': 224} (expected 336 pixels, as image_size of the vision tower)"
+    ]
