@@ -17,6 +17,7 @@ from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, pa
 from optimum_llava_ov.bundle.settings import context_length
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.models.image_layout import ImageLayout
 
 
 _TITLES = {
@@ -132,6 +133,7 @@ class BundleFacts:
             "snippet": None if command else export_snippet(recorded, self.source.split("/")[-1] + "-ov"),
             "data_aware": datasets[0][0] if datasets else None,
             "image_seq_length": config["image_seq_length"],
+            "tiling": ImageLayout.of_bundle(AutoConfig.for_model(**config)).tiling,
             "image_size": config["vision_config"]["image_size"],
             "pads": converted_from.get("image_aspect_ratio") == "pad",
             "max_seq_len": context_length(self.text_config),

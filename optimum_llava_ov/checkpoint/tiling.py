@@ -37,7 +37,7 @@ def read_pinpoints(value: Any) -> tuple[tuple[int, int], ...] | None:
     return tuple((pair[0], pair[1]) for pair in pairs) if all(map(_SIDES.accepts, pairs)) else None
 
 
-_OPTIONS = {
+TILING_OPTIONS = {
     "mm_patch_merge_type": one_of(None, "flat", "spatial", "spatial_unpad"),
     "image_grid_pinpoints": Rule(
         lambda value: read_pinpoints(value) is not None,
@@ -53,7 +53,7 @@ def tiling_problems(values: Mapping[str, Any]) -> list[str]:
     """
     if values.get("image_aspect_ratio") != ANYRES:
         return []
-    problems = broken_rules(values, _OPTIONS)
+    problems = broken_rules(values, TILING_OPTIONS)
     if values.get("mm_use_im_start_end"):
         problems.append("mm_use_im_start_end=True together with image_aspect_ratio='anyres'")
     if values.get("mm_vision_select_feature") == "cls_patch" and values.get("mm_patch_merge_type") not in (
@@ -64,12 +64,16 @@ def tiling_problems(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def grid_problems(pinpoints: tuple[tuple[int, int], ...], tile_size: int) -> list[str]:
-    """Describe each resolution that cannot be cut into tiles of `tile_size` x `tile_size` pixels."""
+def grid_problems(pinpoints: Any, tile_size: int) -> list[str]:
+    """Describe each resolution that cannot be cut into tiles of `tile_size` x `tile_size` pixels.
+
+    Args:
+        pinpoints: a valid `image_grid_pinpoints`.
+    """
     return [
         f"image_grid_pinpoints has {shown([width, height])}, which is not a grid of up to {MAX_TILES} tiles of "
         f"{tile_size} x {tile_size} pixels"
-        for width, height in pinpoints
+        for width, height in read_pinpoints(pinpoints) or ()
         if width % tile_size or height % tile_size or width * height > MAX_TILES * tile_size**2
     ]
 

@@ -175,7 +175,8 @@ def _export(
                 head.data = table.data
             else:
                 move_to_disk(head, folder)
-        save_settings(checkpoint, processor, model.generation_config, folder)
+        newline = None if model.image_newline is None else model.image_newline.detach().float()
+        save_settings(checkpoint, processor, model.generation_config, newline, folder)
         if convert_tokenizer:
             export_tokenizers(processor, folder)  # before the parts, because it may fail
         _export_parts(model, processor, folder, ov_config, recipe, free if is_ours else None)

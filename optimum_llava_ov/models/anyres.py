@@ -12,7 +12,7 @@ from exact arithmetic: an image of 376 x 94 pixels has a row of patches less, on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,11 @@ class Tiling:
         """Return the largest number of tiles of an image, with the base."""
         return 1 + max(width * height for width, height in self.pinpoints) // self.tile_size**2
 
+    @property
+    def max_image_tokens(self) -> int:
+        """Return the largest number of rows of an image: of one that fills a resolution."""
+        return max(map(self.num_image_tokens, self.pinpoints))
+
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the number of columns and of rows of tiles. `size`: width and height of the image, in pixels."""
         width, height = select_best_resolution(size, self.pinpoints)
@@ -90,13 +95,7 @@ class Tiling:
 
         One of the two is 0. If the number of patches to leave out is odd, one is kept.
         """
-        if self.merge_type != SPATIAL_UNPAD:
-            return 0, 0
-        width, height = size
-        columns, rows = (side * self.patches_per_side for side in self.grid(size))
-        if width / height > columns / rows:
-            return 0, (rows - int(height * (columns / width))) // 2
-        return (columns - int(width * (rows / height))) // 2, 0
+        return self._padding(size) if self.merge_type == SPATIAL_UNPAD else (0, 0)
 
     def num_image_tokens(self, size: tuple[int, int]) -> int:
         """Return the number of rows of the image in the language model.
@@ -104,11 +103,32 @@ class Tiling:
         Args:
             size: width and height of the image, in pixels.
         """
-        if self.merge_type != SPATIAL_UNPAD:
-            return self.num_tiles(size) * self.tokens_per_tile
-        (columns, rows), (left, above) = self.grid(size), self.padding(size)
-        num_columns, num_rows = columns * self.patches_per_side - 2 * left, rows * self.patches_per_side - 2 * above
-        return self.tokens_per_tile + num_rows * (num_columns + 1)
+        if self.merge_type == SPATIAL_UNPAD:
+            return self._num_unpadded(size, self._padding(size))
+        return self.num_tiles(size) * self.tokens_per_tile
+
+    def num_placeholders(self, size: tuple[int, int]) -> int:
+        """Return how many `<image>` the processor of transformers writes for an image.
+
+        It knows `spatial_unpad` only, and rounds to 7 digits where the original does not.
+
+        Args:
+            size: width and height of the image, in pixels.
+        """
+        return self._num_unpadded(size, self._padding(size, lambda patches: int(round(patches, 7))))
+
+    def _num_unpadded(self, size: tuple[int, int], padding: tuple[int, int]) -> int:
+        columns, rows = (
+            count * self.patches_per_side - 2 * left_out for count, left_out in zip(self.grid(size), padding)
+        )
+        return self.tokens_per_tile + rows * (columns + 1)
+
+    def _padding(self, size: tuple[int, int], whole: Callable[[float], int] = int) -> tuple[int, int]:
+        width, height = size
+        columns, rows = (side * self.patches_per_side for side in self.grid(size))
+        if width / height > columns / rows:
+            return 0, (rows - whole(height * (columns / width))) // 2
+        return (columns - whole(width * (rows / height))) // 2, 0
 
     def pack(
         self, features: torch.Tensor, size: tuple[int, int], image_newline: torch.Tensor | None = None
