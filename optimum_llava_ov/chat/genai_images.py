@@ -7,6 +7,8 @@ another grid, resizes the image to a side that is one pixel longer or shorter, o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import chain, product
 
 import numpy as np
 from PIL import Image
@@ -27,12 +29,17 @@ def fit_to_genai(image: Image.Image, tiling: Tiling) -> Image.Image:
     nearest size with the original's grid and rows.
     """
     expected = original_geometry(image.size, tiling)
-    width, height = image.size
-    near = [(width + x, height + y) for x in range(-_NEAR, _NEAR + 1) for y in range(-_NEAR, _NEAR + 1)]
-    near.sort(key=lambda size: abs(size[0] - width) + abs(size[1] - height))
-    candidates = [image.size, expected[1], *(size for size in near if min(size) > 0)]
+    candidates = chain([image.size, expected[1]], _near(image.size))
     size = next((size for size in candidates if genai_geometry(size, tiling) == expected), image.size)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _near(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Return sizes that differ by a few pixels, the nearest first."""
+    steps = sorted(product(range(-_NEAR, _NEAR + 1), repeat=2), key=lambda step: abs(step[0]) + abs(step[1]))
+    for x, y in steps:
+        if min(size[0] + x, size[1] + y) > 0:
+            yield size[0] + x, size[1] + y
 
 
 def original_geometry(size: tuple[int, int], tiling: Tiling) -> Geometry:
