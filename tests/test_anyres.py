@@ -216,6 +216,9 @@ def test_what_the_tiles_cannot_be_is_named():
         name, value = wrong.split("=")
         assert tiling_problems(anyres | {name: value.strip("'")}) == [f"{wrong} ({text})"]
         assert tiling_problems({**anyres, name: value, "image_aspect_ratio": "pad"}) == []
+    assert tiling_problems({"image_aspect_ratio": "anyres"}) == [
+        "image_aspect_ratio='anyres' without image_grid_pinpoints"
+    ]
     assert len(tiling_problems(anyres | {"mm_use_im_start_end": True, "mm_vision_select_feature": "cls_patch"})) == 2
 
     assert grid_problems(((336, 672), (672, 336)), 336) == []

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import Golden
+from conftest import EXACT, Golden
+from safetensors.torch import load_file, save_file
 from test_anyres import IMAGES, TINY, noise
 from test_chat import ask, prefill
 from test_golden import FEATURES_TOLERANCE, GREEDY, LOGITS_TOLERANCE
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from optimum_llava_ov import OriginalLlavaForConditionalGeneration, OVModelForLlava
+from optimum_llava_ov.bundle.settings import build_processor
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 
 
 GOLDEN = Golden("llava16_mistral_anyres")
@@ -55,9 +62,6 @@ def inputs_of(case: str, processor):
 def test_logits_and_tokens(case, any_model, processor, request):
     """With the processor of transformers for OpenVINO, which counts other rows in `unpad_float`; with ours for torch."""
     if any_model is request.getfixturevalue("torch_models")[GOLDEN.name]:
-        from optimum_llava_ov.bundle.settings import build_processor
-        from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
-
         processor = build_processor(OriginalCheckpoint.open(GOLDEN.checkpoint))
     expected, inputs = GOLDEN.cases[case], inputs_of(case, processor)
     with torch.no_grad():
@@ -170,3 +174,112 @@ def test_resolutions_in_the_order_of_each_reader(bundle):
     assert read["preprocessor_config"]["image_grid_pinpoints"] == original
     assert read["config"]["model_type"] == "llava_next"
     assert len(read["config"]["image_newline"]) == read["config"]["text_config"]["hidden_size"]
+
+
+@pytest.mark.parametrize("merge_type", ["spatial_unpad", "spatial", "flat"])
+def test_rows_in_the_order_of_the_merge_type(merge_type, bundle, processor, tmp_path):
+    """The order, step by step, against what the prompt gets. The graphs of a bundle are the same for all merge types."""
+    folder = shutil.copytree(bundle, tmp_path / merge_type)
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "mm_patch_merge_type": merge_type}))
+    model = OVModelForLlava.from_pretrained(folder, ov_config=EXACT)
+    inputs = inputs_of("wide", processor)  # 300 x 200: two rows of two tiles, the first and the last row only padding
+    base, *tiles = model.get_vision_embeddings(inputs["pixel_values"][0])
+    newline = torch.tensor(model.config.image_newline)
+    rows = [base[index] for index in range(16)]
+    if merge_type == "flat":
+        rows += [tile[index] for tile in tiles for index in range(16)]
+    else:
+        for y in range(8):
+            if merge_type == "spatial" or 1 <= y < 7:
+                rows += [tiles[2 * (y // 4) + x // 4][4 * (y % 4) + x % 4] for x in range(8)]
+                rows += [newline] if merge_type == "spatial_unpad" else []
+
+    ids = GOLDEN.cases["wide"]["input_ids"]
+    text = torch.tensor([[token for token in ids if token >= 0]])
+    embeds = torch.from_numpy(np.array(model.get_text_embeddings(text)))[0]
+    position = ids.index(-200)
+    embeds = torch.cat([embeds[:position], torch.stack(rows), embeds[position:]])
+    expected = model(inputs_embeds=embeds[None], attention_mask=torch.ones(1, len(embeds))).logits
+    logits = model(**inputs).logits
+    assert logits.shape == expected.shape
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def yi_checkpoint(tmp_path_factory):
+    """What is peculiar to LLaVA-1.6-34B, in small: Yi's tokenizer without BOS, its end of a turn, groups of 7 heads, one head for
+    keys and values, its frequencies. The resolutions are a string.
+    """
+    folder = shutil.copytree(GOLDEN.folder, tmp_path_factory.mktemp("yi") / "llava-v1.6-34b")
+    checkpoint = folder / "checkpoint"
+    for file in [*checkpoint.glob("*.safetensors*"), *checkpoint.glob("*token*")]:
+        file.unlink()
+    for file in (GOLDEN.folder.parent / "yi_tokenizer").iterdir():
+        shutil.copy(file, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text()) | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "_name_or_path": "./checkpoints/llava-v1.6-34b",
+        "bos_token_id": 1,
+        "eos_token_id": 7,
+        "hidden_size": 56,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+        "rope_theta": 5000000.0,
+        "vocab_size": 640,
+        "unfreeze_mm_vision_tower": False,
+        "image_grid_pinpoints": str([tuple(pinpoint) for pinpoint in TINY.pinpoints]),
+    }
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embed_tokens.weight": (640, 56), "norm.weight": (56,), "image_newline": (56,)}
+    shapes |= {"mm_projector.0.weight": (56, 32), "mm_projector.2.weight": (56, 56)}
+    shapes |= {"mm_projector.0.bias": (56,), "mm_projector.2.bias": (56,)}
+    for layer in range(3):
+        sides = {
+            "self_attn.q_proj": (56, 56),
+            "self_attn.k_proj": (8, 56),
+            "self_attn.v_proj": (8, 56),
+            "self_attn.o_proj": (56, 56),
+        }
+        sides |= {"mlp.gate_proj": (176, 56), "mlp.up_proj": (176, 56), "mlp.down_proj": (56, 176)}
+        sides |= {"input_layernorm": (56,), "post_attention_layernorm": (56,)}
+        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in sides.items()}
+    tensors = {f"model.{name}": torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    tensors["lm_head.weight"] = torch.randn(640, 56, generator=generator)
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, checkpoint / "model.safetensors")
+    return checkpoint
+
+
+def test_the_numbers_of_yi(yi_checkpoint):
+    """Against transformers' LlamaForCausalLM, which gets the embeddings of prompt and image in the original's order."""
+    checkpoint = OriginalCheckpoint.open(yi_checkpoint)
+    assert checkpoint.choice.conversation.name == "chatml_direct"
+    model = OriginalLlavaForConditionalGeneration.from_checkpoint(checkpoint, dtype=torch.float32)
+    assert model.generation_config.eos_token_id == [7]
+    processor = build_processor(checkpoint)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    image = GOLDEN.image("img1_64x480")
+    inputs = processor(text=prompt, images=image, return_tensors="pt")
+    ids = inputs["input_ids"]
+    assert ids[0, 0] == checkpoint.tokenizer.convert_tokens_to_ids("<|im_start|>")  # no BOS
+    is_image = ids == model.config.image_token_id
+    assert is_image.sum() == TINY.num_image_tokens(image.size)
+
+    tensors = {name: tensor.float() for name, tensor in load_file(yi_checkpoint / "model.safetensors").items()}
+    config = LlamaConfig(
+        hidden_size=56, intermediate_size=176, num_hidden_layers=3, num_attention_heads=7, num_key_value_heads=1, vocab_size=640,
+        rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+    )  # fmt: skip
+    reference = LlamaForCausalLM(config).eval()
+    reference.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        (rows,) = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+        embeds = reference.model.embed_tokens(ids.clamp(max=639))
+        embeds[is_image] = rows
+        expected = reference(inputs_embeds=embeds).logits
+        logits = model(**inputs).logits
+    torch.testing.assert_close(logits[..., :640], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rows[-1], tensors["model.image_newline"])

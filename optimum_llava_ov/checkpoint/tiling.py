@@ -53,6 +53,8 @@ def tiling_problems(values: Mapping[str, Any]) -> list[str]:
     """
     if values.get("image_aspect_ratio") != ANYRES:
         return []
+    if values.get("image_grid_pinpoints") is None:
+        return [f"image_aspect_ratio={ANYRES!r} without image_grid_pinpoints"]
     problems = broken_rules(values, TILING_OPTIONS)
     if values.get("mm_use_im_start_end"):
         problems.append("mm_use_im_start_end=True together with image_aspect_ratio='anyres'")
