@@ -126,8 +126,8 @@ def fit_to_model(image: Image.Image, image_processor: Any) -> Image.Image:
     if getattr(image_processor, "do_pad", None) and hasattr(image_processor, "pad_to_square"):
         factor = _reduction_factor(max(image.size) ** 2)
         image = _pad_to_square(image.reduce(factor) if factor > 1 else image, image_processor.image_mean)
-    if not image_processor.do_resize:
-        return image
+    if not image_processor.do_resize or hasattr(image_processor, "image_grid_pinpoints"):
+        return image  # the number of tiles depends on the size
     size = image_processor.size
     if size.get("height") and size.get("width"):
         return image.resize((size.get("width"), size.get("height")), image_processor.resample)

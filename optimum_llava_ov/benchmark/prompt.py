@@ -10,6 +10,7 @@ from PIL import Image
 
 from optimum_llava_ov.chat.messages import user_message
 from optimum_llava_ov.chat.prompt import Prompt, build_prompt
+from optimum_llava_ov.models.image_layout import ImageLayout
 
 
 DEFAULT_LENGTHS = (300, 1000)
@@ -29,11 +30,16 @@ class PromptMaker:
         self.config = config
         self.images = images
         self._made = 0
-        self._texts: dict[int, str] = {}
+        self._layout = ImageLayout.of_bundle(config)
+        self._texts: dict[tuple[int, int], str] = {}
 
     def shortest(self) -> int:
-        """Return the number of tokens of a prompt with an image and no question."""
-        return len(self._prompt("", Image.new("RGB", (8, 8))))
+        """Return the number of tokens of a prompt with an image and no question.
+
+        If the number of tokens of an image depends on its size, the largest one counts.
+        """
+        images = self.images or [self._noise(0)]
+        return max(len(self._prompt("", Image.new("RGB", size))) for size in {image.size for image in images})
 
     def lengths(self, requested: Sequence[int] | None) -> list[int]:
         """Return the lengths to measure. The default lengths are increased if an image needs more tokens.
@@ -48,22 +54,25 @@ class PromptMaker:
             if length < shortest:
                 raise ValueError(
                     f"A prompt of {length} tokens is too short. With this model, an image "
-                    f"({self.config.image_seq_length} tokens) and the chat template take {shortest} tokens. Use "
+                    f"({self._largest_image()} tokens) and the chat template take {shortest} tokens. Use "
                     f"--prompt-tokens {shortest} or more."
                 )
         return list(dict.fromkeys(requested))
 
     def make(self, length: int) -> Prompt:
         """Return a prompt of `length` tokens with the next image."""
-        if length not in self._texts:
-            self._texts[length] = self._text(length)
         image = self.images[self._made % len(self.images)] if self.images else self._noise(self._made)
+        key = length, self._layout.num_image_tokens(image.size)
+        if key not in self._texts:
+            self._texts[key] = self._text(length, image)
         self._made += 1
-        return self._prompt(self._texts[length], image)
+        return self._prompt(self._texts[key], image)
 
-    def _text(self, length: int) -> str:
-        image = Image.new("RGB", (8, 8))
-        missing = length - self.shortest()
+    def _largest_image(self) -> int:
+        return max(self._layout.num_image_tokens(image.size) for image in self.images or [self._noise(0)])
+
+    def _text(self, length: int, image: Image.Image) -> str:
+        missing = length - len(self._prompt("", image))
         for filler in FILLERS:
             text = filler * missing
             if len(self._prompt(text, image)) == length:

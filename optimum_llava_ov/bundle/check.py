@@ -29,6 +29,7 @@ from optimum_llava_ov.errors import BundleError
 
 
 _AGAIN = "Export it again, or download it again."
+MODEL_TYPES = ("llava", "llava_next")  # of bundles; the second cuts images into tiles
 # Names of the inputs and outputs of each part
 _PORTS = {
     PARTS["language_model"]: ({"inputs_embeds", "attention_mask", "beam_idx"}, {"logits"}),
@@ -162,7 +163,7 @@ def check_is_llava(name: str | Path, config: dict[str, Any], text_model_type: st
     """
     text_config = config.get("text_config")
     found = text_config.get("model_type") if isinstance(text_config, dict) else None
-    if config.get("model_type") != "llava" or not isinstance(found, str):
+    if config.get("model_type") not in MODEL_TYPES or not isinstance(found, str):
         raise BundleError(
             f"{name} is a {config.get('model_type')!r} model with a {found!r} language model, not a LLaVA bundle. "
             "Load it with optimum.intel.OVModelForVisualCausalLM."

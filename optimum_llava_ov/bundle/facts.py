@@ -21,6 +21,7 @@ from optimum_llava_ov.checkpoint.conversation import CONVERSATIONS
 from optimum_llava_ov.checkpoint.families import FAMILIES
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.models.image_layout import ImageLayout
 
 
 _TITLES = {
@@ -167,6 +168,7 @@ class BundleFacts:
             "snippet": None if command else export_snippet(recorded, self.source.split("/")[-1] + "-ov"),
             "data_aware": datasets[0][0] if datasets else None,
             "image_seq_length": config["image_seq_length"],
+            "tiling": ImageLayout.of_bundle(AutoConfig.for_model(**config)).tiling,
             "image_size": config["vision_config"]["image_size"],
             "pads": pads,
             # As the original computes it: cut off, not rounded

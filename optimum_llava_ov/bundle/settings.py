@@ -7,26 +7,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerFast
+import torch
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from optimum_llava_ov.bundle.licenses import repository_license
-from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
+from optimum_llava_ov.bundle.tiling import (
+    LlavaNextProcessor,
+    build_tiling_processor,
+    original_order,
+    tiling_options,
+)
 from optimum_llava_ov.checkpoint.fine_tune import Lineage
+from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.files import replace_text
-
-
-def image_seq_length(config: OriginalLlavaConfig) -> int:
-    """Return the number of tokens of one image: patches, the class token if it is kept, and the borders."""
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return patches + _num_additional_image_tokens(config)
-
-
-def _num_additional_image_tokens(config: OriginalLlavaConfig) -> int:
-    return config.num_border_tokens + (1 if config.select_feature == "cls_patch" else 0)
+from optimum_llava_ov.models.image_layout import ImageLayout
 
 
 def context_length(text_config: PretrainedConfig) -> int:
@@ -34,18 +39,27 @@ def context_length(text_config: PretrainedConfig) -> int:
     return getattr(text_config, "max_position_embeddings", None) or text_config.max_seq_len
 
 
-def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
+def build_config(
+    checkpoint: OriginalCheckpoint, image_newline: torch.Tensor | None = None
+) -> LlavaConfig | LlavaNextConfig:
     """Build `config.json` of the bundle: a language model in a "llava", which optimum-intel and GenAI support.
 
-    `converted_from` names the source of the bundle.
+    If images are cut into tiles, it is a "llava_next". `converted_from` names the source of the bundle.
+
+    Args:
+        image_newline: `(hidden_size,)`, if the model has it.
     """
     config = checkpoint.config
-    return LlavaConfig(
+    layout = ImageLayout.of_original(config)
+    tiling = layout.tiling
+    config_class = LlavaConfig if tiling is None else LlavaNextConfig
+    return config_class(
+        **({} if tiling is None else tiling_options(tiling, image_newline)),
         text_config=config.text_config.to_dict(),
         vision_config=config.vision_config.to_dict(),
         image_token_index=config.image_token_id,
         # Must be exact: with a larger value, optimum-intel merges images in its legacy way.
-        image_seq_length=image_seq_length(config),
+        image_seq_length=layout.num_tokens,
         vision_feature_layer=config.mm_vision_select_layer,
         # "full": patches and additional tokens. The graph itself drops the class token if it is not kept.
         vision_feature_select_strategy="full",
@@ -55,7 +69,7 @@ def build_config(checkpoint: OriginalCheckpoint) -> LlavaConfig:
         # The original writes the borders into the prompt. Such prompts are recognised by these ids.
         im_start_token_id=config.im_start_token_id,
         im_end_token_id=config.im_end_token_id,
-        architectures=["LlavaForConditionalGeneration"],
+        architectures=[f"{config_class.__name__.removesuffix('Config')}ForConditionalGeneration"],
         converted_from={
             "model": _public_name(checkpoint.repository),
             "revision": _revision(checkpoint.repository),
@@ -106,26 +120,33 @@ def _public_name(repository: Repository) -> str:
     return repository.folder.resolve().name if repository.is_local else repository.name
 
 
-def build_processor(checkpoint: OriginalCheckpoint) -> LlavaProcessor:
-    """Build a `LlavaProcessor` that prepares images with PIL, as the original does.
+def build_processor(checkpoint: OriginalCheckpoint) -> LlavaProcessor | LlavaNextProcessor:
+    """Build a `LlavaProcessor`, or a `LlavaNextProcessor` if images are cut into tiles.
 
-    The torchvision backend resamples differently. A difference of half a grey level changes logits by 0.5 to 1.2 on
-    the golden models.
+    It prepares images with PIL, as the original does. The torchvision backend resamples differently. A difference of
+    half a grey level changes logits by 0.5 to 1.2 on the golden models.
     """
     config, settings = checkpoint.config, dict(checkpoint.image_processor)
     settings["do_convert_rgb"] = True
-    if config.image_aspect_ratio == "pad":
+    tiling = ImageLayout.of_original(config).tiling
+    processor_class = LlavaProcessor if tiling is None else LlavaNextProcessor
+    if tiling is not None:
+        image_processor = build_tiling_processor(settings, tiling)
+    elif config.image_aspect_ratio == "pad":
         image_processor = LlavaImageProcessorPil(**settings, do_pad=True)
     else:
         image_processor = CLIPImageProcessorPil(**settings)
-    return LlavaProcessor(
+    processor = processor_class(
         image_processor=image_processor,
         tokenizer=checkpoint.tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="full",
-        num_additional_image_tokens=_num_additional_image_tokens(config),
+        num_additional_image_tokens=config.num_additional_image_tokens,
         chat_template=checkpoint.choice.conversation.chat_template,
     )
+    if tiling is not None:
+        processor.tiling = tiling
+    return processor
 
 
 class OriginalLlavaProcessor(LlavaProcessor):
@@ -143,19 +164,26 @@ class OriginalLlavaProcessor(LlavaProcessor):
 
 
 def save_settings(
-    checkpoint: OriginalCheckpoint, processor: LlavaProcessor, generation: GenerationConfig, folder: Path
+    checkpoint: OriginalCheckpoint,
+    processor: LlavaProcessor | LlavaNextProcessor,
+    generation: GenerationConfig,
+    image_newline: torch.Tensor | None,
+    folder: Path,
 ) -> None:
     """Write `config.json`, `generation_config.json` and all files of tokenizer and processor."""
-    _save_config(checkpoint, folder)
+    _save_config(checkpoint, image_newline, folder)
     generation.save_pretrained(folder)
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     _pin_image_backend(processor, folder)
+    if (tiling := ImageLayout.of_original(checkpoint.config).tiling) is not None:
+        file = folder / "preprocessor_config.json"
+        write_json(file, read_json(file) | original_order(tiling))
     write_json(folder / "special_tokens_map.json", _special_tokens_map(processor.tokenizer))
 
 
-def _save_config(checkpoint: OriginalCheckpoint, folder: Path) -> None:
-    build_config(checkpoint).save_pretrained(folder)
+def _save_config(checkpoint: OriginalCheckpoint, image_newline: torch.Tensor | None, folder: Path) -> None:
+    build_config(checkpoint, image_newline).save_pretrained(folder)
     file = folder / "config.json"
     values = json.loads(file.read_text())
     values["text_config"] = checkpoint.config.bundle_text_config(values["text_config"])

@@ -17,14 +17,16 @@ import openvino
 import openvino_genai
 import torch
 from PIL import Image
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, LlavaNextProcessor
 
 from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.chat.genai_images import fit_to_genai
 from optimum_llava_ov.chat.images import digest
 from optimum_llava_ov.chat.messages import Message, images_of, text_of
 from optimum_llava_ov.chat.prompt import Prompt, common_prefix
 from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer
+from optimum_llava_ov.models.image_layout import tiling_of
 
 
 # Options of `generate` that have the same name and meaning in GenAI
@@ -215,8 +217,12 @@ class _Tokens(openvino_genai.StreamerBase):
 def image_tensor(image: Image.Image, processor: Any) -> openvino.Tensor:
     """Return an image `(1, height, width, 3)` uint8 of the size that the model takes.
 
-    So GenAI neither resamples nor pads it; it does both differently from the processor.
+    So GenAI neither resamples nor pads it; it does both differently from the processor. An image that is cut into
+    tiles has its own size; see [`fit_to_genai`].
     """
+    if isinstance(processor, LlavaNextProcessor):
+        image = fit_to_genai(image, tiling_of(processor))
+        return openvino.Tensor(np.array(image.convert("RGB"))[None])
     inputs = processor.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
     pixels = inputs["pixel_values"].transpose(0, 2, 3, 1)
     return openvino.Tensor(np.ascontiguousarray(pixels.round().astype(np.uint8)))

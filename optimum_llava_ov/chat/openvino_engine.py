@@ -149,19 +149,23 @@ class OpenVINOConversation:
             self._cached_keys = prompt.keys[:stop]
         return False
 
-    def _features_of(self, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
-        """Return features `(images, image_seq_length, hidden_size)` of the images between two positions.
+    def _features_of(self, prompt: Prompt, start: int, stop: int) -> list[torch.Tensor] | None:
+        """Return features `(num_image_tokens, hidden_size)` of each image between two positions.
 
         Neither position may be inside an image.
         """
-        images = [key for key in prompt.keys[start:stop] if isinstance(key, str)]
-        features = [self._encode(key, prompt) for key in images[:: self._model.config.image_seq_length]]
-        return torch.cat(features) if features else None
+        features = []
+        while start < stop:
+            key = prompt.keys[start]
+            if isinstance(key, str):
+                features.append(self._encode(key, prompt))
+            start += len(features[-1]) if isinstance(key, str) else 1
+        return features or None
 
     def _encode(self, key: str, prompt: Prompt) -> torch.Tensor:
         if key not in self._features:
-            pixel_values = self._processor.image_processor(prompt.images[key], return_tensors="pt")["pixel_values"]
-            self._features[key] = self._model.get_image_features(pixel_values)
+            inputs = dict(self._processor.image_processor(prompt.images[key], return_tensors="pt"))
+            (self._features[key],) = self._model.get_image_features(inputs.pop("pixel_values"), **inputs)
             while len(self._features) > MAX_IMAGES:
                 self._features.popitem(last=False)
         self._features.move_to_end(key)

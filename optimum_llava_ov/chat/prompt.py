@@ -12,6 +12,7 @@ from PIL import Image
 
 from optimum_llava_ov.chat.images import digest
 from optimum_llava_ov.chat.messages import Message, images_of
+from optimum_llava_ov.models.image_layout import ImageLayout
 
 
 # Tokenizers are not safe for several threads: padding and truncation are part of their state.
@@ -24,7 +25,7 @@ class Prompt:
 
     Attributes:
         text (`str`): Text that the chat template wrote, with one `<image>` for each image.
-        input_ids (`torch.LongTensor`): `(1, tokens)`. An image is `image_seq_length` image tokens.
+        input_ids (`torch.LongTensor`): `(1, tokens)`. An image is one image token for each of its rows.
         keys (`list[int | str]`): For each position, the token's id, or the digest of an image.
         images (`dict[str, Image.Image]`): Images by digest.
         messages (`list[Message]`): The messages of this prompt.
@@ -55,10 +56,15 @@ def build_prompt(messages: Sequence[Message], processor: Any, config: Any) -> Pr
         raise ValueError(
             f"The messages have {len(images)} image(s), but their texts contain {num_placeholders} `<image>` tokens."
         )
+    layout = ImageLayout.of_bundle(config)
     keys: list[int | str] = []
     remaining = iter(images)
     for token in tokens:
-        keys += [next(remaining)[0]] * config.image_seq_length if token == config.image_token_index else [token]
+        if token == config.image_token_index:
+            key, image = next(remaining)
+            keys += [key] * layout.num_image_tokens(image.size)
+        else:
+            keys.append(token)
     ids = [config.image_token_index if isinstance(key, str) else key for key in keys]
     return Prompt(text, torch.tensor([ids]), keys, dict(images), list(messages))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers.configuration_utils import PretrainedConfig
 
 from optimum_llava_ov.checkpoint.options import Rule, broken_rules, flag, integer, one_of, optional, text
+from optimum_llava_ov.checkpoint.tiling import ANYRES, TILING_OPTIONS, tiling_problems
 
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ _OPTIONS = {
     "mm_vision_select_feature": one_of(None, "patch", "cls_patch"),
     "mm_use_im_start_end": optional(flag()),
     "mm_use_im_patch_token": optional(flag()),
-    "mm_patch_merge_type": one_of(None, "flat"),
-    "image_aspect_ratio": one_of(None, "square", "pad"),
+    "image_aspect_ratio": one_of(None, "square", "pad", ANYRES),
     "unfreeze_mm_vision_tower": optional(flag()),
     "s2": one_of(None, False),  # a tower at several scales
 }
@@ -103,6 +103,8 @@ class OriginalLlavaConfig(PretrainedConfig):
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = True
     image_aspect_ratio: str | None = None
+    image_grid_pinpoints: list | str | None = None
+    mm_patch_merge_type: str | None = None
     unfreeze_mm_vision_tower: bool = False
     vision_config: Any = None
     im_start_token_id: int | None = None
@@ -122,7 +124,7 @@ class OriginalLlavaConfig(PretrainedConfig):
     @classmethod
     def known_options(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Return the known options of a `config.json`."""
-        names = [name for name in (*_OPTIONS, *cls.options) if name != "model_type"]
+        names = [name for name in (*_OPTIONS, *TILING_OPTIONS, *cls.options) if name != "model_type"]
         return {name: values[name] for name in names if values.get(name) is not None}
 
     @classmethod
@@ -131,7 +133,7 @@ class OriginalLlavaConfig(PretrainedConfig):
         missing = [f"{name} is missing" for name in cls.required if values.get(name) is None]
         if missing:
             return missing
-        problems = broken_rules(values, _OPTIONS | cls.options) + cls.nested_problems(values)
+        problems = broken_rules(values, _OPTIONS | cls.options) + tiling_problems(values) + cls.nested_problems(values)
         return problems or cls.contradictions(values)  # each value is valid: check them together
 
     @classmethod
@@ -188,6 +190,11 @@ class OriginalLlavaConfig(PretrainedConfig):
     def num_border_tokens(self) -> int:
         """Number of embeddings around the patches of one image: 2 for `<im_start>` and `<im_end>`, or 0."""
         return 2 if self.mm_use_im_start_end else 0
+
+    @property
+    def num_additional_image_tokens(self) -> int:
+        """Number of embeddings of one image that are not patches: the class token if it is kept, and the borders."""
+        return self.num_border_tokens + (1 if self.select_feature == "cls_patch" else 0)
 
     @property
     def num_known_tokens(self) -> int:

@@ -20,6 +20,7 @@ from optimum_llava_ov.checkpoint.merge import Overlay, check_fit, merge, with_ro
 from optimum_llava_ov.checkpoint.options import MAX_INDEX_BYTES, read_json
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.checkpoint.tensors import WEIGHT_FILES, map_files, weight_files
+from optimum_llava_ov.checkpoint.tiling import ANYRES, grid_problems, processor_problems
 from optimum_llava_ov.checkpoint.tokenizer import fill_in_token_ids
 from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower, read_vision_config
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
@@ -100,6 +101,8 @@ class OriginalCheckpoint:
         image_processor = read_image_processor(
             processor_file, config.vision_config.image_size, pads=config.image_aspect_ratio == "pad"
         )
+        if config.image_aspect_ratio == ANYRES:
+            _check_tiles(config, config_file, image_processor, processor_file)
 
         tokenizer = config.load_tokenizer(lineage.tokenizer)
         fill_in_token_ids(lineage.tokenizer, config, tokenizer)
@@ -255,6 +258,18 @@ def find_original(name_or_path: str | Path | Repository, **kwargs) -> Repository
     if config_file is not None:
         return repository.pinned(config_file) if names_original(config_file) else None
     return repository if is_adapter_of_llava(repository, kwargs.get("base_model")) else None
+
+
+def _check_tiles(
+    config: OriginalLlavaConfig, config_file: Path, image_processor: dict[str, Any], processor_file: Path
+) -> None:
+    tile_size = config.vision_config.image_size
+    for file, problems in (
+        (config_file, grid_problems(config.image_grid_pinpoints, tile_size)),
+        (processor_file, processor_problems(image_processor, tile_size)),
+    ):
+        if problems:
+            raise UnsupportedCheckpointError(f"{file} does not fit the vision tower: {'; '.join(problems)}.")
 
 
 def _choose(lineage: Lineage, config_file: Path, tokenizer: PreTrainedTokenizerFast) -> Choice:

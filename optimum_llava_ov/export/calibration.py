@@ -11,9 +11,11 @@ import numpy as np
 import openvino
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from optimum_llava_ov import host
 from optimum_llava_ov.bundle.layout import PARTS, SMALL_PARTS
+from optimum_llava_ov.models.image_layout import ImageLayout
 from optimum_llava_ov.models.merge import merge_image_features
 from optimum_llava_ov.samples.files import Sample, read_samples
 
@@ -40,17 +42,27 @@ def calibration_dataset(
     samples = _named_samples(dataset) if isinstance(dataset, str) else read_samples(dataset[0])
     samples = random.Random(0).sample(samples, min(len(samples), num_samples or DEFAULT_NUM_SAMPLES))
     core = openvino.Core()
+    layout = ImageLayout.of_bundle(AutoConfig.from_pretrained(folder))
     table, encoder = (core.compile_model(folder / PARTS[part], "CPU") for part in SMALL_PARTS)
     return nncf.Dataset(
-        [_inputs(sample, processor, table, encoder) for sample in tqdm(samples, desc="Preparing calibration data")]
+        [
+            _inputs(sample, processor, table, encoder, layout)
+            for sample in tqdm(samples, desc="Preparing calibration data")
+        ]
     )
 
 
-def _inputs(sample: Sample, processor: LlavaProcessor, table: Any, encoder: Any) -> dict[str, np.ndarray]:
+def _inputs(
+    sample: Sample, processor: LlavaProcessor, table: Any, encoder: Any, layout: ImageLayout
+) -> dict[str, np.ndarray]:
     inputs = sample.inputs(processor)
     embeds = torch.from_numpy(table(inputs["input_ids"].numpy())[0])
     if "pixel_values" in inputs:
-        features = torch.from_numpy(encoder(inputs["pixel_values"].numpy())[0])
+        features = layout.features(
+            lambda pixels: torch.from_numpy(encoder(pixels.numpy())[0].copy()),
+            inputs["pixel_values"],
+            inputs.get("image_sizes"),
+        )
         embeds = merge_image_features(inputs["input_ids"], embeds, features, processor.image_token_id)
     length = embeds.shape[1]
     return {

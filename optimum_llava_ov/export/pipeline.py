@@ -183,7 +183,8 @@ def _export(
             # Only the weights. OpenVINO would also round the frequencies of rotary embeddings.
             halve(model, folder)
             part_config = None
-        save_settings(checkpoint, processor, model.generation_config, folder)
+        newline = None if model.image_newline is None else model.image_newline.detach().float()
+        save_settings(checkpoint, processor, model.generation_config, newline, folder)
         if convert_tokenizer:
             export_tokenizers(processor, folder)  # before the parts, because it may fail
         _export_parts(model, processor, folder, part_config, recipe, free if is_ours else None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from transformers import GenerationMixin
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
+from optimum_llava_ov.models.image_layout import images_per_sequence
 from optimum_llava_ov.models.merge import check_image_count
 
 
@@ -24,15 +27,20 @@ class ImageGenerationMixin(GenerationMixin):
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and input_ids is not None and pixel_values is not None:
             del model_kwargs["pixel_values"]
-            features = self.get_image_features(pixel_values)
-            is_image = input_ids == self.config.image_token_id
+            features = self.get_image_features(pixel_values, model_kwargs.pop("image_sizes", None))
+            is_image, lengths = input_ids == self.config.image_token_id, [len(image) for image in features]
             check_image_count(is_image, features)
-            per_sequence = features.split((is_image.sum(dim=1) // features.shape[1]).tolist())
+            remaining = iter(features)
+            per_sequence = [
+                list(islice(remaining, count)) for count in images_per_sequence(is_image.sum(dim=1).tolist(), lengths)
+            ]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if pixel_values is not None and "pixel_values" not in model_kwargs:
-            model_kwargs["image_features"] = torch.cat([images for images in per_sequence for _ in range(expand_size)])
+            model_kwargs["image_features"] = [
+                image for images in per_sequence for _ in range(expand_size) for image in images
+            ]
         return input_ids, model_kwargs
 
     def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from optimum_llava_ov.checkpoint.config import OriginalLlavaConfig
 from optimum_llava_ov.checkpoint.families.mpt import LlavaMptConfig
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import UnsupportedCheckpointError
+from optimum_llava_ov.models.anyres import SPATIAL_UNPAD
 from optimum_llava_ov.models.generation import ImageGenerationMixin
+from optimum_llava_ov.models.image_layout import ImageLayout
 from optimum_llava_ov.models.language import build_language_model, compute_buffers
 from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
 from optimum_llava_ov.models.projector import build_projector
@@ -44,6 +47,10 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
             text_config.hidden_size,
             config.num_border_tokens,
         )
+        # The row after each row of patches of an image that is cut into tiles
+        tiling = ImageLayout.of_original(config).tiling
+        has_newline = tiling is not None and tiling.merge_type == SPATIAL_UNPAD
+        self.image_newline = nn.Parameter(torch.empty(text_config.hidden_size)) if has_newline else None
 
     @classmethod
     def from_pretrained(
@@ -116,8 +123,12 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
     def get_output_embeddings(self) -> nn.Linear:
         return self.language_model.lm_head
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encode `(images, 3, height, width)` to `(images, image_seq_length, hidden_size)`, borders included."""
+    def get_image_features(self, pixel_values: Any, image_sizes: Any = None) -> torch.Tensor | list[torch.Tensor]:
+        """Encode images, borders included. See [`ImageLayout.features`]."""
+        layout = ImageLayout.of_original(self.config, self.image_newline)
+        return layout.features(self._encode, pixel_values, image_sizes)
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.image_encoder(pixel_values.to(self.image_encoder.features.embeddings.patch_embedding.weight.dtype))
 
     def forward(
@@ -127,7 +138,8 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
         pixel_values: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        image_sizes: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs,
@@ -137,7 +149,9 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
             input_ids: `(batch, tokens)`.
             attention_mask: `(batch, past + tokens)`, 0 for padding. All ones if not given.
             pixel_values: `(images, 3, height, width)`, the images of all sequences in order; only with the prompt.
-            image_features: `(images, image_seq_length, hidden_size)`, instead of `pixel_values`.
+                With tiles: `(images, tiles, 3, height, width)`.
+            image_features: `(num_image_tokens, hidden_size)` for each image, instead of `pixel_values`.
+            image_sizes: `(images, 2)`, height and width of each image; only with tiles.
             logits_to_keep: number of last positions to compute logits for; 0 for all.
 
         Raises:
@@ -147,7 +161,7 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
             check_token_ids(input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
             if pixel_values is not None:
-                image_features = self.get_image_features(pixel_values)
+                image_features = self.get_image_features(pixel_values, image_sizes)
             if image_features is not None:
                 inputs_embeds = merge_image_features(
                     input_ids, inputs_embeds, image_features, self.config.image_token_id
@@ -169,11 +183,11 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, pixel_values=None, image_features=None, **kwargs
+        self, input_ids, past_key_values=None, pixel_values=None, image_features=None, image_sizes=None, **kwargs
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         if past_key_values is None or past_key_values.get_seq_length() == 0:
-            inputs.update(pixel_values=pixel_values, image_features=image_features)
+            inputs.update(pixel_values=pixel_values, image_features=image_features, image_sizes=image_sizes)
         return inputs
 
 

@@ -31,6 +31,8 @@ def load_weights(model: OriginalLlavaForConditionalGeneration, checkpoint: Origi
             fit the configuration.
     """
     state_dict = _language_tensors(checkpoint)
+    if model.image_newline is None:  # stored, but the original does not use it
+        state_dict.pop("image_newline", None)
     state_dict.update(_vision_tensors(checkpoint, model))
     _check_tensors(checkpoint, model, state_dict)
     model.load_state_dict(state_dict, assign=True)
@@ -48,6 +50,8 @@ def _language_tensors(checkpoint: OriginalCheckpoint) -> dict[str, torch.Tensor]
         short = name.removeprefix(config.prefix)
         if short.startswith("mm_projector."):
             state_dict[f"image_encoder.projector.{short.removeprefix('mm_projector.')}"] = tensor
+        elif short == "image_newline":
+            state_dict[short] = tensor
         elif short == config.table:
             state_dict[_TABLE] = tensor
         elif short == "image_newline":

@@ -159,17 +159,18 @@ def hook_modeling() -> None:
     """Let `OVModelForVisualCausalLM.from_pretrained` use our class for our bundles, and its own for other models."""
     from optimum.intel.openvino import modeling_visual_language
 
+    from optimum_llava_ov.bundle.check import MODEL_TYPES
     from optimum_llava_ov.checkpoint.families import FAMILIES
 
     mapping = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING
-    # The model types of the bundle and of the checkpoints
-    llava = mapping["llava"] = _llava_class(mapping["llava"])
-    mapping.update({family.model_type: llava for family in FAMILIES})
+    # The model types of the bundles and of the checkpoints
+    mapping.update({model_type: _llava_class(mapping[model_type]) for model_type in MODEL_TYPES})
+    mapping.update({family.model_type: mapping["llava"] for family in FAMILIES})
     visual = modeling_visual_language.OVModelForVisualCausalLM
-    visual.from_pretrained = classmethod(_from_pretrained_for_all(visual, llava))
+    visual.from_pretrained = classmethod(_from_pretrained_for_all(visual, [mapping[name] for name in MODEL_TYPES]))
 
 
-def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
+def _from_pretrained_for_all(visual: Any, llava_classes: list[Any]) -> Callable:
     """Let our class load an original checkpoint, or a bundle that this package made of one.
 
     The host takes "llava" for the type of transformers' own models. Without a network, it looks for any folder in the
@@ -185,7 +186,8 @@ def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
         ours = _class_for(**arguments) if cls is visual else None
         if ours is None:
             return original(cls, *args, **kwargs)
-        llava.register(ours)
+        for llava in llava_classes:
+            llava.register(ours)
         return ours.from_pretrained(**arguments)
 
     return from_pretrained
@@ -193,7 +195,7 @@ def _from_pretrained_for_all(visual: Any, llava: Any) -> Callable:
 
 def _class_for(model_id: str | Path, **options: Any) -> Any:
     """Return our class for our bundles and for original checkpoints; `None` for other models."""
-    from optimum_llava_ov.bundle.check import is_our_bundle
+    from optimum_llava_ov.bundle.check import MODEL_TYPES, is_our_bundle
     from optimum_llava_ov.checkpoint.families import family_of, names_original
     from optimum_llava_ov.checkpoint.options import read_json
     from optimum_llava_ov.checkpoint.reader import is_original_checkpoint
@@ -209,7 +211,7 @@ def _class_for(model_id: str | Path, **options: Any) -> Any:
         return None
     with contextlib.suppress(ValueError):
         values = read_json(config_file)
-        if values.get("model_type") == "llava" and is_our_bundle(values):
+        if values.get("model_type") in MODEL_TYPES and is_our_bundle(values):
             return _our_class(values["text_config"]["model_type"])
         if (family := family_of(values)) is not None:
             return _our_class(family.text_model_type)
@@ -217,7 +219,7 @@ def _class_for(model_id: str | Path, **options: Any) -> Any:
 
 
 def _llava_class(stock: type) -> Any:
-    """Make a class for the model type "llava" that chooses Optimum's class or ours, by who made the bundle.
+    """Make a class for a model type of bundles that chooses Optimum's class or ours, by who made the bundle.
 
     `isinstance` with it is true for the models of our classes.
     """

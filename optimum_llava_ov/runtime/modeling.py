@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
+from itertools import compress, islice
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.layout import weights_file
 from optimum_llava_ov.models.generation import ImageGenerationMixin
+from optimum_llava_ov.models.image_layout import ImageLayout, images_per_sequence, widths_and_heights
 from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
 from optimum_llava_ov.runtime.cache import DecoderCache
-from optimum_llava_ov.runtime.canonical import ORIGINAL_IMAGE_TOKEN_ID, canonical_prompts
+from optimum_llava_ov.runtime.canonical import (
+    ORIGINAL_IMAGE_TOKEN_ID,
+    CountImages,
+    canonical_prompts,
+    equal_images,
+    tiled_images,
+)
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.samples.files import question_inputs
 from optimum_llava_ov.system.mapped import read_once
@@ -31,6 +40,9 @@ from optimum_llava_ov.system.threads import one_torch_thread
 
 
 ATTENTION_BACKEND = "ATTENTION_BACKEND"  # GenAI's name
+# Images or tiles that the image encoder gets together: more take more memory, and no less time for each
+MAX_IMAGES_AT_ONCE = 8
+_IMAGES = ("pixel_values", "image_features", "image_sizes")
 
 
 def _one_at_a_time(method):
@@ -101,7 +113,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         if is_new:
             size = self.config.vision_config.image_size
             with read_once(weights_file(self.model_save_dir, "vision_embeddings_model")):
-                self.get_image_features(torch.zeros(1, 3, size, size))
+                self._encode(torch.zeros(1, 3, size, size))
 
     @_one_at_a_time
     @one_torch_thread()
@@ -112,7 +124,10 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Args:
             inputs, input_ids: `(batch, tokens)`. An image is written as the processor writes it, or as one -200.
-            pixel_values, images: `(images, 3, height, width)`, the images of all prompts in order.
+            pixel_values, images: `(images, 3, height, width)`, the images of all prompts in order. If the model cuts
+                images into tiles, `(images, tiles, 3, height, width)`, or a list with the tiles of each image.
+            image_sizes: `(images, 2)`, height and width of each image as the processor returns them; only with tiles.
+                Beside `images`, the argument of the original code, it is width and height, as there.
             past_key_values: The cache that the last call with `return_dict_in_generate=True` returned, or
                 [`new_cache`]. The former is valid until the next call. As in transformers, `inputs` is the whole
                 conversation.
@@ -133,7 +148,9 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             kwargs["tokenizer"] = self._tokenizer
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if kwargs.get("pixel_values") is None and images is not None:
-            kwargs["pixel_values"] = _stack(images)
+            kwargs["pixel_values"] = _stack(images) if self.image_layout.tiling is None else images
+            if kwargs.get("image_sizes") is not None:  # of the original code, which has PIL's order
+                kwargs["image_sizes"] = torch.as_tensor(kwargs["image_sizes"]).flip(-1)
         if prompt is None or kwargs.get("inputs_embeds") is not None:
             return super().generate(prompt, *args, **kwargs)
 
@@ -142,7 +159,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         mask = torch.ones_like(prompt) if mask is None else mask
         if mask.shape != prompt.shape:  # with `past_key_values`, `input_ids` may hold the new tokens only
             return super().generate(prompt, *args, attention_mask=mask, **kwargs)
-        canonical, mask = self._canonical_prompts(prompt, mask)
+        canonical, mask = self._canonical_prompts(prompt, mask, kwargs.get("image_sizes"))
         output = super().generate(canonical, *args, attention_mask=mask, **kwargs)
         return output if canonical is prompt else _with_prompt(output, prompt, canonical.shape[1])
 
@@ -175,14 +192,14 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         past_key_values.reorder_cache(beam_idx)
         return past_key_values
 
-    def _canonical_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor):
+    def _canonical_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, image_sizes: Any = None):
         config = self.config
         start, end = getattr(config, "im_start_token_id", None), getattr(config, "im_end_token_id", None)
         ids, mask = canonical_prompts(
             input_ids,
             attention_mask,
             config.image_token_index,
-            config.image_seq_length,
+            self._count_images(image_sizes),
             None if start is None or end is None else (start, end),
             self.generation_config.pad_token_id or 0,
         )
@@ -197,7 +214,8 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         attention_mask: torch.Tensor | None = None,
         past_key_values: DecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        image_sizes: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         logits_to_keep: int = 0,
         **kwargs,
@@ -207,12 +225,16 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         Args:
             input_ids: `(batch, tokens)`. With a cache, the new tokens only.
             pixel_values: `(images, 3, height, width)`, the images in `input_ids` in order.
+                With tiles: `(images, tiles, 3, height, width)`.
             attention_mask: `(batch, past + tokens)`, 0 for padding. Padding takes no position in its sequence: the
                 distance between the tokens before and after it is the same as without it. Default: all ones.
             past_key_values: The cache that the last call returned, or [`new_cache`]. `None` begins a new batch in the
                 model's own cache.
             inputs_embeds: `(batch, tokens, hidden_size)`, instead of `input_ids` and images.
-            image_features: `(images, image_seq_length, hidden_size)`, instead of `pixel_values`.
+            image_features: `(num_image_tokens, hidden_size)` for each image, instead of `pixel_values`.
+            image_sizes: `(images, 2)`, height and width of each image; only with tiles. If the processor has counted
+                other rows than the original, which occurs for few sizes, the prompts and the logits have the
+                original's.
             position_ids: Ignored, because ALiBi uses distances between tokens.
             logits_to_keep: Number of last positions to compute logits for; 0 for all.
 
@@ -224,19 +246,32 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
                 images in `input_ids`.
         """
         if inputs_embeds is None:
+            if image_sizes is not None:
+                input_ids, attention_mask = self._with_counted_rows(input_ids, attention_mask, image_sizes)
             check_token_ids(input_ids, self._num_embeddings)
             if pixel_values is not None:
-                image_features = self.get_image_features(pixel_values)
+                image_features = self.get_image_features(pixel_values, image_sizes)
             inputs_embeds = self._embed(input_ids, image_features)
         inputs_embeds = inputs_embeds.detach().float()
         return self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
+
+    def _with_counted_rows(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, image_sizes: Any
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """Return prompts with as many `<image>` as the images have rows. One that continues a cache is unchanged."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            return input_ids, attention_mask
+        return self._canonical_prompts(input_ids, mask, image_sizes)
 
     @property
     def _num_embeddings(self) -> int:
         """Return the size of the embedding table. Its last token is `<image>`, unless the table was made larger."""
         return max(self.config.image_token_index + 1, self.config.text_config.vocab_size)
 
-    def _embed(self, input_ids: torch.LongTensor, image_features: torch.Tensor | None) -> torch.Tensor:
+    def _embed(
+        self, input_ids: torch.LongTensor, image_features: torch.Tensor | Sequence[torch.Tensor] | None
+    ) -> torch.Tensor:
         if input_ids.shape[1] == 1 and (inputs_embeds := self.language_model.look_up(input_ids)) is not None:
             return inputs_embeds
         with self._parts_lock:
@@ -245,30 +280,60 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         if image_features is None:
             if input_ids.shape[1] == 1 or not (input_ids == image_token_id).any():
                 return inputs_embeds
-            image_features = inputs_embeds.new_empty(0, self.config.image_seq_length, inputs_embeds.shape[-1])
+            image_features = []
+            if self.image_layout.tiling is None:
+                image_features = inputs_embeds.new_empty(0, self.image_layout.num_tokens, inputs_embeds.shape[-1])
         return merge_image_features(input_ids, inputs_embeds, image_features, image_token_id)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    @functools.cached_property
+    def image_layout(self) -> ImageLayout:
+        """Return how many rows an image has, and in which order."""
+        return ImageLayout.of_bundle(self.config)
+
+    def _count_images(self, image_sizes: Any) -> CountImages:
+        """Return the function for [`canonical_prompts`] that says which images stand for runs of `<image>`."""
+        tiling = self.image_layout.tiling
+        if tiling is None:
+            return functools.partial(equal_images, self.image_layout.num_tokens)
+        sizes = widths_and_heights(image_sizes)
+        return functools.partial(
+            tiled_images,
+            [tiling.num_image_tokens(size) for size in sizes],
+            [tiling.num_placeholders(size) for size in sizes],
+        )
+
+    def get_image_features(self, pixel_values: Any, image_sizes: Any = None) -> torch.Tensor | list[torch.Tensor]:
         """Encode images `(images, 3, height, width)` to `(images, image_seq_length, hidden_size)` float32.
 
+        With tiles, `(images, tiles, 3, height, width)` with height and width of each image in `image_sizes` to a list
+        of `(num_image_tokens, hidden_size)` for each image. See [`ImageLayout.features`].
+
         Features of `<im_start>` and `<im_end>` are included. Equal images, as in a batch of questions about one image,
-        are encoded once.
+        are encoded once, and so are equal tiles.
         """
+        return self.image_layout.features(self._encode, pixel_values, image_sizes)
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode `(images, 3, height, width)`, at most [`MAX_IMAGES_AT_ONCE`] at a time."""
         pixel_values = pixel_values.float()
         indices_by_image: dict[bytes, list[int]] = {}
         for index, image in enumerate(pixel_values):
             indices_by_image.setdefault(image.numpy().tobytes(), []).append(index)
         groups = list(indices_by_image.values())
-        with self._parts_lock:
-            features = self.vision_embeddings(pixel_values[[indices[0] for indices in groups]]).last_hidden_state
-            repeated = np.empty((len(pixel_values), *features.shape[1:]), dtype=np.float32)
-            for indices, image_features in zip(groups, features):
-                repeated[indices] = image_features
+        repeated: np.ndarray | None = None
+        for start in range(0, len(groups), MAX_IMAGES_AT_ONCE):
+            batch = groups[start : start + MAX_IMAGES_AT_ONCE]
+            with self._parts_lock:
+                features = self.vision_embeddings(pixel_values[[indices[0] for indices in batch]]).last_hidden_state
+                if repeated is None:
+                    repeated = np.empty((len(pixel_values), *features.shape[1:]), dtype=np.float32)
+                for indices, image_features in zip(batch, features):
+                    repeated[indices] = image_features
         return torch.from_numpy(repeated)
 
     def get_vision_embeddings(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Call [`get_image_features`], by Optimum's name."""
-        return self.get_image_features(torch.as_tensor(pixel_values))
+        """Encode images or tiles `(images, 3, height, width)`, by Optimum's name."""
+        return self._encode(torch.as_tensor(pixel_values))
 
     def prepare_inputs_for_generation(
         self,
@@ -294,25 +359,38 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             return {**inputs, "inputs_embeds": inputs_embeds}
         num_new_tokens = attention_mask.shape[1] - past_length
         if is_first_iteration or not past_length:
-            for name in ("pixel_values", "image_features"):
-                if kwargs.get(name) is not None:
-                    images = self._images_of_new_tokens(kwargs[name], input_ids, num_new_tokens)
-                    inputs[name] = images if len(images) else None
+            images = {name: kwargs[name] for name in _IMAGES if kwargs.get(name) is not None}
+            inputs.update(self._images_of_new_tokens(images, input_ids, num_new_tokens))
         return {**inputs, "input_ids": input_ids[:, -num_new_tokens:]}
 
     def _images_of_new_tokens(
-        self, images: torch.Tensor, input_ids: torch.LongTensor, num_new_tokens: int
-    ) -> torch.Tensor:
+        self, images: dict[str, Any], input_ids: torch.LongTensor, num_new_tokens: int
+    ) -> dict[str, Any]:
         """Leave out images whose tokens are in the cache, unless the caller gave the new images only."""
+        lengths = self._lengths(**images)
         is_image = input_ids == self.config.image_token_index
-        totals = is_image.sum(dim=1) // self.config.image_seq_length
-        if len(images) != totals.sum():
+        if not lengths or sum(lengths) != is_image.sum():
             return images
-        new = is_image[:, -num_new_tokens:].sum(dim=1) // self.config.image_seq_length
-        keep = [
-            number >= total - count for total, count in zip(totals.tolist(), new.tolist()) for number in range(total)
-        ]
-        return images[keep]
+        rows, new_rows = is_image.sum(dim=1).tolist(), is_image[:, -num_new_tokens:].sum(dim=1).tolist()
+        keep, remaining = [], iter(lengths)
+        for count, cached in zip(images_per_sequence(rows, lengths), (a - b for a, b in zip(rows, new_rows))):
+            for length in islice(remaining, count):
+                keep.append(cached <= 0)
+                cached -= length
+        if not any(keep):
+            return {}
+        return {
+            name: values[keep] if isinstance(values, torch.Tensor) else list(compress(values, keep))
+            for name, values in images.items()
+        }
+
+    def _lengths(self, pixel_values: Any = None, image_features: Any = None, image_sizes: Any = None) -> list[int]:
+        """Return the number of image tokens of each image."""
+        if image_features is not None:
+            return [len(image) for image in image_features]
+        if self.image_layout.tiling is None:
+            return [self.image_layout.num_tokens] * (0 if pixel_values is None else len(pixel_values))
+        return [self.image_layout.num_image_tokens(size) for size in widths_and_heights(image_sizes)]
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         """Return the processors of transformers.
