@@ -52,7 +52,8 @@ from export import export_command
 from machine import machine, versions
 from measure import disk_usage, run_measured
 from prompts import make_prompts
-from random_checkpoint import SIZES, TINY, is_complete, write_random_checkpoint
+from random_checkpoint import is_complete, write_random_checkpoint
+from random_families import FAMILIES, TINY
 from report import summarize, text
 
 
@@ -251,7 +252,7 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--size", choices=SIZES, default="1.3b")
+    parser.add_argument("--size", choices=FAMILIES["mpt"].sizes, default="1.3b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=MODULES, default=DEFAULT)
     parser.add_argument("--prompts", nargs="+", type=int, help=f"lengths in tokens (default: {PROMPTS})")

@@ -35,7 +35,8 @@ from pathlib import Path
 
 from machine import machine, versions
 from measure import disk_usage, run_measured
-from random_checkpoint import SIZES, is_complete, write_random_checkpoint
+from random_checkpoint import is_complete, write_random_checkpoint
+from random_families import FAMILIES
 
 
 COPY_FACTOR, EXTRA_SECONDS = 2, 40
@@ -170,7 +171,7 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--size", choices=FAMILIES["mpt"].sizes, default="7b")
     parser.add_argument("--weight-format", default="fp16")
     parser.add_argument("--keep", action="store_true", help="do not delete checkpoint and bundle")
     arguments = parser.parse_args()
