@@ -1,8 +1,8 @@
-"""Compare the ways to run a LLaVA-MPT: our class, stock optimum-intel, GenAI, torch, and the OpenVINO notebook's
-pipeline.
+"""Compare the ways to run a LLaVA: our class, stock optimum-intel, GenAI, llama.cpp, torch, and the OpenVINO
+notebook's pipeline. The last two are for LLaVA-MPT only.
 
-    python benchmarks/engines.py WORKDIR --size 1.3b [--rounds 3] [--contenders ours genai-sdpa ...] [--prompts 300
-    2000]
+    python benchmarks/engines.py WORKDIR [--family mpt|llama|mistral] [--size 1.3b] [--rounds 3]
+        [--contenders ours genai-sdpa ...] [--prompts 300 2000]
 
 It uses a random checkpoint of full size. If WORKDIR has none, `random_checkpoint.py` makes one.
 
@@ -21,8 +21,12 @@ its other tokens. Batches use the shortest prompt. Memory is that of the whole p
 
 Medians, their ratios to ours and the targets are printed. All measurements are written to `WORKDIR/results.json` after
 every process, and plotted in `WORKDIR/results.png`. `--add` adds to the existing results, to measure in parts.
+`--name` gives the two files another name than `results`.
 
 `--contenders ours llama-Q4_K_M llama-Q4_0` compares with llama.cpp, if llama-cpp-python is installed (`llama.py`).
+
+The images of `llama` and `mistral` are square, because their checkpoints pad images, which GenAI cannot do, and
+llama.cpp does in another way.
 
 At 1.3b with 3 rounds, two cores take about an hour and a half, and 10 GB of disk. At 7b use `--stored-weights`,
 because the notebook loads weights in float32, which takes 27 GB of memory.
@@ -46,31 +50,32 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from contenders import MODULES, NEEDS_PACKAGE, ONE_SEQUENCE, Job
+from contenders import MODULES, MPT_ONLY, NEEDS_PACKAGE, ONE_SEQUENCE, Job
 from contenders.turns import give_turn
 from export import export_command
 from machine import machine, versions
 from measure import disk_usage, run_measured
 from prompts import make_prompts
-from random_checkpoint import is_complete, write_random_checkpoint
-from random_families import FAMILIES, TINY
+from random_checkpoint import is_complete, random_folder, write_random_checkpoint
+from random_families import TINY, add_family_arguments, check_family_arguments
 from report import summarize, text
 
 
 HERE = Path(__file__).resolve().parent
 WEIGHT_FORMAT = "int4"
-PROMPTS, TINY_PROMPTS = [300, 1000, 2000, 4000], [80, 160]
+MPT_PROMPTS, TINY_PROMPTS = [300, 1000, 2000, 4000], [80, 160]
+PROMPTS = [700, 1000, 2000]  # 576 of an image
+SQUARE = (640, 640)
 BATCHES = [4, 8]
 LIMITS = {"torch": 1000}
-DEFAULT = [name for name, module in MODULES.items() if module not in NEEDS_PACKAGE]
 ENV = {"CI": "true", "HF_HUB_OFFLINE": "1"}  # no telemetry, which forks and sends
 
 
-def make_checkpoint(workdir: Path, size: str) -> Path:
+def make_checkpoint(workdir: Path, size: str, family: str) -> Path:
     """Return the random checkpoint. Make it if it does not exist."""
-    folder = workdir / f"random-{size}"
+    folder = random_folder(workdir, size, family)
     if not is_complete(folder):
-        write_random_checkpoint(folder, size)
+        write_random_checkpoint(folder, size, family=family)
     return folder / "checkpoint"
 
 
@@ -179,17 +184,22 @@ def jobs(arguments: argparse.Namespace, paths: dict[str, Path], prompts: dict[in
                     batch=batch,
                     new_tokens=arguments.new_tokens,
                     repeats=arguments.repeats,
+                    image_size=Job.image_size if arguments.family == "mpt" else SQUARE,
                 )
 
 
 def benchmark(arguments: argparse.Namespace) -> dict:
-    """Make missing files, measure, and write `results.json` after each measurement."""
+    """Make missing files, measure, and write the results after each measurement."""
     workdir = arguments.workdir
     workdir.mkdir(parents=True, exist_ok=True)
-    file = workdir / "results.json"
-    checkpoint = (
-        TINY / "checkpoint" if arguments.tiny else arguments.checkpoint or make_checkpoint(workdir, arguments.size)
-    )
+    file = workdir / f"{arguments.name}.json"
+    family, size = arguments.family, "tiny" if arguments.tiny else arguments.size
+    if arguments.checkpoint:
+        checkpoint = arguments.checkpoint
+    elif arguments.tiny and family == "mpt":
+        checkpoint = TINY / "checkpoint"
+    else:
+        checkpoint = make_checkpoint(workdir, size, family)
     paths = {
         "checkpoint": checkpoint,
         "bundle": arguments.bundle or workdir / "bundle",
@@ -197,7 +207,8 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         "llama": workdir / "llama",
     }
     result = {
-        "size": "tiny" if arguments.tiny else arguments.size,
+        "family": family,
+        "size": size,
         "weight_format": WEIGHT_FORMAT,
         "machine": machine(),
         "versions": versions(),
@@ -217,7 +228,8 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         result["llama"] = make(
             [sys.executable, HERE / "llama.py", "convert", checkpoint, paths["llama"]], checkpoint, paths["llama"]
         )
-    prompts = make_prompts(paths["bundle"], arguments.prompts or (TINY_PROMPTS if arguments.tiny else PROMPTS))
+    default_prompts = PROMPTS if family != "mpt" else TINY_PROMPTS if arguments.tiny else MPT_PROMPTS
+    prompts = make_prompts(paths["bundle"], arguments.prompts or default_prompts)
     for number in range(arguments.rounds):
         for measured in one_round(jobs(arguments, paths, prompts, number), workdir, arguments.together):
             result["runs"].append({"round": number, **measured})
@@ -252,10 +264,15 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--size", choices=FAMILIES["mpt"].sizes, default="1.3b")
+    add_family_arguments(parser, default_size="1.3b")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", choices=MODULES, default=DEFAULT)
-    parser.add_argument("--prompts", nargs="+", type=int, help=f"lengths in tokens (default: {PROMPTS})")
+    parser.add_argument("--contenders", nargs="+", choices=MODULES, help="default: those of the family")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        type=int,
+        help=f"lengths in tokens, image included (default: {MPT_PROMPTS} for mpt, or else {PROMPTS})",
+    )
     parser.add_argument(
         "--batches", nargs="*", type=int, default=BATCHES, help="batch sizes besides 1; without values, no batches"
     )
@@ -276,9 +293,16 @@ def main() -> None:
         action="store_true",
         help="the notebook's conversion keeps the stored weights and does not load float32",
     )
-    parser.add_argument("--add", action="store_true", help="add to the runs in results.json")
+    parser.add_argument("--name", default="results", help="name of the files with the results")
+    parser.add_argument("--add", action="store_true", help="add to the runs in the existing results")
     parser.add_argument("--tiny", action="store_true", help="run on a tiny checkpoint, as a check")
     arguments = parser.parse_args()
+    check_family_arguments(parser, arguments)
+    possible = [name for name in MODULES if arguments.family == "mpt" or name not in MPT_ONLY]
+    if arguments.contenders is None:
+        arguments.contenders = [name for name in possible if MODULES[name] not in NEEDS_PACKAGE]
+    if unknown := set(arguments.contenders) - set(possible):
+        parser.error(f"{', '.join(sorted(unknown))}: only for mpt")
     for package in {NEEDS_PACKAGE.get(MODULES[name]) for name in arguments.contenders} - {None}:
         if not find_spec(package):
             parser.error(
@@ -289,7 +313,7 @@ def main() -> None:
     print(text(result))
     from plot import plot  # imported late, so that a missing matplotlib does not lose results
 
-    plot(result, arguments.workdir / "results.png")
+    plot(result, arguments.workdir / f"{arguments.name}.png")
 
 
 if __name__ == "__main__":

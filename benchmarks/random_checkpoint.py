@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from random_families import (
     FAMILIES,
-    SIZES,
     TINY,
     Config,
     Family,
     Shapes,
+    add_family_arguments,
+    check_family_arguments,
     number_of_shards,
     vision_shapes,
     write_json,
@@ -83,6 +84,11 @@ def write_random_checkpoint(folder: Path, size: str, seed: int = 0, family: str 
         _write_vision(clip, vision_config, vision, seed + 1, progress)
     kind.write_tokenizer(checkpoint)
     write_json(checkpoint / "config.json", config)
+
+
+def random_folder(workdir: Path, size: str, family: str = "mpt") -> Path:
+    """Return the folder in `workdir` for a random checkpoint. It may not exist yet. See [`is_complete`]."""
+    return workdir / (f"random-{size}" if family == "mpt" else f"random-{family}-{size}")
 
 
 def is_complete(folder: Path) -> bool:
@@ -184,12 +190,10 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--family", choices=FAMILIES, default="mpt")
-    parser.add_argument("--size", choices=SIZES, default="7b")
+    add_family_arguments(parser, default_size="7b")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if arguments.size not in FAMILIES[arguments.family].sizes:
-        parser.error(f"{arguments.family} has the sizes {', '.join(FAMILIES[arguments.family].sizes)}")
+    check_family_arguments(parser, arguments)
     write_random_checkpoint(arguments.out, arguments.size, arguments.seed, arguments.family)
 
 

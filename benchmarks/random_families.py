@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
@@ -313,4 +314,17 @@ FAMILIES = {
         safetensors=True,
     ),
 }
-SIZES = sorted({size for family in FAMILIES.values() for size in family.sizes})
+
+
+def add_family_arguments(parser: argparse.ArgumentParser, default_size: str) -> None:
+    """Add `--family` and `--size`."""
+    sizes = {size: None for family in FAMILIES.values() for size in family.sizes}
+    parser.add_argument("--family", choices=FAMILIES, default="mpt")
+    parser.add_argument("--size", choices=sizes, default=default_size)
+
+
+def check_family_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program if the family does not have the size."""
+    sizes = FAMILIES[arguments.family].sizes
+    if arguments.size not in sizes:
+        parser.error(f"{arguments.family} does not have the size {arguments.size}, but {', '.join(sizes)}")
