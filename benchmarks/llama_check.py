@@ -1,11 +1,16 @@
 """Compare GGUF files with the checkpoint that they were written from, computed by transformers in fp32.
 
 `python benchmarks/llama.py check` runs it. It needs 4 bytes of memory for each weight, so it is for small models.
+
+llama.cpp puts the class token after the patches, but numbers positions and picks features as if it were before them
+(ggml-org/llama.cpp issue 25814). It takes the same time, so nothing is changed for the measurements. Here the torch
+model does the same.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +18,8 @@ import torch
 from llama import MMPROJ, VisionModel
 from llama_files import PROJECTOR, tensors
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.checkpoint.sentencepiece import load_sentencepiece_tokenizer
@@ -41,7 +47,9 @@ class TorchModel:
         self.language_model.load_state_dict(weights)
         tower = checkpoint / self.config["mm_vision_tower"]
         self.vision_tower = CLIPVisionModel.from_pretrained(tower).eval()
-        self.processor = CLIPImageProcessor.from_pretrained(tower)
+        embeddings = self.vision_tower.vision_model.embeddings
+        embeddings.forward = partial(_class_token_last, embeddings)
+        self.processor = CLIPImageProcessorPil.from_pretrained(tower)
         tokenizer = load_sentencepiece_tokenizer(
             Repository(str(checkpoint)),
             fast=self.config["model_type"] == "llava_mistral",
@@ -50,7 +58,7 @@ class TorchModel:
         self.tokenizer, self.image_token_id = tokenizer, tokenizer.convert_tokens_to_ids("<image>")
 
     def encode(self, image: Image.Image) -> torch.Tensor:
-        """Return image features `(patches, hidden_size)`."""
+        """Return image features `(patches, hidden_size)`, as llama.cpp picks them."""
         pixel_values = self.processor(image, return_tensors="pt")["pixel_values"]
         states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         features = states[self.config["mm_vision_select_layer"]][0, 1:]
@@ -65,6 +73,13 @@ class TorchModel:
         embed = self.language_model.get_input_embeddings()
         embeds = torch.cat([embed(ids[:place]), self.encode(image), embed(ids[place + 1 :])])
         return len(embeds), self.language_model(inputs_embeds=embeds[None]).logits[0, -1]
+
+
+def _class_token_last(embeddings: CLIPVisionEmbeddings, pixel_values: torch.Tensor, **_) -> torch.Tensor:
+    """Replace `CLIPVisionEmbeddings.forward`. Return `(1, patches + 1, hidden_size)`."""
+    patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+    tokens = torch.cat([patches, embeddings.class_embedding.expand(1, 1, -1)], dim=1)
+    return tokens + embeddings.position_embedding(embeddings.position_ids)
 
 
 @torch.no_grad()
