@@ -1,5 +1,6 @@
 """What the benchmarks compare with is right, and what they say follows from what they measured."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import engines  # noqa: E402
 from export import criteria  # noqa: E402
 from random_checkpoint import write_random_checkpoint  # noqa: E402
 from random_families import FAMILIES  # noqa: E402
@@ -153,6 +155,31 @@ def test_targets_of_llava_1_5_depend_on_the_processor(features, limit, met):
     assert found["ms per token at 1000 / stock"] == (pytest.approx(1.0), 0.8, False)
     assert found["time to first token at 700 / genai-pa"] == (None, 1.05, None)
     assert ("ms per token at 700 / llama-Q4_K_M" in found) is (limit == 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--family", "llama", "--contenders", "ours", "notebook"], "notebook: only for mpt"),
+        (["--family", "mpt", "--size", "13b"], "mpt does not have the size 13b"),
+    ],
+)
+def test_engines_refuse_what_a_family_does_not_have(options, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["engines.py", str(tmp_path / "work"), *options])
+    with pytest.raises(SystemExit):
+        engines.main()
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(("family", "is_square"), [("mpt", False), ("llama", True), ("mistral", True)])
+def test_all_contenders_get_square_images_if_the_checkpoint_pads(family, is_square):
+    options = {"contenders": ["ours", "stock"], "batches": [2], "limit": [], "new_tokens": 4, "repeats": 1}
+    arguments = argparse.Namespace(family=family, **options)
+    jobs = list(engines.jobs(arguments, {"bundle": Path("bundle")}, {700: "<image>"}, 0))
+    assert len(jobs) == 4
+    assert {width == height for width, height in (job.image_size for job in jobs)} == {is_square}
+    assert len({job.image_size for job in jobs}) == 1
 
 
 def test_targets_of_an_export_count_tracing():
