@@ -204,7 +204,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         "checkpoint": checkpoint,
         "bundle": arguments.bundle or workdir / "bundle",
         "notebook": arguments.notebook or workdir / "notebook",
-        "llama": workdir / "llama",
+        "llama": arguments.llama or workdir / "llama",
     }
     result = {
         "family": family,
@@ -224,7 +224,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         result["conversion"] = make(
             command + ["--stored-weights"] * arguments.stored_weights, checkpoint, paths["notebook"]
         )
-    if any(MODULES[name] == "llama" for name in arguments.contenders):
+    if any(MODULES[name] == "llama" for name in arguments.contenders) and not arguments.llama:
         result["llama"] = make(
             [sys.executable, HERE / "llama.py", "convert", checkpoint, paths["llama"]], checkpoint, paths["llama"]
         )
@@ -288,6 +288,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="use this checkpoint instead of a random one")
     parser.add_argument("--bundle", type=Path, help="measure this bundle instead of exporting one")
     parser.add_argument("--notebook", type=Path, help="measure this conversion of the notebook instead of making one")
+    parser.add_argument("--llama", type=Path, help="measure these files of `llama.py convert` instead of making them")
     parser.add_argument(
         "--stored-weights",
         action="store_true",

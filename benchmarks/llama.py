@@ -32,20 +32,22 @@ MMPROJ = "mmproj.gguf"
 def convert(checkpoint: Path, folder: Path, types: list[str], threads: int, keep_f16: bool) -> None:
     """Write `folder/F16.gguf`, and quantize it with llama.cpp's own quantizer. Write `folder/mmproj.gguf` in fp16.
 
-    An MPT has no `mmproj.gguf`.
+    An MPT has no `mmproj.gguf`. Files that exist are not made again.
     """
     import llama_files
 
     folder.mkdir(parents=True, exist_ok=True)
     original = folder / "F16.gguf"
-    if (checkpoint / "tokenizer.model").exists():
+    if (checkpoint / "tokenizer.model").exists() and not (folder / MMPROJ).exists():
         llama_files.write_mmproj(checkpoint, folder / MMPROJ)
-    if not original.exists():
+    missing = [file for name in types if not (file := folder / f"{name}.gguf").exists()]
+    if (missing or keep_f16) and not original.exists():
         llama_files.write_language_model(checkpoint, original)
-    for name in types:
-        quantize(original, folder / f"{name}.gguf", name, threads)
+    for file in missing:
+        quantize(original, file.with_suffix(".part"), file.stem, threads)
+        file.with_suffix(".part").rename(file)
     if not keep_f16:
-        original.unlink()
+        original.unlink(missing_ok=True)
 
 
 def quantize(source: Path, target: Path, name: str, threads: int) -> None:
