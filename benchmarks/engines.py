@@ -148,21 +148,26 @@ def read_files(job: Job) -> None:
         _read(Path(path))
 
 
-def _read(folder: Path) -> None:
-    """Read a folder into the page cache."""
+def _read(path: Path) -> None:
+    """Read a file, or all files of a folder, into the page cache."""
     block = bytearray(1 << 24)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb", buffering=0) as file:
+    for file_or_folder in [path, *path.rglob("*")]:
+        if file_or_folder.is_file():
+            with file_or_folder.open("rb", buffering=0) as file:
                 while file.readinto(block):
                     pass
 
 
 def needed_paths(contender: str, paths: dict[str, Path]) -> dict[str, str]:
     """Return the paths that a contender reads."""
-    names = {"torch_bf16": ("checkpoint", "bundle"), "notebook": ("notebook",), "llama": ("llama",)}
-    names = names.get(MODULES[contender], ("bundle",))
-    return {name: str(paths[name].resolve()) for name in names}
+    if MODULES[contender] == "llama":
+        # One file of several, because all of them together would evict others from the page cache
+        files = {"llama": f"{contender.removeprefix('llama-')}.gguf", "mmproj": "mmproj.gguf"}
+        found = {name: paths["llama"] / file for name, file in files.items() if (paths["llama"] / file).exists()}
+    else:
+        names = {"torch_bf16": ("checkpoint", "bundle"), "notebook": ("notebook",)}
+        found = {name: paths[name] for name in names.get(MODULES[contender], ("bundle",))}
+    return {name: str(path.resolve()) for name, path in found.items()}
 
 
 def jobs(arguments: argparse.Namespace, paths: dict[str, Path], prompts: dict[int, str], round_number: int):

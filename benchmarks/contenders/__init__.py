@@ -34,7 +34,7 @@ class Job:
 
     Attributes:
         contender (`str`): A key of `MODULES`.
-        paths (`dict[str, str]`): Folders by name: `bundle`, `checkpoint`, `notebook`, `llama`.
+        paths (`dict[str, str]`): Folders by name: `bundle`, `checkpoint`, `notebook`. Files: `llama`, `mmproj`.
         prompt (`str`): A complete prompt in the bundle's chat template, with one `<image>`.
         prompt_tokens (`int`): Length of the prompt in tokens, image tokens included.
         batch (`int`): Number of sequences in a batch, each with a different image.

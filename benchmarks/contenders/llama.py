@@ -75,9 +75,8 @@ def _greedy(model: llama.Model, started: float, prompt_tokens: int, new_tokens: 
 
 
 def load(job: Job) -> LlamaContender | TextContender:
-    folder, threads = Path(job.paths["llama"]), len(os.sched_getaffinity(0))
-    file, mmproj = folder / f"{job.contender.removeprefix('llama-')}.gguf", folder / llama.MMPROJ
+    file, threads = Path(job.paths["llama"]), len(os.sched_getaffinity(0))
     context = job.prompt_tokens + job.new_tokens
-    if mmproj.exists():
-        return LlamaContender(llama.VisionModel(file, mmproj, context, threads))
+    if "mmproj" in job.paths:
+        return LlamaContender(llama.VisionModel(file, Path(job.paths["mmproj"]), context, threads))
     return TextContender(llama.Model(file, context, threads), job.prompt_tokens)
