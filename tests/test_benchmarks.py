@@ -89,7 +89,7 @@ def test_engines(notebook, bundles, tmp_path):
             assert [answer["prompt_tokens"] for answer in answers] == [measured["prompt_tokens"]] * 2, measured[
                 "contender"
             ]
-    assert "fails" in output
+    assert "failures" in output
     assert "notebook, 2060 tokens" in output
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
