@@ -1,8 +1,8 @@
-"""Compare the ways to run a LLaVA-MPT: our class, stock optimum-intel, GenAI, torch, and the OpenVINO notebook's
-pipeline.
+"""Compare the ways to run a LLaVA: our class, stock optimum-intel, GenAI, llama.cpp, torch, and the OpenVINO
+notebook's pipeline. The last two are for LLaVA-MPT only.
 
-    python benchmarks/engines.py WORKDIR --size 1.3b [--rounds 3] [--contenders ours genai-sdpa ...] [--prompts 300
-    2000]
+    python benchmarks/engines.py WORKDIR [--family mpt|llama|mistral] [--size 1.3b] [--rounds 3]
+        [--contenders ours genai-sdpa ...] [--prompts 300 2000]
 
 It uses a random checkpoint of full size. If WORKDIR has none, `random_checkpoint.py` makes one.
 
@@ -21,8 +21,12 @@ its other tokens. Batches use the shortest prompt. Memory is that of the whole p
 
 Medians, their ratios to ours and the targets are printed. All measurements are written to `WORKDIR/results.json` after
 every process, and plotted in `WORKDIR/results.png`. `--add` adds to the existing results, to measure in parts.
+`--name` gives the two files another name than `results`.
 
 `--contenders ours llama-Q4_K_M llama-Q4_0` compares with llama.cpp, if llama-cpp-python is installed (`llama.py`).
+
+The images of `llama` and `mistral` are square, because their checkpoints pad images, which GenAI cannot do, and
+llama.cpp does in another way.
 
 At 1.3b with 3 rounds, two cores take about an hour and a half, and 10 GB of disk. At 7b use `--stored-weights`,
 because the notebook loads weights in float32, which takes 27 GB of memory.
@@ -46,30 +50,32 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from contenders import MODULES, NEEDS_PACKAGE, ONE_SEQUENCE, Job
+from contenders import MODULES, MPT_ONLY, NEEDS_PACKAGE, ONE_SEQUENCE, Job
 from contenders.turns import give_turn
 from export import export_command
 from machine import machine, versions
 from measure import disk_usage, run_measured
 from prompts import make_prompts
-from random_checkpoint import SIZES, TINY, is_complete, write_random_checkpoint
+from random_checkpoint import is_complete, random_folder, write_random_checkpoint
+from random_families import TINY, add_family_arguments, check_family_arguments
 from report import summarize, text
 
 
 HERE = Path(__file__).resolve().parent
 WEIGHT_FORMAT = "int4"
-PROMPTS, TINY_PROMPTS = [300, 1000, 2000, 4000], [80, 160]
+MPT_PROMPTS, TINY_PROMPTS = [300, 1000, 2000, 4000], [80, 160]
+PROMPTS = [700, 1000, 2000]  # 576 of an image
+SQUARE = (640, 640)
 BATCHES = [4, 8]
 LIMITS = {"torch": 1000}
-DEFAULT = [name for name, module in MODULES.items() if module not in NEEDS_PACKAGE]
 ENV = {"CI": "true", "HF_HUB_OFFLINE": "1"}  # no telemetry, which forks and sends
 
 
-def make_checkpoint(workdir: Path, size: str) -> Path:
+def make_checkpoint(workdir: Path, size: str, family: str) -> Path:
     """Return the random checkpoint. Make it if it does not exist."""
-    folder = workdir / f"random-{size}"
+    folder = random_folder(workdir, size, family)
     if not is_complete(folder):
-        write_random_checkpoint(folder, size)
+        write_random_checkpoint(folder, size, family=family)
     return folder / "checkpoint"
 
 
@@ -142,21 +148,26 @@ def read_files(job: Job) -> None:
         _read(Path(path))
 
 
-def _read(folder: Path) -> None:
-    """Read a folder into the page cache."""
+def _read(path: Path) -> None:
+    """Read a file, or all files of a folder, into the page cache."""
     block = bytearray(1 << 24)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb", buffering=0) as file:
+    for file_or_folder in [path, *path.rglob("*")]:
+        if file_or_folder.is_file():
+            with file_or_folder.open("rb", buffering=0) as file:
                 while file.readinto(block):
                     pass
 
 
 def needed_paths(contender: str, paths: dict[str, Path]) -> dict[str, str]:
     """Return the paths that a contender reads."""
-    names = {"torch_bf16": ("checkpoint", "bundle"), "notebook": ("notebook",), "llama": ("llama",)}
-    names = names.get(MODULES[contender], ("bundle",))
-    return {name: str(paths[name].resolve()) for name in names}
+    if MODULES[contender] == "llama":
+        # One file of several, because all of them together would evict others from the page cache
+        files = {"llama": f"{contender.removeprefix('llama-')}.gguf", "mmproj": "mmproj.gguf"}
+        found = {name: paths["llama"] / file for name, file in files.items() if (paths["llama"] / file).exists()}
+    else:
+        names = {"torch_bf16": ("checkpoint", "bundle"), "notebook": ("notebook",)}
+        found = {name: paths[name] for name in names.get(MODULES[contender], ("bundle",))}
+    return {name: str(path.resolve()) for name, path in found.items()}
 
 
 def jobs(arguments: argparse.Namespace, paths: dict[str, Path], prompts: dict[int, str], round_number: int):
@@ -178,25 +189,31 @@ def jobs(arguments: argparse.Namespace, paths: dict[str, Path], prompts: dict[in
                     batch=batch,
                     new_tokens=arguments.new_tokens,
                     repeats=arguments.repeats,
+                    image_size=Job.image_size if arguments.family == "mpt" else SQUARE,
                 )
 
 
 def benchmark(arguments: argparse.Namespace) -> dict:
-    """Make missing files, measure, and write `results.json` after each measurement."""
+    """Make missing files, measure, and write the results after each measurement."""
     workdir = arguments.workdir
     workdir.mkdir(parents=True, exist_ok=True)
-    file = workdir / "results.json"
-    checkpoint = (
-        TINY / "checkpoint" if arguments.tiny else arguments.checkpoint or make_checkpoint(workdir, arguments.size)
-    )
+    file = workdir / f"{arguments.name}.json"
+    family, size = arguments.family, "tiny" if arguments.tiny else arguments.size
+    if arguments.checkpoint:
+        checkpoint = arguments.checkpoint
+    elif arguments.tiny and family == "mpt":
+        checkpoint = TINY / "checkpoint"
+    else:
+        checkpoint = make_checkpoint(workdir, size, family)
     paths = {
         "checkpoint": checkpoint,
         "bundle": arguments.bundle or workdir / "bundle",
         "notebook": arguments.notebook or workdir / "notebook",
-        "llama": workdir / "llama",
+        "llama": arguments.llama or workdir / "llama",
     }
     result = {
-        "size": "tiny" if arguments.tiny else arguments.size,
+        "family": family,
+        "size": size,
         "weight_format": WEIGHT_FORMAT,
         "machine": machine(),
         "versions": versions(),
@@ -212,11 +229,12 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         result["conversion"] = make(
             command + ["--stored-weights"] * arguments.stored_weights, checkpoint, paths["notebook"]
         )
-    if any(MODULES[name] == "llama" for name in arguments.contenders):
+    if any(MODULES[name] == "llama" for name in arguments.contenders) and not arguments.llama:
         result["llama"] = make(
             [sys.executable, HERE / "llama.py", "convert", checkpoint, paths["llama"]], checkpoint, paths["llama"]
         )
-    prompts = make_prompts(paths["bundle"], arguments.prompts or (TINY_PROMPTS if arguments.tiny else PROMPTS))
+    default_prompts = PROMPTS if family != "mpt" else TINY_PROMPTS if arguments.tiny else MPT_PROMPTS
+    prompts = make_prompts(paths["bundle"], arguments.prompts or default_prompts)
     for number in range(arguments.rounds):
         for measured in one_round(jobs(arguments, paths, prompts, number), workdir, arguments.together):
             result["runs"].append({"round": number, **measured})
@@ -251,10 +269,15 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--size", choices=SIZES, default="1.3b")
+    add_family_arguments(parser, default_size="1.3b")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", choices=MODULES, default=DEFAULT)
-    parser.add_argument("--prompts", nargs="+", type=int, help=f"lengths in tokens (default: {PROMPTS})")
+    parser.add_argument("--contenders", nargs="+", choices=MODULES, help="default: those of the family")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        type=int,
+        help=f"lengths in tokens, image included (default: {MPT_PROMPTS} for mpt, or else {PROMPTS})",
+    )
     parser.add_argument(
         "--batches", nargs="*", type=int, default=BATCHES, help="batch sizes besides 1; without values, no batches"
     )
@@ -270,14 +293,22 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="use this checkpoint instead of a random one")
     parser.add_argument("--bundle", type=Path, help="measure this bundle instead of exporting one")
     parser.add_argument("--notebook", type=Path, help="measure this conversion of the notebook instead of making one")
+    parser.add_argument("--llama", type=Path, help="measure these files of `llama.py convert` instead of making them")
     parser.add_argument(
         "--stored-weights",
         action="store_true",
         help="the notebook's conversion keeps the stored weights and does not load float32",
     )
-    parser.add_argument("--add", action="store_true", help="add to the runs in results.json")
+    parser.add_argument("--name", default="results", help="name of the files with the results")
+    parser.add_argument("--add", action="store_true", help="add to the runs in the existing results")
     parser.add_argument("--tiny", action="store_true", help="run on a tiny checkpoint, as a check")
     arguments = parser.parse_args()
+    check_family_arguments(parser, arguments)
+    possible = [name for name in MODULES if arguments.family == "mpt" or name not in MPT_ONLY]
+    if arguments.contenders is None:
+        arguments.contenders = [name for name in possible if MODULES[name] not in NEEDS_PACKAGE]
+    if unknown := set(arguments.contenders) - set(possible):
+        parser.error(f"{', '.join(sorted(unknown))}: only for mpt")
     for package in {NEEDS_PACKAGE.get(MODULES[name]) for name in arguments.contenders} - {None}:
         if not find_spec(package):
             parser.error(
@@ -288,7 +319,7 @@ def main() -> None:
     print(text(result))
     from plot import plot  # imported late, so that a missing matplotlib does not lose results
 
-    plot(result, arguments.workdir / "results.png")
+    plot(result, arguments.workdir / f"{arguments.name}.png")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import openvino
 from export import export_command
-from random_checkpoint import SIZES, is_complete, write_random_checkpoint
+from random_checkpoint import is_complete, write_random_checkpoint
+from random_families import FAMILIES
 
 
 PROMPT, NEW_TOKENS = 300, 32
@@ -45,7 +46,7 @@ REFERENCE = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--size", choices=SIZES, default="1.3b")
+    parser.add_argument("--size", choices=FAMILIES["mpt"].sizes, default="1.3b")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--one", nargs=3, metavar=("BUNDLE", "SETTINGS", "LOGITS"), help=argparse.SUPPRESS)

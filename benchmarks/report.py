@@ -7,7 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 
-OURS, SDPA, NOTEBOOK, LLAMA = "ours", "genai-sdpa", "notebook", "llama-Q4_K_M"
+OURS, STOCK, SDPA, PA, NOTEBOOK = "ours", "stock", "genai-sdpa", "genai-pa", "notebook"
+LLAMA, LLAMA_Q4_0 = "llama-Q4_K_M", "llama-Q4_0"
 # Name, unit, factor for the stored value, digits
 MEASURES = {
     "ttft": ("time to first token", "s", 1, 3),
@@ -101,6 +102,40 @@ def find(summaries: list[dict], contender: str, length: int, measure: str, batch
 
 def targets(result: dict) -> list[Target]:
     """Return the targets of our class with the measured values."""
+    return _mpt_targets(result) if result.get("family", "mpt") == "mpt" else _llama_targets(result)
+
+
+def _llama_targets(result: dict) -> list[Target]:
+    """Return the targets of LLaVA-1.5. Some depend on the processor: VNNI multiplies bytes."""
+    summaries = result["summary"]
+    lengths = sorted({entry["prompt_tokens"] for entry in summaries})
+    has_vnni = any("vnni" in feature for feature in result["machine"]["features"])
+    found = []
+    for opponent in (SDPA, PA):
+        for length in lengths:
+            found += [
+                _target("time to first token", "ttft", summaries, length, opponent, 1.05),
+                _target("ms per token", "token_ms", summaries, length, opponent, 1.05),
+                _target("peak RSS", "peak_rss", summaries, length, opponent, 0.8),
+            ]
+    # The length that was measured nearest to 1,000
+    middle = min(lengths, key=lambda length: abs(length - 1000))
+    found.append(_target("ms per token", "token_ms", summaries, middle, STOCK, 0.8))
+    for opponent in (LLAMA, LLAMA_Q4_0):
+        limit = 0.5 if has_vnni else 0.8
+        found.append(_target("time to first token", "ttft", summaries, lengths[0], opponent, limit))
+    if has_vnni:
+        found.append(_target("ms per token", "token_ms", summaries, lengths[0], LLAMA, 1.05))
+    return found
+
+
+def _target(title: str, measure: str, summaries: list[dict], length: int, opponent: str, limit: float) -> Target:
+    """Return the target of a ratio of our class to another contender."""
+    value = _divide(find(summaries, OURS, length, measure), find(summaries, opponent, length, measure))
+    return Target(f"{title} at {length} / {opponent}", limit, value)
+
+
+def _mpt_targets(result: dict) -> list[Target]:
     summaries = result["summary"]
 
     def ratio(measure: str, length: int, opponent: str) -> float | None:
@@ -146,7 +181,8 @@ def text(result: dict) -> str:
     summaries, machine = result["summary"], result["machine"]
     contenders = list(dict.fromkeys(run["contender"] for run in result["runs"]))
     lines = [
-        f"{result['size']}: {machine['cpu']}, {machine['cores']} cores, load {machine['load'][0]:.1f}",
+        f"{result.get('family', 'mpt')} {result['size']}: {machine['cpu']}, {machine['cores']} cores, "
+        f"load {machine['load'][0]:.1f}",
         "Medians; in brackets the ratio to ours.",
     ]
     lines += [

@@ -24,6 +24,7 @@ MODULES = {
     "llama-Q4_0": "llama",
 }
 NEEDS_PACKAGE = {"llama": "llama_cpp"}  # additional packages that modules need
+MPT_ONLY = ("torch", "notebook")
 ONE_SEQUENCE = ("genai-sdpa", "llama-Q4_K_M", "llama-Q4_0")  # contenders without batches
 
 
@@ -33,12 +34,13 @@ class Job:
 
     Attributes:
         contender (`str`): A key of `MODULES`.
-        paths (`dict[str, str]`): Folders by name: `bundle`, `checkpoint`, `notebook`, `llama`.
+        paths (`dict[str, str]`): Folders by name: `bundle`, `checkpoint`, `notebook`. Files: `llama`, `mmproj`.
         prompt (`str`): A complete prompt in the bundle's chat template, with one `<image>`.
         prompt_tokens (`int`): Length of the prompt in tokens, image tokens included.
         batch (`int`): Number of sequences in a batch, each with a different image.
         new_tokens (`int`): Number of tokens to generate for each sequence.
         repeats (`int`): Number of answers after the first.
+        image_size (`tuple[int, int]`): Width and height of the images, in pixels.
         turns (`str`): Folder of [`contenders.turns`], if this contender takes turns with others.
     """
 
@@ -49,6 +51,7 @@ class Job:
     batch: int = 1
     new_tokens: int = 32
     repeats: int = 2
+    image_size: tuple[int, int] = (640, 480)
     turns: str | None = None
 
 

@@ -23,13 +23,10 @@ from contenders import MODULES, Answer, Contender, Job
 from contenders.turns import turn
 
 
-SIZE = (640, 480)
-
-
-def random_image(seed: int) -> Image.Image:
+def random_image(seed: int, size: tuple[int, int]) -> Image.Image:
     """Make an image of patches of colour that blend into each other."""
     patches = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    return Image.fromarray(patches).resize(SIZE, Image.Resampling.BICUBIC)
+    return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
 
 
 def run(job: Job) -> dict:
@@ -45,12 +42,12 @@ def run(job: Job) -> dict:
             answers.append(_answer(contender, job, index))
     result["first"], *result["later"] = [dataclasses.asdict(answer) for answer in answers]
     with turn(job.turns, job.contender):
-        result["stages"] = contender.stages(random_image(0)) if job.batch == 1 else {}
+        result["stages"] = contender.stages(random_image(0, job.image_size)) if job.batch == 1 else {}
     return result
 
 
 def _answer(contender: Contender, job: Job, index: int) -> Answer:
-    images = [random_image(job.batch * index + number) for number in range(job.batch)]
+    images = [random_image(job.batch * index + number, job.image_size) for number in range(job.batch)]
     answer = contender.answer(job.prompt, images, job.new_tokens)
     lengths = [len(sequence) for sequence in answer.tokens]
     if set(lengths) != {job.new_tokens}:

@@ -1,4 +1,4 @@
-"""Run `OVModelForLlavaMPT` on the bundle."""
+"""Run `OVModelForLlava` on the bundle."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from transformers import AutoProcessor
 
 from contenders import Job
 from contenders.transformers_style import TransformersContender
-from optimum_llava_ov import OVModelForLlavaMPT
+from optimum_llava_ov import OVModelForLlava
 
 
 def load(job: Job) -> TransformersContender:
-    model = OVModelForLlavaMPT.from_pretrained(job.paths["bundle"])
+    model = OVModelForLlava.from_pretrained(job.paths["bundle"])
     return TransformersContender(model, AutoProcessor.from_pretrained(job.paths["bundle"]), model.get_image_features)
