@@ -34,6 +34,8 @@ NOT_EVERYWHERE = {"readline", "resource"}
 OTHERS = {
     "_attn_implementation": "transformers keeps a configuration's choice there",
     "_OVLlavaForCausalLM": "the class that Optimum has for other models of this type",
+    "_OVLlavaNextForCausalLM": "the same, for images in tiles",
+    "_get_number_of_features": "what transformers' processor counts, which differs from the original",
     "_device": "Optimum keeps a model's device there",
     "_dynamo": "a part of torch that takes long to import",
     "_exit": "os._exit ends a process as a crash does",
