@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import EXACT, Golden
+from optimum.intel import OVModelForVisualCausalLM
+from optimum.intel.openvino import modeling_visual_language
 from safetensors.torch import load_file, save_file
 from test_anyres import IMAGES, TINY, noise
 from test_chat import ask, prefill
@@ -283,3 +286,35 @@ def test_the_numbers_of_yi(yi_checkpoint):
         logits = model(**inputs).logits
     torch.testing.assert_close(logits[..., :640], expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(rows[-1], tensors["model.image_newline"])
+
+
+def test_the_class_of_the_host_chooses_ours(bundle, tmp_path):
+    """`OVModelForVisualCausalLM` loads our bundles into our class, and those of others into its own."""
+    stock = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING["llava_next"]
+    ours = OVModelForVisualCausalLM.from_pretrained(bundle)
+    assert type(ours) is OVModelForLlava
+    assert isinstance(ours, stock)
+
+    theirs = OVModelForVisualCausalLM.from_pretrained(as_optimum_writes_it(bundle, tmp_path / "theirs"))
+    assert not isinstance(theirs, OVModelForLlava)
+    assert isinstance(theirs, stock)
+
+
+def test_bundles_of_others(bundle, processor, tmp_path):
+    """`OVModelForLlava` runs a `llava_next` that Optimum has exported: the tiles of images that are not square too."""
+    model = OVModelForLlava.from_pretrained(as_optimum_writes_it(bundle, tmp_path / "theirs"), ov_config=EXACT)
+    for case in ("tall", "unpad_float"):
+        inputs = inputs_of(case, processor)
+        output = model.generate(**inputs, **GREEDY)
+        assert output[0, inputs["input_ids"].shape[1] :].tolist() == GOLDEN.cases[case]["greedy"]
+
+
+def as_optimum_writes_it(bundle: Path, folder: Path) -> Path:
+    """Copy a bundle without the options of `config.json` that are ours."""
+    shutil.copytree(bundle, folder)
+    config = folder / "config.json"
+    values = json.loads(config.read_text())
+    for name in ("converted_from", "mm_patch_merge_type", "num_additional_image_tokens"):
+        del values[name]
+    config.write_text(json.dumps(values))
+    return folder
