@@ -191,7 +191,9 @@ class TestCommand:
         )
         main_export(SHARDED.checkpoint, tmp_path / "fp32", ov_config=OVConfig(dtype="fp32"))
         for part in ("language", "text_embeddings", "vision_embeddings"):
-            assert weight_types(tmp_path / "fp16", part) == {"f16"}, part
+            # Of the vision tower, only linear layers: a convolution and the positions are fp16 numbers in float32
+            rest = {"f32"} if part == "vision_embeddings" else set()
+            assert weight_types(tmp_path / "fp16", part) == {"f16"} | rest, part
             assert weight_types(tmp_path / "fp32", part) == {"f32"}, part
 
     @pytest.mark.parametrize(

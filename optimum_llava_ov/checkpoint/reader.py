@@ -85,8 +85,10 @@ class OriginalCheckpoint:
                 damaged, is of a kind that is not computed, or cannot be downloaded.
             `ValueError`: there is no such conversation.
         """
-        lineage = Lineage.trace(Repository.of(name_or_path, **kwargs), base_model, adapters)
-        repository = lineage.repository
+        repository = Repository.of(name_or_path, **kwargs)
+        if (own_file := repository.get("config.json")) is not None and names_original(own_file):
+            read_config(own_file)  # what is not computed is refused before the Hub is asked for more
+        lineage = Lineage.trace(repository, base_model, adapters)
         config_file = lineage.settings.require("config.json", "it says what the model is")
         config = read_config(config_file)
         config._name_or_path = repository.name

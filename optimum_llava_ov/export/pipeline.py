@@ -180,7 +180,9 @@ def _export(
             else:
                 move_to_disk(head, folder)
         if is_ours and ov_config is not None and ov_config.dtype == "fp16":
-            # Only the weights. OpenVINO would also round the frequencies of rotary embeddings.
+            # Only the weights. OpenVINO would also round constants, such as the frequencies of rotary embeddings.
+            size = sum(2 * weight.numel() for weight in model.parameters() if weight.dtype != torch.float16)
+            _check_free(size, "Until the export ends, the weights in fp16 need", folder)
             halve(model, folder)
             part_config = None
         newline = None if model.image_newline is None else model.image_newline.detach().float()
@@ -191,7 +193,7 @@ def _export(
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
         write_card(folder, license_id, previous_card)
         # Close the mapped files
-        del model
+        del model, checkpoint
         gc.collect()
 
 
