@@ -143,7 +143,8 @@ class TestCard:
         assert "| vicuna | base model |  | llama2 |" in card
         assert "| task | LoRA adapter, rank 8, alpha 16 |  | unknown |" in card
         assert "The training had loaded the base model in 4 or 8 bits." in card
-        assert """--model task --model-kwargs '{"base_model": "vicuna"}' --weight-format fp16""" in card
+        options = """--model-kwargs '{"base_model": "vicuna", "conversation": "vicuna_v1"}' --weight-format fp16"""
+        assert f"--model task {options}" in card
 
 
 class TestHub:
