@@ -196,7 +196,7 @@ class TestExport:
             (["--quant-mode", "int8"], "quantizes activations"),
             (["--task", "text-generation"], "is exported for the task"),
             (["--disable-stateful"], "not supported for LLaVA"),
-            (["--model-kwargs", '{"tower": "x"}'], "Expected only vision_tower and conversation"),
+            (["--model-kwargs", '{"tower": "x"}'], "Expected only vision_tower, conversation"),
             (["--dataset", "/no/such/file"], "/no/such/file"),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -242,7 +242,7 @@ def test_command_with_a_data_set_and_statistics(tmp_path, pictures):
     assert files(tmp_path / "out") == set(FILES)
     assert str(tmp_path) not in (tmp_path / "out" / "openvino_config.json").read_text()  # not where the data was
     assert "language_model" in result.stdout
-    assert 'OVModelForLlavaMPT.from_pretrained("' in result.stdout
+    assert 'OVModelForLlava.from_pretrained("' in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ class TestCommand:
         [
             (["--task", "text-generation"], "is exported for the task 'image-text-to-text'"),
             (["--disable-stateful"], "--disable-stateful is not supported"),
-            (["--model-kwargs", '{"mm_vision_tower": "x"}'], "Expected only vision_tower and conversation"),
+            (["--model-kwargs", '{"mm_vision_tower": "x"}'], "Expected only vision_tower, conversation"),
             (["--variant", "fp16"], "variant is not supported"),
         ],
         ids=["task", "stateful", "model-kwargs", "variant"],

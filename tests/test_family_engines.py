@@ -91,9 +91,7 @@ def genai_config():
 @by_new_family
 def test_enough_cases_are_tried(golden):
     cases = genai_cases(golden)
-    assert {"text_only", "image_start", "wide", "tall", "two_images", "multi_turn", "multi_turn_two_images"} <= {
-        *cases
-    }
+    assert {"text_only", "image_start", "wide", "tall", "small", "multi_turn", "multi_turn_two_images"} <= {*cases}
 
 
 @pytest.mark.parametrize("backend", ["SDPA", "PA"])
