@@ -25,7 +25,7 @@ from optimizer import Optimizers
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_llava_ov.bundle.settings import build_processor, image_seq_length
+from optimum_llava_ov.bundle.settings import build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 from optimum_llava_ov.samples.shapes import COLOURS, SHAPES
@@ -94,7 +94,8 @@ def train(
         if frozen is not None:
             frozen.requires_grad_(False)
     optimizers = Optimizers(list(model.named_parameters()), matrix_peak=0.02 * rate, peak=2e-3 * rate)
-    image_length = image_seq_length(checkpoint.config)
+    vision = checkpoint.config.vision_config
+    image_length = (vision.image_size // vision.patch_size) ** 2 + checkpoint.config.num_border_tokens
     make = functools.partial(Conversations, checkpoint.tokenizer, checkpoint.choice.conversation, image_length)
     # The model learns to read an image from single objects, within minutes. Then it learns to find the right object
     # among several, and then to compare images. If it begins with all conversations, it does not learn to read images.
