@@ -1,54 +1,44 @@
-"""Generate the training data of the example model: images, and conversations about them."""
+"""Generate the training data of the example models: images, and conversations about them."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
-from model import IMAGE_SIZE, PATCH_SIZE, PREPROCESSOR
-from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
-from optimum_llava_ov.samples.shapes import (
-    COLOURS,
-    SHAPES,
-    SYSTEM_TURN,
-    Scene,
-    assistant_turn,
-    conversation,
-    random_scene,
-    render,
-    user_turn,
-)
+from optimum_llava_ov.checkpoint.conversation import Conversation
+from optimum_llava_ov.samples.shapes import COLOURS, PLACES, SHAPES, Scene, Turn, conversation, random_scene, render
 
 
 IGNORED = -100
+NewScene = Callable[[random.Random, Scene | None], Scene]
+
+
+def cells(scene: Scene) -> torch.Tensor:
+    """Return `(9, 2)` indices of shape and colour in each cell, 0 for none."""
+    indices = torch.zeros(9, 2, dtype=torch.long)
+    for item in scene.objects:
+        indices[item.cell] = torch.tensor([SHAPES.index(item.shape) + 1, list(COLOURS).index(item.colour) + 1])
+    return indices
 
 
 class Images:
-    """Yield endless batches of images, and the shapes and colours in their cells: `(batch, 9)` indices, 0 for none."""
+    """Yield endless batches of images, and the shapes and colours in their cells, `(batch, 9, 2)`."""
 
-    def __init__(self, batch_size: int, seed: int):
-        self.batch_size, self.seed = batch_size, seed
-        self.processor = CLIPImageProcessorPil(**PREPROCESSOR)
+    def __init__(self, processor: BaseImageProcessor, new_scene: NewScene, batch_size: int, seed: int):
+        self.processor, self.new_scene, self.batch_size, self.seed = processor, new_scene, batch_size, seed
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         rng = random.Random(f"pictures/{self.seed}")
         while True:
-            scenes = [random_scene(rng) for _ in range(self.batch_size)]
-            shapes, colours = torch.zeros(2, self.batch_size, 9, dtype=torch.long)
-            for index, scene in enumerate(scenes):
-                for item in scene.objects:
-                    shapes[index, item.cell] = SHAPES.index(item.shape) + 1
-                    colours[index, item.cell] = list(COLOURS).index(item.colour) + 1
-            yield preprocess(self.processor, scenes), shapes, colours
+            scenes = [self.new_scene(rng, None) for _ in range(self.batch_size)]
+            yield preprocess(self.processor, scenes), torch.stack([cells(scene) for scene in scenes])
 
 
 class Pool:
@@ -59,18 +49,24 @@ class Pool:
         num_pairs: Number of pairs.
     """
 
-    def __init__(self, tower: nn.Module, num_pairs: int, seed: int):
-        rng, processor = random.Random(f"pool/{seed}"), CLIPImageProcessorPil(**PREPROCESSOR)
+    def __init__(
+        self, tower: nn.Module, processor: BaseImageProcessor, new_scene: NewScene, num_pairs: int, seed: int
+    ):
+        rng = random.Random(f"pool/{seed}")
         self.pairs, features = [], []
         for _ in tqdm(range(0, num_pairs, 32), desc="Encoding images"):
-            firsts = [random_scene(rng) for _ in range(32)]
-            pairs = [(first, random_scene(rng, first)) for first in firsts]
+            firsts = [new_scene(rng, None) for _ in range(32)]
+            pairs = [(first, new_scene(rng, first)) for first in firsts]
             self.pairs += pairs
             with torch.no_grad():
                 features.append(tower(preprocess(processor, [scene for pair in pairs for scene in pair])))
         self.features = torch.cat(features)
         self._all_pairs = self.pairs
-        self._index = {id(scene): index for index, scene in enumerate(scene for pair in self.pairs for scene in pair)}
+        self._index = {id(scene): index for index, scene in enumerate(self.scenes())}
+
+    def scenes(self) -> list[Scene]:
+        """Return the scenes in the order of `features`."""
+        return [scene for pair in self._all_pairs for scene in pair]
 
     def simple(self, max_objects: int) -> Pool:
         """Return the same pool without images that have more objects."""
@@ -85,23 +81,62 @@ class Pool:
         return self.features[[self._index[id(scene)] for scene in scenes]]
 
 
+class Codes:
+    """Stand in for a pool before there is a tower: what is in a cell, as 22 numbers, in place of its patch's features.
+
+    No image is drawn and encoded, so that every scene is new and costs nothing.
+    """
+
+    def __init__(self, vision_size: int, max_objects: int = 9):
+        self.vision_size, self.max_objects = vision_size, max_objects
+
+    def simple(self, max_objects: int) -> Codes:
+        """Return codes of scenes that have no more objects."""
+        return Codes(self.vision_size, max_objects)
+
+    def new_scene(self, rng: random.Random, like: Scene | None) -> Scene:
+        while (scene := random_scene(rng, like)).count() > self.max_objects:
+            pass
+        return scene
+
+    def features_of(self, scenes: list[Scene]) -> torch.Tensor:
+        """Return `(scenes, 9, vision_size)` with noise, so that the model can bear that of a tower."""
+        codes = torch.stack([code(scene) for scene in scenes])
+        codes = codes + 0.15 * torch.randn_like(codes)
+        return nn.functional.pad(codes, (0, self.vision_size - codes.shape[-1]))
+
+
+def code(scene: Scene) -> torch.Tensor:
+    """Return `(9, 22)`: shape, colour and place of each cell, each as one-hot numbers."""
+    shapes, colours = cells(scene).unbind(-1)
+    one_hot = nn.functional.one_hot
+    return torch.cat([one_hot(shapes, len(SHAPES) + 1), one_hot(colours, len(COLOURS) + 1), torch.eye(9)], -1).float()
+
+
 class Conversations:
-    """Yield endless batches of new conversations: `input_ids`, `attention_mask`, `labels`, and image `features`."""
+    """Yield endless batches of new conversations: `input_ids`, `attention_mask`, `labels`, and image `features`.
+
+    Prompts are those of the chat template. In one of ten turns with an image, the image comes after the question.
+
+    Attributes:
+        num_shared: number of tokens that all sequences begin with.
+    """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        pool: Pool,
+        tokenizer: PreTrainedTokenizerFast,
+        style: Conversation,
+        image_length: int,
+        pool: Pool | Codes,
         batch_size: int,
         seed: int,
         one_image: bool = False,
         max_turns: int = 6,
     ):
-        self.tokenizer, self.pool, self.batch_size, self.seed = tokenizer, pool, batch_size, seed
-        self.one_image, self.max_turns = one_image, max_turns
-        self.image_token_id = tokenizer.get_vocab_size()
-        self.image_length = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 2
-        self._encode = functools.cache(self._encode_text)
+        self.tokenizer, self.style, self.image_text = tokenizer, style, "<image>" * image_length
+        self.pool, self.batch_size, self.seed = pool, batch_size, seed
+        self.one_image, self.max_turns, self.words = one_image, max_turns, Words(tokenizer)
+        self.num_shared = len(tokenizer(style.system.join(style.around_system).rstrip())["input_ids"])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for index in itertools.count():
@@ -117,23 +152,25 @@ class Conversations:
 
     def _sample(self, name: str) -> tuple[list[int], list[int], list[Scene]]:
         rng = random.Random(f"{name}/layout")
-        input_ids = list(self._encode(SYSTEM_TURN))
-        labels = [IGNORED] * len(input_ids)
-        scenes: list[Scene] = []
-        for turn in conversation(name, self.max_turns, self.one_image, self.pool.new_scene):
-            user = self._encode(user_turn(turn.question, len(turn.scenes), images_last=rng.random() < 0.1))
-            answer = self._encode(assistant_turn(turn.answer))
-            input_ids += user + answer
-            labels += [IGNORED] * len(user) + answer
-            scenes += turn.scenes
-        return input_ids, labels, scenes
+        turns = conversation(name, self.max_turns, self.one_image, self.pool.new_scene)
+        text, answers = self.style.system.join(self.style.around_system), []
+        for turn in turns:
+            text += self._question(turn, images_last=rng.random() < 0.1)
+            answer = turn.answer.join(self.style.around_assistant)
+            # The tokens that the model writes after the generation prompt
+            answers.append((len(text) + len(self.style.generation_prompt), len(text) + len(answer)))
+            text += answer
+        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        labels = [
+            token if any(start <= first and last <= end for start, end in answers) else IGNORED
+            for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+        return encoded["input_ids"], labels, [scene for turn in turns for scene in turn.scenes]
 
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for index, part in enumerate(text.split("<image>")):
-            ids += [self.image_token_id] * self.image_length if index else []
-            ids += self.tokenizer.encode(part).ids
-        return ids
+    def _question(self, turn: Turn, images_last: bool) -> str:
+        images = [self.image_text] * len(turn.scenes)
+        parts = [turn.question, *images] if images_last else [*images, turn.question]
+        return "\n".join(parts).join(self.style.around_user)
 
     def _collate(self, samples: list[tuple[list[int], list[int], list[Scene]]]) -> dict[str, torch.Tensor]:
         length = max(len(sample[0]) for sample in samples)
@@ -150,19 +187,37 @@ class Conversations:
             "labels": labels,
             "attention_mask": attention_mask,
             "features": self.pool.features_of(scenes),
-            "words": torch.stack([self._words(scene) for scene in scenes]),
+            "words": torch.stack([self.words.of(scene) for scene in scenes]),
         }
 
-    def _words(self, scene: Scene) -> torch.Tensor:
-        """Return `(9, 2)` tokens: the words for colour and shape of the object in each cell."""
-        words = torch.full((9, 2), IGNORED)
-        for item in scene.objects:
-            words[item.cell] = torch.tensor([self._encode(f" {name}")[-1] for name in (item.colour, item.shape)])
-        return words
+
+class Words:
+    """Find the tokens of the words that tell what is in a cell: its shape and colour, and up to two for its place.
+
+    They are tokens of words after a space, as in a sentence.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.shapes, self.colours = (
+            [IGNORED] + [self._id(tokenizer, name) for name in names] for names in (SHAPES, COLOURS)
+        )
+        named = [[word for word in place.split() if word not in ("at", "on", "in", "the")] for place in PLACES]
+        self.places = [[self._id(tokenizer, word) for word in words] for words in named]
+
+    def _id(self, tokenizer: PreTrainedTokenizerFast, word: str) -> int:
+        return tokenizer(f"a {word}")["input_ids"][-1]
+
+    def of(self, scene: Scene) -> torch.Tensor:
+        """Return `(9, 4)` tokens, `IGNORED` where there is no word."""
+        rows = [
+            [self.shapes[shape], self.colours[colour], *place, IGNORED][:4]
+            for (shape, colour), place in zip(cells(scene).tolist(), self.places, strict=True)
+        ]
+        return torch.tensor(rows)
 
 
-def preprocess(processor: CLIPImageProcessorPil, scenes: list[Scene]) -> torch.Tensor:
+def preprocess(processor: BaseImageProcessor, scenes: list[Scene]) -> torch.Tensor:
     # One by one, because images have different sizes. Oversampling of 2 instead of 3 is faster, and as good at this
     # size.
-    images = [processor(render(scene, oversampling=2), return_tensors="np")["pixel_values"][0] for scene in scenes]
-    return torch.from_numpy(np.stack(images)).float()
+    images = [processor(render(scene, oversampling=2), return_tensors="pt")["pixel_values"] for scene in scenes]
+    return torch.cat(images).float()

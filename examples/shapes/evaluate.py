@@ -1,6 +1,6 @@
-"""Count exact answers of the example model in held-out conversations.
+"""Count exact answers of an example model in held-out conversations.
 
-    python examples/shapes/evaluate.py --num 400
+    python examples/shapes/evaluate.py --family llama --num 400
 
 Every answer is generated greedily, in a conversation that contains the model's own earlier answers. It counts if it is
 exactly the right answer.
@@ -11,16 +11,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from families import FAMILIES, HERE
 from PIL import Image
 from tqdm import tqdm
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from optimum_llava_ov.bundle.settings import build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
-from optimum_llava_ov.models.llava import LlavaMptForConditionalGeneration
-from optimum_llava_ov.samples.shapes import KINDS, SYSTEM_TURN, assistant_turn, held_out, user_turn
+from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
+from optimum_llava_ov.samples.shapes import KINDS, held_out
 
 
 class TorchChat:
@@ -31,43 +33,38 @@ class TorchChat:
     """
 
     def __init__(self, folder: str | Path):
-        self.model = LlavaMptForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        checkpoint = OriginalCheckpoint.open(folder)
-        self.tokenizer = checkpoint.tokenizer
-        self.processor = CLIPImageProcessorPil(**checkpoint.image_processor)
-        vision = checkpoint.config.vision_config
-        self.image_length = (vision.image_size // vision.patch_size) ** 2 + checkpoint.config.num_border_tokens
+        self.model = OriginalLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self.processor = build_processor(OriginalCheckpoint.open(folder))
         self.start()
 
     def start(self) -> None:
         """Begin a new conversation."""
-        self.text, self.pixel_values = SYSTEM_TURN, []
+        self.messages, self.images = [], []
 
     def ask(self, question: str, images: list[Image.Image]) -> str:
-        self.text += user_turn(question, len(images))
-        # One by one, because images have different sizes
-        self.pixel_values += [self.processor(image, return_tensors="pt")["pixel_values"] for image in images]
-        inputs = self.tokenizer(self.text.replace("<image>", "<image>" * self.image_length), return_tensors="pt")
-        output = self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            pixel_values=torch.cat(self.pixel_values) if self.pixel_values else None,
-            do_sample=False,
-            max_new_tokens=32,
-        )
-        answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        self.text += assistant_turn(answer)
+        self.images += images
+        self._add("user", [{"type": "image"} for _ in images], question)
+        prompt = self.processor.apply_chat_template(self.messages, add_generation_prompt=True)
+        inputs = self.processor(text=prompt, images=self.images or None, return_tensors="pt")
+        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=48)
+        answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        self._add("assistant", [], answer)
         return answer
 
+    def _add(self, role: str, images: list[dict], text: str) -> None:
+        self.messages.append({"role": role, "content": [*images, {"type": "text", "text": text}]})
 
-def evaluate(chat: TorchChat, num: int, seed: int = 0) -> tuple[Counter, Counter, list[tuple[str, str, str]]]:
-    """Ask all questions of `num` held-out conversations.
+
+def evaluate(
+    chat: TorchChat, conversations: Iterator[list[dict]], num: int
+) -> tuple[Counter, Counter, list[tuple[str, str, str]]]:
+    """Ask all questions of held-out conversations, of which there are `num`.
 
     Returns:
         The number of questions and of right answers by kind, and question, answer and right answer if these differ.
     """
     asked, right, wrong = Counter(), Counter(), []
-    for turns in tqdm(held_out(num, seed), total=num):
+    for turns in tqdm(conversations, total=num):
         chat.start()
         for turn in turns:
             answer = chat.ask(turn["question"], turn["images"])
@@ -80,9 +77,8 @@ def evaluate(chat: TorchChat, num: int, seed: int = 0) -> tuple[Counter, Counter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", type=Path, default=Path(__file__).parent / "checkpoint", help="folder of the checkpoint"
-    )
+    parser.add_argument("--family", choices=FAMILIES, default="mpt", help="language model (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where train.py wrote the model (default: here)")
     parser.add_argument(
         "--num",
         type=int,
@@ -93,8 +89,10 @@ def main() -> None:
     parser.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print up to N wrong answers")
     args = parser.parse_args()
 
-    start = time.time()
-    asked, right, wrong = evaluate(TorchChat(args.model), args.num, args.seed)
+    start, family = time.time(), FAMILIES[args.family]
+    asked, right, wrong = evaluate(
+        TorchChat(args.folder / family.checkpoint), held_out(args.num, args.seed, family.held_out_scene), args.num
+    )
     print("| kind | questions | exact answers |\n|---|---|---|")
     for kind in KINDS:
         print(f"| {kind} | {asked[kind]} | {right[kind] / max(1, asked[kind]):.1%} |")

@@ -1,75 +1,58 @@
-"""Write and read the example model, with the files and the names of the original."""
+"""Write and read the example models, with the files and the names of the original."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
-from model import CONFIG, PREPROCESSOR, VISION_CONFIG
+from families import HERE, Family
 from safetensors.torch import save_file
-from tokenizer import ADDED_TOKENS, END_OF_TEXT
-from tokenizers import Tokenizer
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
 
-from optimum_llava_ov.models.llava import LlavaMptForConditionalGeneration
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
+from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 
 
-def load(folder: Path) -> tuple[LlavaMptForConditionalGeneration, Tokenizer]:
+def copy_settings(family: Family, folder: Path) -> OriginalCheckpoint:
+    """Copy everything but the weights of the model that ships: configuration, tokenizer, image processor."""
+    for name in (family.checkpoint, family.clip):
+        if folder.resolve() != HERE:
+            weights = shutil.ignore_patterns("*.bin", "*.index.json", "*.safetensors")
+            shutil.copytree(HERE / name, folder / name, ignore=weights, dirs_exist_ok=True)
+    return OriginalCheckpoint.open(folder / family.checkpoint)
+
+
+def load(checkpoint: OriginalCheckpoint) -> OriginalLlavaForConditionalGeneration:
     """Load a model that `save` wrote, to train it further."""
-    model = LlavaMptForConditionalGeneration.from_pretrained(
-        folder / "checkpoint", dtype=torch.float32
-    ).requires_grad_(True)
-    model.image_encoder.borders.requires_grad_(False)
-    return model.train(), Tokenizer.from_file(str(folder / "checkpoint" / "tokenizer.json"))
+    model = OriginalLlavaForConditionalGeneration.from_checkpoint(checkpoint, torch.float32)
+    if checkpoint.config.text_config.tie_word_embeddings:
+        model.language_model.lm_head.weight = model.embed_tokens.weight
+    return model
 
 
-def save(model: LlavaMptForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `checkpoint/` and `clip/`, with the files and the names of the original."""
-    checkpoint, clip = folder / "checkpoint", folder / "clip"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    clip.mkdir(parents=True, exist_ok=True)
-
-    tokenizer.save(str(checkpoint / "tokenizer.json"))
-    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
-    settings = {
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": True,
-        "model_max_length": 2048,
-        "padding_side": "right",
-    }
-    _write_json(checkpoint / "tokenizer_config.json", {**settings, **names, "tokenizer_class": "GPTNeoXTokenizer"})
-    special = {"additional_special_tokens": list(ADDED_TOKENS[:2]), **names, "pad_token": END_OF_TEXT}
-    _write_json(checkpoint / "special_tokens_map.json", special)
-    _write_json(checkpoint / "config.json", {**CONFIG, "vocab_size": tokenizer.get_vocab_size()})
-    eos_token_id = [tokenizer.token_to_id(token) for token in (END_OF_TEXT, "<|im_end|>")]
-    generation = {
-        "_from_model_config": True,
-        "transformers_version": "4.28.0.dev0",
-        "use_cache": True,
-        "eos_token_id": eos_token_id,
-    }
-    _write_json(checkpoint / "generation_config.json", generation)
-
-    tensors = {"transformer.wte.weight": model.language_model.lm_head.weight[: model.config.image_token_id]}
-    for name, parameter in model.language_model.transformer.named_parameters():
-        tensors[f"transformer.{name}"] = parameter
-    for name, parameter in model.image_encoder.projector.named_parameters():
-        tensors[f"transformer.mm_projector.{name}"] = parameter
-    _write_shards(checkpoint, {name: tensor.detach().half().clone() for name, tensor in tensors.items()})
+def save(model: OriginalLlavaForConditionalGeneration, family: Family, folder: Path) -> None:
+    """Write the weights of the checkpoint and of its vision tower."""
+    config = model.config
+    tensors = {config.prefix + config.table: model.embed_tokens.weight[: config.num_known_tokens]}
+    decoder = model.language_model.named_parameters()
+    tensors |= {name: parameter for name, parameter in decoder if not name.startswith("lm_head.")}
+    projector = model.image_encoder.projector.named_parameters()
+    tensors |= {f"{config.prefix}mm_projector.{name}": parameter for name, parameter in projector}
+    if not config.text_config.tie_word_embeddings:
+        tensors["lm_head.weight"] = model.language_model.lm_head.weight[: config.num_known_tokens]
+    tensors = {name: tensor.detach().half().clone() for name, tensor in tensors.items()}
+    _write_shards(folder / family.checkpoint, tensors)
 
     # The model has no layers after the selected one, but a tower on disk is complete
-    tower = CLIPVisionModel(CLIPVisionConfig(**VISION_CONFIG))
+    tower = CLIPVisionModel(config.vision_config)
     tower.vision_model.load_state_dict(model.image_encoder.features.state_dict(), strict=False)
     state_dict = {
         f"vision_model.{name}": parameter.detach().half().clone()
         for name, parameter in tower.vision_model.named_parameters()
     }
-    save_file(state_dict, clip / "model.safetensors", metadata={"format": "pt"})
-    _write_json(
-        clip / "config.json", {"architectures": ["CLIPModel"], "model_type": "clip", "vision_config": VISION_CONFIG}
-    )
-    _write_json(clip / "preprocessor_config.json", PREPROCESSOR)
+    save_file(state_dict, folder / family.clip / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -83,8 +66,5 @@ def _write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         written += tensor.nbytes
     for index, shard in enumerate(shards):
         torch.save(shard, folder / f"pytorch_model-{index + 1:05d}-of-00002.bin")
-    _write_json(folder / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(file: Path, values: dict) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2) + "\n")

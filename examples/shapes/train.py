@@ -1,6 +1,6 @@
-"""Train a tiny LLaVA-MPT from scratch on coloured shapes, and write it in the format of the original LLaVA code.
+"""Train a tiny LLaVA from scratch on coloured shapes, and write its weights in the format of the original LLaVA code.
 
-    python examples/shapes/train.py --minutes 25
+    python examples/shapes/train.py --family mpt --minutes 25
 
 First, the vision tower learns to recognize the object in each of the nine cells of an image. Then it is frozen, as in
 LLaVA's own training, and encodes a pool of images once. Projector and language model learn from new conversations
@@ -10,92 +10,115 @@ about these images in each step.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import logging
 import time
 from pathlib import Path
 
 import torch
-from data import IGNORED, Conversations, Images, Pool
-from files import load, save
-from model import IMAGE_SIZE, PATCH_SIZE, VISION_CONFIG, build_model, forward
+from data import IGNORED, Codes, Conversations, Images, Pool, code
+from families import FAMILIES, HERE
+from files import copy_settings, load, save
+from model import begin_with_words, build_model, forward, read_codes
 from optimizer import Optimizers
-from tokenizer import build_tokenizer
-from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 
-from optimum_llava_ov.models.llava import LlavaMptForConditionalGeneration
+from optimum_llava_ov.bundle.settings import build_processor
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
+from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 from optimum_llava_ov.samples.shapes import COLOURS, SHAPES
 
 
 logger = logging.getLogger("train")
 
 
-def train_tower(model: LlavaMptForConditionalGeneration, minutes: float, seed: int) -> None:
-    """Train the tower to recognize the objects in the cells. The classifier is not kept."""
+class Clock:
+    """Count minutes of work since it was made. What other programs take from the processor does not count."""
+
+    def __init__(self):
+        self.start = time.process_time()
+
+    def minutes(self) -> float:
+        return (time.process_time() - self.start) / torch.get_num_threads() / 60
+
+
+def train_tower(model: OriginalLlavaForConditionalGeneration, images: Images, minutes: float, rate: float) -> None:
+    """Train the tower to recognize the objects in the cells. The classifier is not kept.
+
+    Args:
+        rate: Factor of the learning rates.
+    """
     tower = model.image_encoder.features
-    classifier = nn.Linear(VISION_CONFIG["hidden_size"], len(SHAPES) + 1 + len(COLOURS) + 1)
-    optimizers = Optimizers([*tower.named_parameters(), *classifier.named_parameters()], matrix_peak=0.02)
-    side, start = IMAGE_SIZE // PATCH_SIZE, time.time()
-    for step, (pixel_values, shapes, colours) in enumerate(Images(48, seed)):
-        progress = (time.time() - start) / (60 * minutes)
+    classifier = nn.Linear(model.config.vision_config.hidden_size, len(SHAPES) + 1 + len(COLOURS) + 1)
+    named = [*tower.named_parameters(), *classifier.named_parameters()]
+    optimizers = Optimizers(named, matrix_peak=0.02 * rate, peak=1e-3 * rate)
+    clock = Clock()
+    for step, (pixel_values, cells) in enumerate(images):
+        progress = clock.minutes() / minutes
         if progress >= 1:
             break
-        grid = tower(pixel_values).transpose(1, 2).unflatten(2, (side, side))
-        logits = classifier(F.avg_pool2d(grid, side // 3).flatten(2).transpose(1, 2))
-        shape_logits, colour_logits = logits.split([len(SHAPES) + 1, len(COLOURS) + 1], dim=-1)
-        loss = F.cross_entropy(shape_logits.flatten(0, 1), shapes.flatten())
-        loss = loss + F.cross_entropy(colour_logits.flatten(0, 1), colours.flatten())
+        logits = classifier(tower(pixel_values)).split([len(SHAPES) + 1, len(COLOURS) + 1], dim=-1)
+        loss = sum(F.cross_entropy(logits[i].flatten(0, 1), cells[..., i].flatten()) for i in (0, 1))
         optimizers.step(loss, step, progress)
         if step % 50 == 0:
-            right = (shape_logits.argmax(-1) == shapes) & (colour_logits.argmax(-1) == colours)
-            objects = right[shapes > 0].float().mean()
+            right = (logits[0].argmax(-1) == cells[..., 0]) & (logits[1].argmax(-1) == cells[..., 1])
+            objects = right[cells[..., 0] > 0].float().mean()
             logger.info(
                 "tower %4d  %4.1f min  loss %.4f  objects %.3f", step, progress * minutes, loss.item(), objects
             )
 
 
 def train(
-    model: LlavaMptForConditionalGeneration,
-    tokenizer: Tokenizer,
-    pool: Pool,
+    model: OriginalLlavaForConditionalGeneration,
+    checkpoint: OriginalCheckpoint,
+    pool: Pool | Codes,
     minutes: float,
     batch_size: int,
     seed: int,
+    num_words: int,
     start_lesson: float = 0.0,
     rate: float = 1.0,
 ) -> None:
     """Train projector and language model on the tokens of the assistant's turns.
 
     Args:
+        num_words: How many of the words of `data.Words` the features of a cell are aligned with.
         start_lesson: 0 begins with single objects. 1 begins with all conversations, for a model that was trained
             before.
         rate: Factor of the learning rates.
     """
-    named = [*model.language_model.named_parameters(), *model.image_encoder.projector.named_parameters()]
-    optimizers = Optimizers(named, matrix_peak=0.02 * rate, peak=2e-3 * rate)
+    model.train().requires_grad_(True)
+    for frozen in (model.image_encoder.features, model.language_model.lm_head.bias, model.image_encoder.borders):
+        if frozen is not None:
+            frozen.requires_grad_(False)
+    optimizers = Optimizers(list(model.named_parameters()), matrix_peak=0.02 * rate, peak=2e-3 * rate)
+    vision = checkpoint.config.vision_config
+    image_length = (vision.image_size // vision.patch_size) ** 2 + checkpoint.config.num_border_tokens
+    make = functools.partial(Conversations, checkpoint.tokenizer, checkpoint.choice.conversation, image_length)
     # The model learns to read an image from single objects, within minutes. Then it learns to find the right object
     # among several, and then to compare images. If it begins with all conversations, it does not learn to read images.
     lessons = [
-        (0.05, iter(Conversations(tokenizer, pool.simple(1), batch_size, seed, one_image=True, max_turns=4))),
-        (0.12, iter(Conversations(tokenizer, pool.simple(2), batch_size, seed, one_image=True, max_turns=4))),
-        (0.35, iter(Conversations(tokenizer, pool, batch_size, seed, one_image=True))),
-        (1.00, iter(Conversations(tokenizer, pool, batch_size, seed))),
+        (0.05, iter(make(pool.simple(1), batch_size, seed, one_image=True, max_turns=4))),
+        (0.12, iter(make(pool.simple(2), batch_size, seed, one_image=True, max_turns=4))),
+        (0.35, iter(make(pool, batch_size, seed, one_image=True))),
+        (1.00, iter(make(pool, batch_size, seed))),
     ]
-    start, average = time.time(), None
+    num_shared = make(pool, batch_size, seed).num_shared
+    clock, average = Clock(), None
     for step in itertools.count():
-        progress = (time.time() - start) / (60 * minutes)
+        progress = clock.minutes() / minutes
         if progress >= 1:
             break
         batch = next(next(lesson for until, lesson in lessons if max(progress, start_lesson) <= until))
-        labels, words = batch.pop("labels")[:, 1:], batch.pop("words")
-        logits = forward(model, **batch)
+        labels, words = batch.pop("labels")[:, num_shared + 1 :], batch.pop("words")
+        logits, cells = forward(model, **batch, num_shared=num_shared)
         # Align the features of a cell with its words, as LLaVA's first stage does. Then a word of the question attends
         # to the same word in the image, and the model soon learns to find the right cell.
-        cells = model.image_encoder.projector(batch["features"]) @ model.language_model.lm_head.weight.T
         alignment = sum(
-            F.cross_entropy(cells.flatten(0, 1), words[..., i].flatten(), ignore_index=IGNORED) for i in (0, 1)
+            F.cross_entropy(cells.flatten(0, 1), words[..., i].flatten(), ignore_index=IGNORED)
+            for i in range(num_words)
         )
         logits = logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
@@ -115,6 +138,7 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="mpt", help="language model (default: %(default)s)")
     parser.add_argument(
         "--minutes", type=float, default=25, help="minutes of training of the language model (default: %(default)s)"
     )
@@ -132,37 +156,46 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed; choose another one to resume with other conversations"
     )
-    parser.add_argument("--resume", action="store_true", help="continue to train the model in --output")
+    parser.add_argument("--resume", action="store_true", help="continue to train the language model in --output")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).parent,
-        help="where to write checkpoint/ and clip/ (default: here)",
+        "--output", type=Path, default=HERE, help="where to write checkpoint and vision tower (default: here)"
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     torch.manual_seed(args.seed)
+    family = FAMILIES[args.family]
+    checkpoint = copy_settings(family, args.output)
+    processor = build_processor(checkpoint).image_processor
     if args.resume:
-        model, tokenizer = load(args.output)
+        model = load(checkpoint)
     else:
-        tokenizer = build_tokenizer()
-        model = build_model(tokenizer)
+        model = build_model(checkpoint, family.first_clip)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        logger.info("%d tokens, %.2f M parameters", tokenizer.get_vocab_size(), num_parameters / 1e6)
-        train_tower(model, args.tower_minutes, args.seed)
-    pool = Pool(model.image_encoder.features, args.num_pairs, args.seed)
-    train(
+        logger.info("%d tokens, %.2f M parameters", checkpoint.config.vocab_size, num_parameters / 1e6)
+        images = Images(processor, family.new_scene, 48, args.seed)
+        train_tower(model, images, args.tower_minutes, rate=0.5 if family.first_clip else 1.0)
+    features = model.image_encoder.features.requires_grad_(False)
+    pool = Pool(features, processor, family.new_scene, args.num_pairs, args.seed)
+    run = functools.partial(
+        train,
         model,
-        tokenizer,
-        pool,
-        args.minutes,
-        args.batch_size,
-        args.seed,
-        start_lesson=float(args.resume),
+        checkpoint,
+        minutes=args.minutes,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        num_words=family.num_words,
         rate=args.rate,
     )
-    save(model, tokenizer, args.output)
+    if family.begins_with_codes and not args.resume:
+        codes = Codes(pool.features.shape[-1])
+        begin_with_words(model, checkpoint.tokenizer)
+        run(codes)
+        error = read_codes(model, pool.features, torch.stack([code(scene) for scene in pool.scenes()]))
+        logger.info("The features are read as codes with an error of %.3f", error)
+    else:
+        run(pool, start_lesson=float(args.resume))
+    save(model, family, args.output)
     logger.info("Wrote the model to %s", args.output)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw
@@ -40,15 +40,16 @@ NUMBERS = ("no", "one", "two", "three", "four")
 ORDINALS = ("first", "second")
 Target: TypeAlias = "tuple[str | None, str | None]"  # shape and colour
 
-SYSTEM_TURN = (
-    "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives helpful and "
-    "honest answers.<|im_end|>"
-)
-
 
 @dataclass(frozen=True)
 class Object:
-    """Describe one shape. Lengths are fractions of the image's central square, angles are in degrees."""
+    """Describe one shape.
+
+    Attributes:
+        x, y: position of the middle, as fractions of the area that the cells fill.
+        radius: as a fraction of the canvas's shorter side.
+        angle: in degrees.
+    """
 
     shape: str
     colour: str
@@ -66,12 +67,18 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Describe an image. `width` and `height` are the canvas, in pixels. All objects are in its central square."""
+    """Describe an image.
+
+    Attributes:
+        width, height: size of the canvas, in pixels.
+        fills_canvas: whether the 3x3 cells fill the whole canvas. If not, they fill its central square.
+    """
 
     objects: tuple[Object, ...]
     background: tuple[int, int, int]
     width: int
     height: int
+    fills_canvas: bool = False
 
     def count(self, shape: str | None = None, colour: str | None = None) -> int:
         return sum(shape in (None, item.shape) and colour in (None, item.colour) for item in self.objects)
@@ -125,6 +132,15 @@ def random_scene(rng: random.Random, like: Scene | None = None) -> Scene:
     return Scene(tuple(objects), (red, green, blue), width, height)
 
 
+def wide_or_tall_scene(rng: random.Random, like: Scene | None = None) -> Scene:
+    """Make a scene that fills a canvas with an aspect ratio between 3:4 and 4:3, and never a square."""
+    scene = random_scene(rng, like)
+    side = min(scene.width, scene.height)
+    longer = round(side * rng.uniform(1.15, 4 / 3))
+    width, height = (longer, side) if rng.random() < 0.5 else (side, longer)
+    return replace(scene, width=width, height=height, fills_canvas=True)
+
+
 def render(scene: Scene, size: tuple[int, int] | None = None, oversampling: int = 3) -> Image.Image:
     """Draw a scene.
 
@@ -136,9 +152,10 @@ def render(scene: Scene, size: tuple[int, int] | None = None, oversampling: int 
     canvas = Image.new("RGB", (width * oversampling, height * oversampling), scene.background)
     draw = ImageDraw.Draw(canvas)
     side = min(canvas.size)
-    left, top = (canvas.width - side) / 2, (canvas.height - side) / 2
+    columns, rows = canvas.size if scene.fills_canvas else (side, side)
+    left, top = (canvas.width - columns) / 2, (canvas.height - rows) / 2
     for item in scene.objects:
-        x, y, radius = left + item.x * side, top + item.y * side, item.radius * side
+        x, y, radius = left + item.x * columns, top + item.y * rows, item.radius * side
         if item.shape == "circle":
             draw.ellipse((x - radius * 0.92, y - radius * 0.92, x + radius * 0.92, y + radius * 0.92), fill=item.rgb)
         else:
@@ -473,8 +490,13 @@ def conversation(
     return Conversation(rng, new_scene).run(rng.randint(1, max_turns), one_picture)
 
 
-def held_out(num: int, seed: int = 0) -> Iterator[list[dict[str, Any]]]:
+def held_out(
+    num: int, seed: int = 0, new_scene: Callable[[random.Random, Scene | None], Scene] = random_scene
+) -> Iterator[list[dict[str, Any]]]:
     """Make conversations for evaluation. Neither they nor their images are in the training data.
+
+    Args:
+        new_scene: makes the images' scenes; [`wide_or_tall_scene`] makes only images that are not square.
 
     Yields:
         Turns with `images` (those that are new in the turn), `question`, `answer` and `kind`.
@@ -487,7 +509,7 @@ def held_out(num: int, seed: int = 0) -> Iterator[list[dict[str, Any]]]:
                 "answer": turn.answer,
                 "kind": turn.kind,
             }
-            for turn in conversation(f"held-out/{seed}/{index}")
+            for turn in conversation(f"held-out/{seed}/{index}", new_scene=new_scene)
         ]
 
 
@@ -495,15 +517,3 @@ def built_in_samples(num: int) -> list[Sample]:
     """Return the first questions of held-out conversations, with exact answers. No download is needed."""
     first_turns = (turns[0] for turns in held_out(num))
     return [Sample(turn["question"], tuple(turn["images"]), turn["answer"]) for turn in first_turns]
-
-
-def user_turn(question: str, num_images: int, images_last: bool = False) -> str:
-    """Format the turn of a user and the beginning of the assistant's turn, as the original code does."""
-    parts = ["<image>"] * num_images
-    parts = [question, *parts] if images_last else [*parts, question]
-    return "<|im_start|>user\n" + "\n".join(parts) + "<|im_end|><|im_start|>assistant\n"
-
-
-def assistant_turn(answer: str) -> str:
-    """Format the rest of the assistant's turn."""
-    return answer + "<|im_end|>"
