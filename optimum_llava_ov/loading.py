@@ -66,13 +66,8 @@ def load_engine(
 
 
 def located(bundle: str | Path | Repository) -> Repository:
-    """Return the repository of a bundle or a checkpoint. On the Hub, ask once which commit it has now.
-
-    Files at a commit never change, so what is in the cache is then not asked for again.
-    """
-    repository = Repository.of(bundle)
-    config_file = None if repository.is_local else repository.get("config.json")
-    return repository if config_file is None else repository.pinned(config_file)
+    """Return the repository of a bundle or a checkpoint. On the Hub, ask once which commit it has now."""
+    return Repository.of(bundle).at_one_commit("config.json")
 
 
 def resolve_engine(bundle: str | Path | Repository, device: str, engine: str) -> tuple[Repository, str]:

@@ -89,13 +89,11 @@ class OVModelForLlava(OVLlavaModel):
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         repository = Repository.of(model_id, **options)
         complete_replacement(repository.name)
+        repository = repository.at_one_commit("config.json")
         original = find_original(repository, base_model=base_model)
         if original is not None:
             own = {"vision_tower": vision_tower, "conversation": conversation}
             return cls._export(original, **own, base_model=base_model, adapters=adapters or None, **kwargs)
-        config_file = repository.get("config.json")
-        if config_file is not None:
-            repository = repository.pinned(config_file)
         folder = _download(repository, cls._text_model_type)
         if kwargs.get("compile_only") and kwargs.get("ov_config"):  # Optimum passes all of it to OpenVINO
             kwargs["ov_config"] = {**kwargs["ov_config"]}

@@ -247,6 +247,14 @@ class TestTables:
         with pytest.raises(InvalidCheckpointError, match=r"missing: language_model\.lm_head\.weight"):
             self.logits(self.write(tmp_path / "headless", tensors))
 
+    def test_a_missing_table_is_named(self, tmp_path):
+        """Also if the head is tied to it."""
+        tensors = self.tensors()
+        del tensors["model.embed_tokens.weight"]
+        folder = self.write(tmp_path / "tied", tensors, tie_word_embeddings=True)
+        with pytest.raises(InvalidCheckpointError, match=r"missing: embed_tokens\.weight"):
+            self.logits(folder)
+
     def test_linear_scaling_of_positions(self, tmp_path):
         """Positions are divided by the factor: those of every second token are then the old ones."""
         from optimum_llava_ov.checkpoint.families.llama import LlavaLlamaConfig

@@ -71,8 +71,9 @@ def check_readable(folder: Path, tokenizers: bool = False) -> None:
     Raises:
         [`BundleError`]: a file is missing or damaged; names it.
     """
-    check_bundle(folder, tokenizers, unneeded=_NOT_IN_OTHERS if _is_of_others(folder / "config.json") else _NOT_READ)
-    check_settings(folder)
+    check_bundle(folder, tokenizers, unneeded=_NOT_IN_OTHERS)
+    if is_our_bundle(check_settings(folder)):
+        check_bundle(folder, tokenizers, unneeded=_NOT_READ)
     template = folder / "chat_template.jinja"
     if not template.exists():
         return
@@ -103,13 +104,6 @@ def check_settings(folder: Path) -> dict[str, Any]:
     except Exception as error:  # damaged settings make transformers stumble anywhere
         raise BundleError(f"{folder / 'config.json'} does not load: {_reason(error)}. {_AGAIN}") from error
     return values
-
-
-def _is_of_others(config_file: Path) -> bool:
-    try:
-        return not is_our_bundle(read_json(config_file, error_class=BundleError))
-    except BundleError:  # the checks that follow say what is wrong with it
-        return False
 
 
 def is_our_bundle(config: dict[str, Any]) -> bool:

@@ -362,9 +362,7 @@ def _missing_projector(repository: Repository) -> str:
 
 
 def _pinned(repository: Repository) -> Repository:
-    """Return the repository at one commit, so that all its files have one version."""
-    file = repository.get("config.json") or repository.get(ADAPTER_CONFIG)
-    return repository if file is None else repository.pinned(file)
+    return repository.at_one_commit("config.json", ADAPTER_CONFIG)
 
 
 def _settings(repository: Repository) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class OriginalCheckpoint:
                 )
             return tensors
         if not self.config.unfreeze_mm_vision_tower:  # adapters of others may be for the tower, too
-            tensors = {name: tensor for name, tensor in tensors.items() if ".vision_tower." not in f".{name}"}
+            tensors = {name: tensor for name, tensor in tensors.items() if not _is_of_tower(name)}
             tower = map_files(self.vision_weight_files)
             tensors |= {
                 f"{_OWN_TOWER}{name}": tensor for name, tensor in tower.items() if name.startswith("vision_model.")
@@ -193,7 +193,7 @@ class OriginalCheckpoint:
         return {
             name: tensor
             for name, tensor in self._all_tensors.items()
-            if ".vision_tower." not in f".{name}" and not name.endswith(".rotary_emb.inv_freq")
+            if not _is_of_tower(name) and not name.endswith(".rotary_emb.inv_freq")
         }
 
     def vision_tensors(self) -> dict[str, torch.Tensor]:
@@ -225,6 +225,10 @@ class OriginalCheckpoint:
                         "trained, set unfreeze_mm_vision_tower to false in config.json."
                     )
                 return
+
+
+def _is_of_tower(name: str) -> bool:
+    return ".vision_tower." in f".{name}"
 
 
 def is_original_checkpoint(name_or_path: str | Path | Repository, **kwargs) -> bool:

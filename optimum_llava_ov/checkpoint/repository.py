@@ -298,6 +298,18 @@ class Repository:
 
         return self.local_files_only or is_offline_mode()
 
+    def at_one_commit(self, *filenames: str) -> Repository:
+        """Return this repository at the commit that it has now, by the first of these files that it has.
+
+        Files at a commit never change, so what is in the cache is then not asked for again.
+
+        Raises:
+            [`InvalidCheckpointError`], [`HubError`]: see [`get`].
+        """
+        files = (self.get(name) for name in filenames)
+        file = next((file for file in files if file is not None), None)
+        return self if file is None else self.pinned(file)
+
     def pinned(self, path: Path) -> Repository:
         """Return this repository at the commit of the downloaded file `path`, so that all files have one version."""
         if self.is_local or "snapshots" not in path.parts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,7 +42,7 @@ from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.export.tokenizers import export_tokenizers
 from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 from optimum_llava_ov.options import check_options, names_of
-from optimum_llava_ov.system.memory import free, halve, move_to_disk, read_ahead
+from optimum_llava_ov.system.memory import free, move_to_disk, read_ahead
 
 
 if TYPE_CHECKING:
@@ -170,20 +169,15 @@ def _export(
         if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
             recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
         _check_free_space(model, ov_config, recipe, folder)
-        if is_ours and os.name == "posix":
+        if is_ours:
             # Table and head are copies of the checkpoint's, with a row for `<image>`
-            table, head = model.embed_tokens.weight, model.language_model.lm_head.weight
-            is_shared = head.data_ptr() == table.data_ptr()
-            move_to_disk(table, folder)
-            if is_shared:
-                head.data = table.data
-            else:
-                move_to_disk(head, folder)
+            move_to_disk((model.embed_tokens.weight, model.language_model.lm_head.weight), folder)
         if is_ours and ov_config is not None and ov_config.dtype == "fp16":
             # Only the weights. OpenVINO would also round constants, such as the frequencies of rotary embeddings.
-            size = sum(2 * weight.numel() for weight in model.parameters() if weight.dtype != torch.float16)
+            others = [weight for weight in model.parameters() if weight.dtype != torch.float16]
+            size = sum(2 * weight.numel() for weight in others)
             _check_free(size, "Until the export ends, the weights in fp16 need", folder)
-            halve(model, folder)
+            move_to_disk(others, folder, torch.float16)
             part_config = None
         newline = None if model.image_newline is None else model.image_newline.detach().float()
         save_settings(checkpoint, processor, model.generation_config, newline, folder)

@@ -54,23 +54,18 @@ def _language_tensors(checkpoint: OriginalCheckpoint) -> dict[str, torch.Tensor]
             state_dict[short] = tensor
         elif short == config.table:
             state_dict[_TABLE] = tensor
-        elif short == "image_newline":
-            continue  # only for images in tiles
         elif name == "lm_head.weight":
             state_dict[_HEAD] = tensor
         else:
             state_dict[f"language_model.{config.prefix}{short}"] = tensor
-    if is_tied and _TABLE in state_dict:  # a stored head is not used
-        state_dict[_HEAD] = state_dict[_TABLE]
-
     if config.num_border_tokens and _is_table(state_dict.get(_TABLE), config):
         state_dict["image_encoder.borders"] = state_dict[_TABLE][[config.im_start_token_id, config.im_end_token_id]]
-    for name in (_TABLE, _HEAD):
-        if name == _HEAD and is_tied:
-            state_dict[name] = state_dict[_TABLE]
-        elif (table := state_dict.get(name)) is not None and _is_table(table, config):
+    for name in (_TABLE,) if is_tied else (_TABLE, _HEAD):
+        if (table := state_dict.get(name)) is not None and _is_table(table, config):
             known = table[: config.num_known_tokens]
             state_dict[name] = torch.cat([known, known.new_zeros(config.vocab_size - len(known), known.shape[1])])
+    if is_tied and _TABLE in state_dict:  # a stored head is not used
+        state_dict[_HEAD] = state_dict[_TABLE]
     if (head := state_dict.get(_HEAD)) is not None:
         state_dict[_BIAS] = head_bias(config.vocab_size, config.num_known_tokens, head.dtype)
     return state_dict

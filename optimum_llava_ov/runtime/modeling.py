@@ -235,7 +235,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             image_sizes: `(images, 2)`, height and width of each image; only with tiles. If the processor has counted
                 other rows than the original, which occurs for few sizes, the prompts and the logits have the
                 original's.
-            position_ids: Ignored, because ALiBi uses distances between tokens.
+            position_ids: Ignored. Positions are counted from `attention_mask`.
             logits_to_keep: Number of last positions to compute logits for; 0 for all.
 
         Returns:

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -50,23 +51,19 @@ def empty_on_disk(shape: torch.Size, dtype: torch.dtype, folder: Path) -> torch.
     return tensor.view(shape)
 
 
-def move_to_disk(parameter: torch.nn.Parameter, folder: Path) -> None:
-    """Move a parameter from memory to a mapped file."""
-    parameter.data = empty_on_disk(parameter.shape, parameter.dtype, folder).copy_(parameter.data)
+def move_to_disk(parameters: Iterable[torch.nn.Parameter], folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Move parameters to mapped files, one at a time, and convert them to `dtype`. What shares memory still does.
 
-
-def halve(module: torch.nn.Module, folder: Path) -> None:
-    """Convert the weights of a module to fp16 on disk, one at a time. What shares its weights still does."""
-    halves: dict[int, torch.Tensor] = {}
-    for parameter in module.parameters():
-        if parameter.dtype != torch.float16:
-            key = parameter.data_ptr()
-            if key not in halves:
-                half = (
-                    empty_on_disk(parameter.shape, torch.float16, folder) if os.name == "posix" else parameter.half()
-                )
-                halves[key] = half.copy_(parameter.data)
-            parameter.data = halves[key]
+    Only POSIX systems delete a file that is mapped. Elsewhere parameters stay in memory.
+    """
+    moved: dict[int, torch.Tensor] = {}
+    for parameter in parameters:
+        weight, target = parameter.data, dtype or parameter.dtype
+        key = weight.data_ptr()
+        if key not in moved:
+            is_posix = os.name == "posix"
+            moved[key] = empty_on_disk(weight.shape, target, folder).copy_(weight) if is_posix else weight.to(target)
+        parameter.data = moved[key]
 
 
 def free(module: torch.nn.Module) -> None:
