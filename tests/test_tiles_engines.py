@@ -14,8 +14,10 @@ from PIL import Image
 from test_anyres import IMAGES, RELEASED, TINY, noise, sizes, tiles_step_by_step
 from transformers import LlavaNextConfig
 
+from optimum_llava_ov import OVModelForLlava
 from optimum_llava_ov.chat.genai_engine import image_tensor
 from optimum_llava_ov.chat.genai_images import fit_to_genai, genai_geometry, original_geometry
+from optimum_llava_ov.errors import ImageError
 
 
 GOLDEN = Golden("llava16_mistral_anyres")
@@ -113,3 +115,13 @@ def test_stock_optimum_intel_swaps_height_and_width():
     for size in [(64, 480), (480, 64), (100, 50), (50, 100)]:
         theirs, original = packed(size)
         assert theirs.shape != original.shape or not torch.equal(theirs, original)
+
+
+@pytest.mark.parametrize("size", [(1, 50), (1400, 55)], ids=str)
+def test_an_image_without_a_patch_is_refused_for_genai_by_name(bundles, processors, size):
+    """GenAI itself says `current_width > padding * 2`. Ours answers about the squashed image."""
+    image, processor = Image.new("RGB", size, "red"), processors[GOLDEN.name]
+    with pytest.raises(ImageError, match=rf"{size[0]} x {size[1]} pixels.*use the openvino engine"):
+        image_tensor(image, processor)
+    model = OVModelForLlava.from_pretrained(bundles[GOLDEN.name], ov_config=EXACT)
+    assert isinstance(model.chat(processor, max_new_tokens=2).send(QUESTION, images=[image]).result(), str)

@@ -26,6 +26,7 @@ from optimum_llava_ov.chat.images import digest
 from optimum_llava_ov.chat.messages import Message, images_of, text_of
 from optimum_llava_ov.chat.prompt import Prompt, common_prefix
 from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer
+from optimum_llava_ov.errors import ImageError
 from optimum_llava_ov.models.image_layout import tiling_of
 
 
@@ -219,9 +220,18 @@ def image_tensor(image: Image.Image, processor: Any) -> openvino.Tensor:
 
     So GenAI neither resamples nor pads it; it does both differently from the processor. An image that is cut into
     tiles has its own size; see [`fit_to_genai`].
+
+    Raises:
+        [`ImageError`]: The tiles have no patch of the image, which GenAI does not accept.
     """
     if isinstance(processor, LlavaNextProcessor):
-        image = fit_to_genai(image, tiling_of(processor))
+        tiling = tiling_of(processor)
+        if 0 in tiling.patches(image.size):
+            raise ImageError(
+                f"The image has {image.width} x {image.height} pixels. It is so long that its tiles have no patch of "
+                "it, which the genai engine does not accept. Crop it, or use the openvino engine."
+            )
+        image = fit_to_genai(image, tiling)
         return openvino.Tensor(np.array(image.convert("RGB"))[None])
     inputs = processor.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
     pixels = inputs["pixel_values"].transpose(0, 2, 3, 1)

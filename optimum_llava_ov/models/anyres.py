@@ -117,10 +117,19 @@ class Tiling:
         """
         return self._num_unpadded(size, self._padding(size, lambda patches: int(round(patches, 7))))
 
+    def patches(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the number of columns and of rows of patches of the tiles, without those that are left out.
+
+        One of the two is 0 if the image is very long. `size`: width and height of the image, in pixels.
+        """
+        return self._patches(size, self.padding(size))
+
+    def _patches(self, size: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
+        columns, rows = self.grid(size)
+        return columns * self.patches_per_side - 2 * padding[0], rows * self.patches_per_side - 2 * padding[1]
+
     def _num_unpadded(self, size: tuple[int, int], padding: tuple[int, int]) -> int:
-        columns, rows = (
-            count * self.patches_per_side - 2 * left_out for count, left_out in zip(self.grid(size), padding)
-        )
+        columns, rows = self._patches(size, padding)
         return self.tokens_per_tile + rows * (columns + 1)
 
     def _padding(self, size: tuple[int, int], whole: Callable[[float], int] = int) -> tuple[int, int]:
