@@ -168,6 +168,8 @@ class BundleFacts:
             "snippet": None if command else export_snippet(recorded, self.source.split("/")[-1] + "-ov"),
             "data_aware": datasets[0][0] if datasets else None,
             "image_seq_length": config["image_seq_length"],
+            "image_tokens": converted_from.get("image_tokens"),
+            "num_patches": (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) ** 2,
             "tiling": ImageLayout.of_bundle(AutoConfig.for_model(**config)).tiling,
             "image_size": config["vision_config"]["image_size"],
             "pads": pads,

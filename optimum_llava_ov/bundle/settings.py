@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def build_config(
             "mm_use_im_start_end": bool(config.mm_use_im_start_end),
             "image_aspect_ratio": config.image_aspect_ratio,
             "optimum_llava_ov_version": version("optimum-llava-ov"),
+            **({"image_tokens": asdict(config.reduction)} if config.reduction else {}),
             **_fine_tune(checkpoint.lineage),
         },
     )

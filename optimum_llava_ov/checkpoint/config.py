@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 # Not from `transformers`: this module may be imported while `transformers` itself still is
 from transformers.configuration_utils import PretrainedConfig
 
+from optimum_llava_ov.checkpoint.image_tokens import ImageTokens
 from optimum_llava_ov.checkpoint.options import Rule, broken_rules, flag, integer, one_of, optional, text
 from optimum_llava_ov.checkpoint.tiling import ANYRES, TILING_OPTIONS, tiling_problems
 
@@ -71,6 +72,8 @@ class OriginalLlavaConfig(PretrainedConfig):
             Id of `<image>`. The original writes -200, and its tokenizers do not have this token.
         padded_vocab_size (`int`, *optional*):
             Number of rows of the checkpoint's embedding table. `vocab_size` counts the used ones, and `<image>`.
+        image_tokens (`int`, *optional*), image_token_method (`str`, *optional*):
+            How the patches of an image are reduced (see [`ImageTokens`]). The original keeps them all.
 
     Class attributes that a family sets:
         family (`str`): name of the family in messages.
@@ -112,6 +115,8 @@ class OriginalLlavaConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
     image_token_id: int | None = None
     padded_vocab_size: int | None = None
+    image_tokens: int | None = None
+    image_token_method: str | None = None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> OriginalLlavaConfig:
@@ -192,9 +197,25 @@ class OriginalLlavaConfig(PretrainedConfig):
         return 2 if self.mm_use_im_start_end else 0
 
     @property
+    def num_patches(self) -> int:
+        """Number of patches that the vision tower cuts an image into."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    @property
+    def reduction(self) -> ImageTokens | None:
+        """How the patches of an image are reduced; `None` if they are not."""
+        if self.image_tokens is None or self.image_token_method is None:
+            return None
+        return ImageTokens(self.image_tokens, self.image_token_method)
+
+    @property
     def num_additional_image_tokens(self) -> int:
-        """Number of embeddings of one image that are not patches: the class token if it is kept, and the borders."""
-        return self.num_border_tokens + (1 if self.select_feature == "cls_patch" else 0)
+        """Number of embeddings of one image beyond its patches: the class token if it is kept, and the borders.
+
+        It is less than 0 if the patches are reduced: readers of bundles compute the sum.
+        """
+        removed = self.num_patches - self.reduction.count if self.reduction else 0
+        return self.num_border_tokens + (1 if self.select_feature == "cls_patch" else 0) - removed
 
     @property
     def num_known_tokens(self) -> int:

@@ -16,6 +16,7 @@ from optimum_llava_ov.checkpoint.conversation import Choice, choose_conversation
 from optimum_llava_ov.checkpoint.families import names_original, read_config
 from optimum_llava_ov.checkpoint.fine_tune import Lineage, is_adapter_of_llava, is_delta
 from optimum_llava_ov.checkpoint.image_processor import read_image_processor
+from optimum_llava_ov.checkpoint.image_tokens import MERGE, ImageTokens
 from optimum_llava_ov.checkpoint.merge import Overlay, check_fit, merge, with_rows
 from optimum_llava_ov.checkpoint.options import MAX_INDEX_BYTES, read_json
 from optimum_llava_ov.checkpoint.repository import Repository
@@ -27,7 +28,9 @@ from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpoin
 
 
 # Options of a checkpoint that a user may give: keys of --model-kwargs
-CHECKPOINT_OPTIONS = ("vision_tower", "conversation", "base_model", "adapters")
+CHECKPOINT_OPTIONS = (
+    "vision_tower", "conversation", "base_model", "adapters", "image_tokens", "image_token_method",
+)  # fmt: skip
 
 _OWN_TOWER = "model.vision_tower.vision_tower."
 
@@ -68,6 +71,8 @@ class OriginalCheckpoint:
         conversation: str | None = None,
         base_model: str | None = None,
         adapters: Sequence[str] = (),
+        image_tokens: int | None = None,
+        image_token_method: str = MERGE,
         **kwargs,
     ) -> OriginalCheckpoint:
         """Read configurations and tokenizer, and check that they can be converted. Weights are not downloaded yet.
@@ -78,6 +83,8 @@ class OriginalCheckpoint:
             conversation: name of the conversation, instead of the one that the checkpoint's files and names say.
             base_model: folder or model id of the base model of a fine-tune, instead of the one that it names.
             adapters: folders or model ids of LoRA adapters or projectors to merge into the checkpoint, in this order.
+            image_tokens: number of tokens that the patches of an image become. All patches if not given.
+            image_token_method: how they are reduced, see [`ImageTokens`].
             kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
 
         Raises:
@@ -105,6 +112,10 @@ class OriginalCheckpoint:
         )
         if config.image_aspect_ratio == ANYRES:
             _check_tiles(config, config_file, image_processor, processor_file)
+        if image_tokens is not None:
+            reduction = ImageTokens(image_tokens, image_token_method)
+            reduction.check(config.num_patches, has_tiles=config.image_aspect_ratio == ANYRES)
+            config.image_tokens, config.image_token_method = reduction.count, reduction.method
 
         tokenizer = config.load_tokenizer(lineage.tokenizer)
         fill_in_token_ids(lineage.tokenizer, config, tokenizer)

@@ -28,6 +28,9 @@ def run_export(args: Namespace, repository: Repository) -> None:
     """
     _show_messages()
     return_what_is_freed()
+    model_kwargs = dict(args.model_kwargs or {})
+    if args.image_tokens is not None:
+        model_kwargs["image_tokens"] = args.image_tokens
     main_export(
         repository,
         args.output,
@@ -35,7 +38,7 @@ def run_export(args: Namespace, repository: Repository) -> None:
         ov_config=ov_config_of(args),
         stateful=not args.disable_stateful,
         convert_tokenizer=not args.disable_convert_tokenizer,
-        model_kwargs=args.model_kwargs,
+        model_kwargs=model_kwargs,
         variant=args.variant,
     )
     print(summarize(Path(args.output)))

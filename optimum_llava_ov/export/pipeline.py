@@ -82,6 +82,8 @@ def main_export(
         model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint,
             `{"conversation": <name>}` the conversation that is chosen for it. `{"base_model": <folder or model id>}`
             is the base model of a fine-tune, `{"adapters": [<folder or model id>, ...]}` are merged into the model.
+            `{"image_tokens": <number>}` reduces the patches of an image to fewer tokens; `{"image_token_method":
+            <name>}` says how (see [`~optimum_llava_ov.checkpoint.image_tokens.ImageTokens`]).
         kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. Other options of
             Optimum's `main_export`, such as `trust_remote_code` and shapes for tracing, are accepted and have no
             effect.
@@ -203,7 +205,13 @@ def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwarg
         raise ValueError(
             f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {', '.join(CHECKPOINT_OPTIONS)}."
         )
+    if "image_token_method" in (model_kwargs or {}) and "image_tokens" not in (model_kwargs or {}):
+        raise ValueError("--model-kwargs: image_token_method needs image_tokens, the number of tokens of an image.")
     for name, value in (model_kwargs or {}).items():
+        if name == "image_tokens":
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"--model-kwargs has {name}={value!r}. Expected a whole number.")
+            continue
         names = value if name == "adapters" else [value]
         if not isinstance(names, (list, tuple)) or not all(isinstance(item, str) for item in names):
             expected = "a list of names" if name == "adapters" else "a name"

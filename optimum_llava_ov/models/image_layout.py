@@ -35,14 +35,13 @@ class ImageLayout:
             config: with `vision_config` filled in.
         """
         vision = config.vision_config
-        side = vision.image_size // vision.patch_size
         pinpoints = read_pinpoints(config.image_grid_pinpoints) if config.image_aspect_ratio == ANYRES else None
         if pinpoints is None:
-            return cls(side**2 + config.num_additional_image_tokens)
+            return cls(config.num_patches + config.num_additional_image_tokens)
         tiling = Tiling(
             pinpoints,
             tile_size=vision.image_size,
-            patches_per_side=side,
+            patches_per_side=vision.image_size // vision.patch_size,
             merge_type=config.mm_patch_merge_type or FLAT,
             num_additional_tokens=config.num_additional_image_tokens,
         )

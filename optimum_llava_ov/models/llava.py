@@ -20,6 +20,7 @@ from optimum_llava_ov.models.image_layout import ImageLayout
 from optimum_llava_ov.models.language import build_language_model, compute_buffers
 from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
 from optimum_llava_ov.models.projector import build_projector
+from optimum_llava_ov.models.reduction import build_reduction
 from optimum_llava_ov.models.vision import ClipFeatures, ImageEncoder
 from optimum_llava_ov.models.weights import load_weights
 
@@ -46,6 +47,7 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
             build_projector(config.projector_type, config.vision_config.hidden_size, text_config.hidden_size),
             text_config.hidden_size,
             config.num_border_tokens,
+            build_reduction(config.reduction, config.num_patches) if config.reduction else None,
         )
         # The row after each row of patches of an image that is cut into tiles
         tiling = ImageLayout.of_original(config).tiling
@@ -64,7 +66,8 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): a folder, or a model id on the Hub.
-            vision_tower, conversation, base_model, adapters (*optional*): as for [`OriginalCheckpoint.open`].
+            vision_tower, conversation, base_model, adapters, image_tokens, image_token_method (*optional*):
+                As for [`OriginalCheckpoint.open`].
             dtype, torch_dtype (`torch.dtype` or `str`, *optional*):
                 Dtype to convert all weights to. They stay as stored if it is `"auto"` or not given.
             config ([`OriginalLlavaConfig`], *optional*):

@@ -1,4 +1,4 @@
-"""Encode images for the language model: CLIP patches, projected, between `<im_start>` and `<im_end>`."""
+"""Encode images for the language model: CLIP patches, reduced, projected, between `<im_start>` and `<im_end>`."""
 
 from __future__ import annotations
 
@@ -38,22 +38,35 @@ class ClipFeatures(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Vision tower, projector and borders of the image.
+    """Vision tower, reduction of its patches, projector and borders of the image.
 
     The borders are part of the encoder's output because GenAI and Model Server expand one `<image>` of the prompt
     themselves, and do not support `<im_start>`. So the prompt contains only `<image>`.
     """
 
-    def __init__(self, features: ClipFeatures, projector: nn.Module, text_size: int, num_borders: int):
+    def __init__(
+        self,
+        features: ClipFeatures,
+        projector: nn.Module,
+        text_size: int,
+        num_borders: int,
+        reduction: nn.Module | None = None,
+    ):
         super().__init__()
         self.features = features
+        self.reduction = reduction
         self.projector = projector
         # (2, text_size), or `None`: embeddings of <im_start> and <im_end>
         self.borders = nn.Parameter(torch.empty(num_borders, text_size), requires_grad=False) if num_borders else None
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(images, 3, height, width)` float -> `(images, borders + tokens, text_size)` float."""
-        image_features = self.projector(self.features(pixel_values))
+        features = self.features(pixel_values)
+        if self.reduction is not None:
+            num_class_tokens = 1 - self.features.first_token
+            class_token, patches = features[:, :num_class_tokens], features[:, num_class_tokens:]
+            features = torch.cat([class_token, self.reduction(patches)], dim=1)
+        image_features = self.projector(features)
         if self.borders is None:
             return image_features
         borders = (

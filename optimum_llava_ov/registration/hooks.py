@@ -110,6 +110,8 @@ def hook_command() -> None:
                 from optimum_llava_ov.cli.export import run_export
 
                 return run_export(self.args, repository)
+            if getattr(self.args, "image_tokens", None) is not None:
+                options["image-tokens"] = self.args.image_tokens
             if options:
                 raise ValueError(
                     f"{', '.join('--' + name for name in options)}: only for original LLaVA checkpoints. "
@@ -126,6 +128,14 @@ def hook_command() -> None:
         for name, text in _EXPORT_OPTIONS.items():
             with contextlib.suppress(argparse.ArgumentError):  # a later Optimum may have it
                 group.add_argument(f"--{name}", help=text)
+        with contextlib.suppress(argparse.ArgumentError):
+            parser.add_argument(
+                "--image-tokens",
+                type=int,
+                metavar="N",
+                help="For original LLaVA checkpoints: reduce the patches of an image to this number of tokens, which "
+                "makes the first token of an answer faster and can change answers (default: all patches).",
+            )
         with contextlib.suppress(argparse.ArgumentError):
             parser.add_argument(
                 "--verbose", action="store_true", help=f"For original LLaVA checkpoints: {VERBOSE_HELP}"
