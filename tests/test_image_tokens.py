@@ -90,9 +90,11 @@ def test_tokens_in_engines_that_know_nothing_of_it(reduced, tmp_path):
 
 
 def test_the_card_says_what_was_cut_and_how_to_make_it_again(reduced):
-    golden, _, bundle = reduced
+    _, _, bundle = reduced
     card = (bundle / "README.md").read_text()
-    assert f"The 16 patches of an image are reduced to {NUM_TOKENS} tokens (the most similar patches are merged)" in card
+    assert (
+        f"The 16 patches of an image are reduced to {NUM_TOKENS} tokens (the most similar patches are merged)" in card
+    )
     assert f'"image_tokens": {NUM_TOKENS}, "image_token_method": "merge"' in card
 
 
@@ -176,5 +178,6 @@ def test_merging_keeps_more_than_pooling(export_once, tmp_path):
     bundles = [export_once(f"shapes-{name}", checkpoint, "--model-kwargs", kwargs[name]) for name in kwargs]
     run("optimum-cli", "llava-ov", "eval", *bundles, "--reference", checkpoint, "--num-samples", "32",
         "--work-dir", tmp_path)  # fmt: skip
+    assert [json.loads((bundle / "eval.json").read_text())["image_tokens"] for bundle in bundles] == [4, 4]
     accuracy = [json.loads((bundle / "eval.json").read_text())["accuracy"] for bundle in bundles]
     assert accuracy[0] >= accuracy[1] + 0.15, accuracy

@@ -30,11 +30,13 @@ class TorchChat:
 
     Args:
         folder: Folder of an original checkpoint.
+        options: Options of [`OriginalCheckpoint.open`].
     """
 
-    def __init__(self, folder: str | Path):
-        self.model = OriginalLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        self.processor = build_processor(OriginalCheckpoint.open(folder))
+    def __init__(self, folder: str | Path, **options):
+        checkpoint = OriginalCheckpoint.open(folder, **options)
+        self.model = OriginalLlavaForConditionalGeneration.from_checkpoint(checkpoint, dtype=torch.float32)
+        self.processor = build_processor(checkpoint)
         self.start()
 
     def start(self) -> None:

@@ -35,8 +35,8 @@ class ImageTokens:
         """
         if has_tiles:
             raise UnsupportedCheckpointError(
-                f"image_tokens={self.count}, but this checkpoint cuts images into tiles. All engines compute the number "
-                "of tokens of such an image from its patches, so their number cannot change. Leave the option out."
+                f"image_tokens={self.count}, but this checkpoint cuts images into tiles. All engines compute the "
+                "number of tokens of such an image from its patches, so it cannot change. Leave the option out."
             )
         if not 1 <= self.count <= num_patches:
             raise UnsupportedCheckpointError(

@@ -44,7 +44,10 @@ class EvalCommand(Command):
             help="Folder for recordings, from which an interrupted run resumes (default: <first bundle>/.eval).",
         )
         parser.add_argument(
-            "--plot", type=Path, help="File for a plot of quality against size (default: <first bundle>/eval.png)."
+            "--plot",
+            type=Path,
+            help="File for a plot of quality against size, or against the number of tokens of an image if it differs "
+            "(default: <first bundle>/eval.png).",
         )
 
     def execute(self) -> None:

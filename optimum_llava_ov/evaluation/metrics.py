@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from optimum_llava_ov.bundle.layout import part_sizes
+from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.samples.files import Sample
 from optimum_llava_ov.table import table_lines
 
@@ -26,6 +27,7 @@ class Quality:
         accuracy, reference_accuracy (`float` or `None`): Share of exact answers, if the data has answers.
         num_samples, num_tokens (`int`): Number of samples and tokens that were measured.
         size (`dict[str, int]`): Bytes of each part, and `total`.
+        image_tokens (`int` or `None`): Number of tokens of an image or of one of its tiles, if the bundle says it.
     """
 
     kl_mean: float
@@ -38,6 +40,7 @@ class Quality:
     num_samples: int
     num_tokens: int
     size: dict[str, int]
+    image_tokens: int | None
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -81,6 +84,7 @@ def measure(samples: list[Sample], reference: Path, recording: Path, bundle: Pat
         num_samples=len(samples),
         num_tokens=len(kl),
         size={**sizes, "total": sum(sizes.values())},
+        image_tokens=read_json(bundle / "config.json").get("image_seq_length"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Plot quality against size for a model card."""
+"""Plot quality against size, or against the number of tokens of an image."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from optimum_llava_ov.evaluation.metrics import Quality
 
 def plot(qualities: dict[str, Quality], file: Path) -> None:
     """Plot bundles: size on the x axis, divergence from the reference on the y axis. Lower left is better.
+
+    If the bundles differ in the number of tokens of an image, this number is on the x axis.
 
     Raises:
         `ImportError`: matplotlib is not installed.
@@ -22,17 +24,19 @@ def plot(qualities: dict[str, Quality], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
     axes = figure.subplots()
-    sizes = [quality.size["total"] / 1e6 for quality in qualities.values()]
+    tokens = [quality.image_tokens for quality in qualities.values()]
+    by_tokens = None not in tokens and len(set(tokens)) > 1
+    values = tokens if by_tokens else [quality.size["total"] / 1e6 for quality in qualities.values()]
     # A logarithmic axis cannot show the zero divergence of an unchanged model
     divergences = [max(quality.kl_mean, 1e-7) for quality in qualities.values()]
-    axes.scatter(sizes, divergences, s=70, color="#0068b5", zorder=3)
-    for (name, quality), size, divergence in zip(qualities.items(), sizes, divergences):
+    axes.scatter(values, divergences, s=70, color="#0068b5", zorder=3)
+    for (name, quality), value, divergence in zip(qualities.items(), values, divergences):
         label = name if quality.accuracy is None else f"{name}\n{quality.accuracy:.1%} exact answers"
-        axes.annotate(label, (size, divergence), xytext=(8, 6), textcoords="offset points", fontsize=8)
+        axes.annotate(label, (value, divergence), xytext=(8, 6), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
-    axes.set_xlim(left=0, right=max(sizes) * 1.3)
+    axes.set_xlim(left=0, right=max(values) * 1.3)
     axes.margins(y=0.2)
-    axes.set_xlabel("size of the weights, MB")
+    axes.set_xlabel("tokens of an image" if by_tokens else "size of the weights, MB")
     axes.set_ylabel("KL divergence from the reference, nats per token")
     axes.grid(True, which="major", color="#e5e7eb", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
