@@ -41,11 +41,12 @@ class OVModelForLlava(OVLlavaModel):
     [`generate`] takes the arguments of transformers' `generate`. Calls from several threads run one after the
     other, unless each has its own cache ([`new_cache`]).
 
-    Example:
-        model = OVModelForLlava.from_pretrained("llava-1.5-ov")
-        processor = AutoProcessor.from_pretrained("llava-1.5-ov")
-        inputs = processor(images=image, text=prompt, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=200)
+    ```python
+    model = OVModelForLlava.from_pretrained("llava-1.5-ov")
+    processor = AutoProcessor.from_pretrained("llava-1.5-ov")
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=200)
+    ```
     """
 
     _support_new_processing = True  # Optimum's name for prompts that repeat `<image>` once for each of its features
