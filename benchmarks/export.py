@@ -1,6 +1,7 @@
 """Measure the export of a full-size checkpoint: time, memory and disk.
 
-    python benchmarks/export.py WORKDIR [--family mpt|llama|mistral] [--size 7b] [--weight-format fp16] [--keep]
+    python benchmarks/export.py WORKDIR [--family mpt|llama|mistral|yi] [--size 7b] [--layers N] [--weight-format fp16]
+                                        [--keep]
 
 It uses a random checkpoint. If WORKDIR has none, `random_checkpoint.py` makes one. These commands are measured:
 
@@ -8,7 +9,7 @@ It uses a random checkpoint. If WORKDIR has none, `random_checkpoint.py` makes o
    do: read all weights and write them. Copy-on-write, copy offload and holes are disabled, so that all bytes are read
    and written.
 2. `optimum-cli export openvino --model CHECKPOINT OUT --weight-format ...`, offline.
-3. For `llama` and `mistral`, the same export of a narrow checkpoint with as many layers. This is the time for
+3. For all families but `mpt`, the same export of a narrow checkpoint with as many layers. This is the time for
    imports and tracing, which the weights do not change.
 
 All run under the same conditions. Before each, everything is written to disk and the source files are dropped from
@@ -16,9 +17,9 @@ the page cache (`posix_fadvise`, which does not need root), so all read from a c
 until the command ends, and until all its files are written to disk (fsync of each). The second is compared, because
 data in the page cache is not written yet. The copy is deleted before the export starts.
 
-Targets of `mpt`: up to 2 x cp + 40 s, and up to 1.5 GB of anonymous memory at 7b in fp16. Targets of `llama` and
-`mistral`: up to 1.3 x (cp + narrow export) in fp16, and up to 1.1 GB of anonymous memory at 7b (int4: 2.5 GB) and
-1.5 GB at 13b (int4: 3.5 GB).
+Targets of `mpt`: up to 2 x cp + 40 s, and up to 1.5 GB of anonymous memory at 7b in fp16. Targets of the others: up to
+1.3 x (cp + narrow export) in fp16, and up to 1.1 GB of anonymous memory at 7b (int4: 2.5 GB) and 1.5 GB at 13b and 34b
+(int4: 3.5 GB).
 
 The result is printed and written to `WORKDIR/export-FAMILY-SIZE-FORMAT.json`, with versions, machine and memory over
 time. The copy, the bundle, and a checkpoint that this run made are deleted at the end, unless `--keep` is given. The
@@ -40,18 +41,21 @@ from pathlib import Path
 from machine import machine, versions
 from measure import disk_usage, run_measured
 from random_checkpoint import is_complete, random_folder, write_random_checkpoint
-from random_families import add_family_arguments, check_family_arguments
+from random_families import add_family_arguments, add_layers_argument, check_family_arguments
 
 
 MPT_COPY_FACTOR, MPT_EXTRA_SECONDS, COPY_FACTOR = 2, 40, 1.3
 # Anonymous memory, by size and weight format
 MPT_ANONYMOUS_LIMIT = 1.5e9
 ANONYMOUS_LIMITS = {("7b", "fp16"): 1.1e9, ("7b", "int4"): 2.5e9, ("13b", "fp16"): 1.5e9, ("13b", "int4"): 3.5e9}
+ANONYMOUS_LIMITS |= {("34b", "fp16"): 1.5e9, ("34b", "int4"): 3.5e9}
 
 
-def benchmark(workdir: Path, family: str, size: str, weight_format: str, keep: bool) -> dict:
+def benchmark(
+    workdir: Path, family: str, size: str, weight_format: str, keep: bool, layers: int | None = None
+) -> dict:
     """Make the checkpoint if needed, copy it and export it. Return the values that are written as JSON."""
-    source, copied, exported = random_folder(workdir, size, family), workdir / "copied", workdir / "exported"
+    source, copied, exported = random_folder(workdir, size, family, layers), workdir / "copied", workdir / "exported"
     narrow = workdir / "narrow"
     scratch = [copied, exported, narrow]
     for folder in scratch:
@@ -59,20 +63,21 @@ def benchmark(workdir: Path, family: str, size: str, weight_format: str, keep: b
     workdir.mkdir(parents=True, exist_ok=True)
     if not is_complete(source):
         scratch.append(source)
-        write_random_checkpoint(source, size, family=family)
+        write_random_checkpoint(source, size, family=family, layers=layers)
     name = f"{family}-{size}-{weight_format}"
     try:
         copy = _run_cold(copy_command(source, copied), source, copied, workdir / f"cp-{family}-{size}.log")
         shutil.rmtree(copied)
         tracing = None
         if family != "mpt":
-            write_random_checkpoint(narrow, size, family=family, narrow=True)
+            write_random_checkpoint(narrow, size, family=family, narrow=True, layers=layers)
             tracing = _export_cold(narrow, exported, weight_format, workdir / f"narrow-{name}.log")
             shutil.rmtree(exported)
         export = _export_cold(source, exported, weight_format, workdir / f"export-{name}.log")
         result = {
             "family": family,
             "size": size,
+            "layers": layers,
             "weight_format": weight_format,
             "machine": machine(),
             "versions": versions(),
@@ -208,13 +213,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
     add_family_arguments(parser, default_size="7b")
+    add_layers_argument(parser)
     parser.add_argument("--weight-format", default="fp16")
     parser.add_argument("--keep", action="store_true", help="do not delete checkpoint and bundle")
     arguments = parser.parse_args()
     check_family_arguments(parser, arguments)
     family, size, weight_format = arguments.family, arguments.size, arguments.weight_format
 
-    result = benchmark(arguments.workdir, family, size, weight_format, arguments.keep)
+    result = benchmark(arguments.workdir, family, size, weight_format, arguments.keep, arguments.layers)
     file = arguments.workdir / f"export-{family}-{size}-{weight_format}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))

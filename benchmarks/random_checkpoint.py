@@ -1,13 +1,13 @@
 """Write a LLaVA checkpoint in the original format, of full size, with random weights.
 
-    python benchmarks/random_checkpoint.py OUT [--family mpt|llama|mistral] [--size 7b] [--seed 0]
+    python benchmarks/random_checkpoint.py OUT [--family mpt|llama|mistral|yi] [--size 7b] [--layers N] [--seed 0]
 
 makes `OUT/checkpoint` (language model, projector, tokenizer) and `OUT/clip` (its vision tower, CLIP ViT-L/14 in fp32).
-Names, shapes, types and files are those of LLaVA-Lightning-MPT-7B-preview (`mpt`), LLaVA-1.5 (`llama`) or
-LLaVA-Med-1.5 (`mistral`); see `random_families.py`. The real weights are not needed to measure an export or an engine.
-7b takes 15 GB of disk, and 13b takes 28 GB. The language model is written through mapped files. The tower is built in
-memory, which takes 1.6 GB. The checksums inside the `.bin` files are missing; torch does not check them. Needs torch
->= 2.6.
+Names, shapes, types and files are those of LLaVA-Lightning-MPT-7B-preview (`mpt`), LLaVA-1.5 (`llama`), LLaVA-Med-1.5
+(`mistral`) or LLaVA-1.6-34B (`yi`); see `random_families.py`. The real weights are not needed to measure an export or
+an engine. 7b takes 15 GB of disk, 13b takes 28 GB, and 34b takes 71 GB. The language model is written through mapped
+files. The tower is built in memory, which takes 1.6 GB. The checksums inside the `.bin` files are missing; torch does
+not check them. Needs torch >= 2.6.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from random_families import (
     Family,
     Shapes,
     add_family_arguments,
+    add_layers_argument,
     check_family_arguments,
     number_of_shards,
     vision_shapes,
@@ -65,13 +66,20 @@ class RandomValues:
         return int(torch.randint(stop, (1,), generator=self.generator))
 
 
-def write_random_checkpoint(folder: Path, size: str, seed: int = 0, family: str = "mpt", narrow: bool = False) -> None:
+def write_random_checkpoint(
+    folder: Path,
+    size: str,
+    seed: int = 0,
+    family: str = "mpt",
+    narrow: bool = False,
+    layers: int | None = None,
+) -> None:
     """Write `folder/checkpoint` and `folder/clip`, and config.json of the checkpoint last. See [`is_complete`].
 
-    With `narrow`, the layers are as many as in `size`, but small.
+    With `narrow`, the layers are as many as in `size`, but small. With `layers`, there are only so many.
     """
     kind = FAMILIES[family]
-    config, vision_config = kind.config(size, narrow), kind.vision_config(size, narrow)
+    config, vision_config = kind.config(size, narrow, layers), kind.vision_config(size, narrow)
     checkpoint, clip = folder / "checkpoint", folder / "clip"
     checkpoint.mkdir(parents=True, exist_ok=True)
     clip.mkdir(exist_ok=True)
@@ -82,13 +90,14 @@ def write_random_checkpoint(folder: Path, size: str, seed: int = 0, family: str 
     with tqdm(total=total, desc=f"Random {family} {size} checkpoint", unit="B", unit_scale=True) as progress:
         _write_language(checkpoint, kind, language, seed, progress)
         _write_vision(clip, vision_config, vision, seed + 1, progress)
-    kind.write_tokenizer(checkpoint)
+    kind.write_tokenizer(checkpoint, config)
     write_json(checkpoint / "config.json", config)
 
 
-def random_folder(workdir: Path, size: str, family: str = "mpt") -> Path:
+def random_folder(workdir: Path, size: str, family: str = "mpt", layers: int | None = None) -> Path:
     """Return the folder in `workdir` for a random checkpoint. It may not exist yet. See [`is_complete`]."""
-    return workdir / (f"random-{size}" if family == "mpt" else f"random-{family}-{size}")
+    name = f"random-{size}" if family == "mpt" else f"random-{family}-{size}"
+    return workdir / (name if layers is None else f"{name}-{layers}-layers")
 
 
 def is_complete(folder: Path) -> bool:
@@ -191,10 +200,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     add_family_arguments(parser, default_size="7b")
+    add_layers_argument(parser)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     check_family_arguments(parser, arguments)
-    write_random_checkpoint(arguments.out, arguments.size, arguments.seed, arguments.family)
+    write_random_checkpoint(arguments.out, arguments.size, arguments.seed, arguments.family, layers=arguments.layers)
 
 
 if __name__ == "__main__":

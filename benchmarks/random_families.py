@@ -1,6 +1,6 @@
 """Describe the checkpoints that `random_checkpoint.py` writes: shapes, configuration and tokenizer of each family.
 
-`mpt` is LLaVA-Lightning-MPT-7B-preview, `llama` is LLaVA-1.5, and `mistral` is LLaVA-Med-1.5.
+`mpt` is LLaVA-Lightning-MPT-7B-preview, `llama` is LLaVA-1.5, `mistral` is LLaVA-Med-1.5, and `yi` is LLaVA-1.6-34B.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 TINY = GOLDEN / "linear_fp16_sharded"
 LLAMA = GOLDEN / "llava15_vicuna" / "checkpoint"
 MISTRAL = GOLDEN / "llava16_mistral_anyres" / "checkpoint"
+YI = GOLDEN / "yi_tokenizer"
 SHARD_BYTES = 10e9
 
 Config = dict[str, Any]
@@ -65,7 +66,7 @@ class Family:
         base (`Callable[[], Config]`): Returns what `config.json` says for all sizes.
         shapes (`Callable[[Config], Shapes]`): Returns the shapes of language model and projector, in the order of the
             original.
-        write_tokenizer (`Callable[[Path], None]`): Writes the files of the tokenizer into a folder.
+        write_tokenizer (`Callable[[Path, Config], None]`): Writes the files of the tokenizer into a folder.
         dtype (`torch.dtype`): Type of the weights.
         safetensors (`bool`): Whether the shards are `.safetensors` files and not `.bin` files.
         image_size (`int`): Width and height of the tower's images, in pixels.
@@ -74,17 +75,22 @@ class Family:
     sizes: dict[str, Config]
     base: Callable[[], Config]
     shapes: Callable[[Config], Shapes]
-    write_tokenizer: Callable[[Path], None]
+    write_tokenizer: Callable[[Path, Config], None]
     dtype: torch.dtype = torch.float16
     safetensors: bool = False
     image_size: int = 336
 
-    def config(self, size: str, narrow: bool = False) -> Config:
-        """Return the original `config.json`. With `narrow`, the layers are as many as in `size`, but small."""
+    def config(self, size: str, narrow: bool = False, layers: int | None = None) -> Config:
+        """Return the original `config.json`.
+
+        With `narrow`, the layers are as many as in `size`, but small. With `layers`, there are only so many.
+        """
         base = self.base()
         name = f"{base['_name_or_path']}-{size}"
         config = {**base, **self.sizes[size], "_name_or_path": name, "mm_vision_tower": "../clip"}
-        return config | NARROW if narrow else config
+        config |= NARROW if narrow else {}
+        name = "n_layers" if "n_layers" in config else "num_hidden_layers"
+        return config if layers is None else config | {name: layers}
 
     def vision_config(self, size: str, narrow: bool = False) -> Config:
         """Return the `config.json` of the vision tower, CLIP ViT-L/14."""
@@ -118,12 +124,12 @@ def mpt_shapes(config: Config) -> Shapes:
     }
 
 
-def write_mpt_tokenizer(folder: Path) -> None:
+def write_mpt_tokenizer(folder: Path, config: Config) -> None:
     """Write the tokenizer of the small checkpoint with the real ids: 50254 spaces, 50277 ChatML, 50279 images."""
     tokenizer = json.loads((TINY / "checkpoint" / "tokenizer.json").read_text())
     vocab, added = tokenizer["model"]["vocab"], tokenizer["added_tokens"]
     known = len(vocab)
-    shift = mpt_config()["vocab_size"] - 1 - max(token["id"] for token in added)
+    shift = config["vocab_size"] - 1 - max(token["id"] for token in added)
     for token in added:
         if token["id"] >= known:
             token["id"] += shift
@@ -157,6 +163,24 @@ def mistral_config() -> Config:
         "rope_theta": 1e6,
         "sliding_window": None,
         "torch_dtype": "bfloat16",
+    }
+
+
+def yi_config() -> Config:
+    """Return the configuration of LLaVA-1.6-34B, but with its tower in `clip` alone."""
+    return {
+        **llama_config(),
+        "_name_or_path": "random-llava-v1.6",
+        "bos_token_id": 1,
+        "eos_token_id": 7,
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "mm_patch_merge_type": "spatial_unpad",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e6,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 64000,
     }
 
 
@@ -194,28 +218,38 @@ def mistral_shapes(config: Config) -> Shapes:
     return {name: shape for name, shape in llama_shapes(config).items() if not name.endswith("inv_freq")}
 
 
-def write_llama_tokenizer(folder: Path) -> None:
-    _write_sentencepiece(folder, LLAMA)
+def yi_shapes(config: Config) -> Shapes:
+    return mistral_shapes(config) | {"model.image_newline": (config["hidden_size"],)}
 
 
-def write_mistral_tokenizer(folder: Path) -> None:
-    _write_sentencepiece(folder, MISTRAL)
+def write_llama_tokenizer(folder: Path, config: Config) -> None:
+    _write_sentencepiece(folder, LLAMA, config)
 
 
-def _write_sentencepiece(folder: Path, source: Path) -> None:
-    """Write the tokenizer of a small checkpoint with 32,000 pieces.
+def write_mistral_tokenizer(folder: Path, config: Config) -> None:
+    _write_sentencepiece(folder, MISTRAL, config)
+
+
+def write_yi_tokenizer(folder: Path, config: Config) -> None:
+    _write_sentencepiece(folder, YI, config)
+
+
+def _write_sentencepiece(folder: Path, source: Path, config: Config) -> None:
+    """Write the tokenizer of a small checkpoint with as many pieces as the real one has: `vocab_size`.
 
     The new pieces are joined from two known ones, so there are about as many merges as in the real tokenizer. They
     are appended to the file: in protobuf, a repeated field may continue at the end of a message.
     """
     model = SentencePieceModel.read(source / "tokenizer.model")
     lowest = min(piece.score for piece in model.pieces)
-    missing = llama_config()["vocab_size"] - len(model.pieces)
+    missing = config["vocab_size"] - len(model.pieces)
     new = [_protobuf_piece(text, lowest - 1 - number) for number, text in zip(range(missing), _joined_pieces(model))]
     (folder / "tokenizer.model").write_bytes((source / "tokenizer.model").read_bytes() + b"".join(new))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copyfile(source / name, folder / name)
-    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    for file in source.glob("*_*.json"):
+        if file.stem in ("tokenizer_config", "special_tokens_map"):
+            shutil.copyfile(file, folder / file.name)
+    tokens = {"bos_token_id": 1, "eos_token_id": config["eos_token_id"], "pad_token_id": 0}
+    write_json(folder / "generation_config.json", tokens)
 
 
 def _joined_pieces(model: SentencePieceModel) -> Iterator[str]:
@@ -313,6 +347,17 @@ FAMILIES = {
         dtype=torch.bfloat16,
         safetensors=True,
     ),
+    "yi": Family(
+        sizes={
+            "34b": _llama_size(7168, 60, 56, 20480, 8),
+            "tiny": {"num_hidden_layers": 3, **NARROW, "num_key_value_heads": 2},
+        },
+        base=yi_config,
+        shapes=yi_shapes,
+        write_tokenizer=write_yi_tokenizer,
+        dtype=torch.bfloat16,
+        safetensors=True,
+    ),
 }
 
 
@@ -321,6 +366,12 @@ def add_family_arguments(parser: argparse.ArgumentParser, default_size: str) -> 
     sizes = {size: None for family in FAMILIES.values() for size in family.sizes}
     parser.add_argument("--family", choices=FAMILIES, default="mpt")
     parser.add_argument("--size", choices=sizes, default=default_size)
+
+
+def add_layers_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--layers`."""
+    help_text = "number of layers of the language model, for a model that is as wide as the size but not as deep"
+    parser.add_argument("--layers", type=int, help=help_text)
 
 
 def check_family_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

@@ -41,16 +41,22 @@ def compress_weights(model, config, dataset=None):
 
 
 @contextlib.contextmanager
-def compressing(keep):
-    """Pass each constant that NNCF makes in this context to `keep`, which takes and returns an OpenVINO `Constant`."""
+def compressing(keep, changed):
+    """Let NNCF save memory in this context.
+
+    Args:
+        keep: takes and returns each OpenVINO `Constant` that NNCF makes.
+        changed: takes NNCF's function that compresses a weight, and returns the one to call instead.
+    """
     from nncf.quantization.algorithms.weight_compression import openvino_backend as backend
 
-    original = backend.create_ov_const_from_tensor
-    backend.create_ov_const_from_tensor = lambda *args, **kwargs: keep(original(*args, **kwargs))
+    make_constant, compress_weight = originals = backend.create_ov_const_from_tensor, backend.compress_weight
+    backend.create_ov_const_from_tensor = lambda *args, **kwargs: keep(make_constant(*args, **kwargs))
+    backend.compress_weight = changed(compress_weight)
     try:
         yield
     finally:
-        backend.create_ov_const_from_tensor = original
+        backend.create_ov_const_from_tensor, backend.compress_weight = originals
 
 
 @contextlib.contextmanager

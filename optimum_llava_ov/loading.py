@@ -44,7 +44,7 @@ def load_engine(
 
     Args:
         engine: "openvino" (this package's own model), "genai" (OpenVINO GenAI) or "auto" (see [`choose_engine`]).
-        prefix_caching: Whether GenAI reuses the caches of earlier prompts that begin alike.
+        prefix_caching: Whether the engine reuses the caches of earlier prompts that begin alike.
 
     Raises:
         `ValueError`: The device or the engine does not exist, or the folder is not a bundle.
@@ -61,6 +61,7 @@ def load_engine(
     from optimum_llava_ov.modeling import OVModelForLlava
 
     model = OVModelForLlava.from_pretrained(repository, device=device, ov_config=ov_config)
+    model.prefix_caching = prefix_caching
     with naming_damage(Path(model.model_save_dir)):
         return OpenVINOEngine(model, load_processor(model.model_save_dir))
 

@@ -60,6 +60,7 @@ class OVModelForLlava(OVLlavaModel):
         *args,
         vision_tower: str | None = None,
         conversation: str | None = None,
+        tokenizer: str | None = None,
         base_model: str | None = None,
         adapters: Sequence[str] = (),
         **kwargs,
@@ -76,6 +77,7 @@ class OVModelForLlava(OVLlavaModel):
                 config.json names.
             conversation: How an original checkpoint's prompts are written, such as "vicuna_v1". Default: chosen from
                 its files and names; see docs/checkpoints.md.
+            tokenizer: Folder or model id of an original checkpoint's tokenizer. Default: its own.
             base_model: Folder or model id of the base model of a LoRA adapter, a projector or delta weights. Default:
                 the one that these name; see docs/fine-tunes.md.
             adapters: Folders or model ids of LoRA adapters or projectors to merge into an original checkpoint.
@@ -93,7 +95,7 @@ class OVModelForLlava(OVLlavaModel):
         repository = repository.at_one_commit("config.json")
         original = find_original(repository, base_model=base_model)
         if original is not None:
-            own = {"vision_tower": vision_tower, "conversation": conversation}
+            own = {"vision_tower": vision_tower, "conversation": conversation, "tokenizer": tokenizer}
             return cls._export(original, **own, base_model=base_model, adapters=adapters or None, **kwargs)
         folder = _download(repository, cls._text_model_type)
         if kwargs.get("compile_only") and kwargs.get("ov_config"):  # Optimum passes all of it to OpenVINO

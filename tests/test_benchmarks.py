@@ -199,8 +199,8 @@ def test_targets_of_an_export_count_tracing():
     assert (found["seconds_limit"], found["anonymous_met"]) == (240, False)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_random_checkpoints_are_in_the_original_format(family, tmp_path):
+@pytest.mark.parametrize(("family", "known_pieces"), [("llama", 600), ("mistral", 600), ("yi", 640)])
+def test_random_checkpoints_are_in_the_original_format(family, known_pieces, tmp_path):
     """Names and types are those of the original, and the shapes fit transformers' own modules."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -221,16 +221,18 @@ def test_random_checkpoints_are_in_the_original_format(family, tmp_path):
     assert projector == {"0.weight": (64, 64), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
 
     config = FAMILIES[family].config("tiny")
+    vocab_size = 64000 if family == "yi" else 32000
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **{name: config[name] for name in names}))
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{name: config[name] for name in names}))
         tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(clip))
-    language = {name: tensor for name, tensor in weights.items() if "mm_projector" not in name}
+    parts = ("mm_projector", "image_newline")
+    language = {name: tensor for name, tensor in weights.items() if not any(part in name for part in parts)}
     model.load_state_dict(language, assign=True)
     tower.load_state_dict(map_tensors(clip / "model.safetensors"), assign=True)
 
     tokenizer = load_sentencepiece_tokenizer(Repository(str(checkpoint)), use_im_patch=False)
-    assert tokenizer.convert_tokens_to_ids("<image>") == config["vocab_size"] == 32000
+    assert tokenizer.convert_tokens_to_ids("<image>") == config["vocab_size"] == vocab_size
     ids = tokenizer("USER: <image>\nWhat trees are shown? ASSISTANT:")["input_ids"]
-    assert max(token for token in ids if token != 32000) >= 600  # new pieces are in use
+    assert max(token for token in ids if token != vocab_size) >= known_pieces  # new pieces are in use
     assert tokenizer.decode(ids, skip_special_tokens=True).endswith("What trees are shown? ASSISTANT:")

@@ -40,7 +40,10 @@ NAMES = {
         ("huggingface_hub.utils", "get_session"),
         ("huggingface_hub.utils", "validate_repo_id"),
     ],
-    "nncf": [("nncf.quantization.algorithms.weight_compression.openvino_backend", "create_ov_const_from_tensor")],
+    "nncf": [
+        ("nncf.quantization.algorithms.weight_compression.openvino_backend", "compress_weight"),
+        ("nncf.quantization.algorithms.weight_compression.openvino_backend", "create_ov_const_from_tensor"),
+    ],
     "openvino": [("openvino._offline_transformations", "paged_attention_transformation")],
     "optimum": [
         ("optimum.commands.base", "BaseOptimumCLICommand.run"),

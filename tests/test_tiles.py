@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXACT, Golden
+from conftest import EXACT, Golden, fill_hub_cache, run
 from optimum.intel import OVModelForVisualCausalLM
 from optimum.intel.openvino import modeling_visual_language
 from safetensors.torch import load_file, save_file
 from test_anyres import IMAGES, TINY, noise
 from test_chat import ask, prefill
 from test_golden import FEATURES_TOLERANCE, GREEDY, LOGITS_TOLERANCE
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from optimum_llava_ov import OriginalLlavaForConditionalGeneration, OVModelForLlava
 from optimum_llava_ov.bundle.settings import build_processor
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
+from optimum_llava_ov.errors import InvalidCheckpointError
 
 
 GOLDEN = Golden("llava16_mistral_anyres")
@@ -288,33 +288,65 @@ def test_the_numbers_of_yi(yi_checkpoint):
     torch.testing.assert_close(rows[-1], tensors["model.image_newline"])
 
 
-def test_the_class_of_the_host_chooses_ours(bundle, tmp_path):
-    """`OVModelForVisualCausalLM` loads our bundles into our class, and those of others into its own."""
+@pytest.fixture
+def without_tokenizer(yi_checkpoint, tmp_path):
+    """The checkpoint without its tokenizer, and the tokenizer in a folder of its own. Both are found by the latter's parent."""
+    shutil.copytree(yi_checkpoint.parent, tmp_path / "models")
+    checkpoint, tokenizer = tmp_path / "models" / "checkpoint", tmp_path / "models" / "yi"
+    tokenizer.mkdir()
+    for file in checkpoint.glob("tokenizer*"):
+        file.rename(tokenizer / file.name)
+    return checkpoint
+
+
+def test_a_tokenizer_beside_the_checkpoint(without_tokenizer, yi_checkpoint):
+    """The original's 34B also has one in a repository of its own. It is found by its name."""
+    with pytest.raises(
+        InvalidCheckpointError, match=r'has no tokenizer\.model.*checkpoint-tokenizer.*{"tokenizer": "<'
+    ):
+        OriginalCheckpoint.open(without_tokenizer)
+    shutil.copytree(without_tokenizer.parent / "yi", without_tokenizer.parent / "checkpoint-tokenizer")
+    found, expected = OriginalCheckpoint.open(without_tokenizer), OriginalCheckpoint.open(yi_checkpoint)
+    assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    assert found.config.eos_token_id == [7]
+    assert found.tokenizer_place.repository.folder.name == "checkpoint-tokenizer"
+    assert "itself has no tokenizer.model" in found.tokenizer_place.reason
+    assert expected.tokenizer_place.is_own
+
+
+def test_a_tokenizer_on_the_hub(without_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    models, cache = without_tokenizer.parent, tmp_path / "cache"
+    (models / "yi" / "config.json").write_text("{}")
+    repositories = {"liuhaotian/llava-v1.6-34b": without_tokenizer, "openai/clip": models / "clip"}
+    fill_hub_cache(cache / "alone", repositories)
+    name = "liuhaotian/llava-v1.6-34b-tokenizer"
+    with pytest.raises(InvalidCheckpointError, match=f"no tokenizer is beside it: '{name}' has no tokenizer.model"):
+        OriginalCheckpoint.open("liuhaotian/llava-v1.6-34b", cache_dir=cache / "alone", local_files_only=True)
+    fill_hub_cache(cache / "both", repositories | {name: models / "yi"})
+    found = OriginalCheckpoint.open("liuhaotian/llava-v1.6-34b", cache_dir=cache / "both", local_files_only=True)
+    assert (found.tokenizer_place.repository.name, found.tokenizer_place.repository.revision) == (name, "0" * 40)
+
+
+def test_a_tokenizer_that_the_user_names(without_tokenizer, yi_checkpoint, tmp_path):
+    """The export says which it is, and so does the card. The bundle is that of a checkpoint with its own tokenizer."""
+    tokenizer = without_tokenizer.parent / "yi"
+    options = ["--model-kwargs", json.dumps({"tokenizer": str(tokenizer)})]
+    result = run("optimum-cli", "export", "openvino", "--model", without_tokenizer, *options, tmp_path / "bundle")
+    assert f"Tokenizer: {tokenizer}. It was chosen by name." in result.stderr
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert """--model-kwargs '{"tokenizer": "yi", "conversation": "chatml_direct"}'""" in card
+    expected = build_processor(OriginalCheckpoint.open(yi_checkpoint)).tokenizer
+    for text in GOLDEN.cases["text_only"]["prompt"], "<|im_start|>user\n<image>\nWhat?<|im_end|>":
+        loaded = AutoProcessor.from_pretrained(tmp_path / "bundle").tokenizer
+        assert loaded(text)["input_ids"] == expected(text)["input_ids"]
+    generation = json.loads((tmp_path / "bundle" / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["bos_token_id"]) == ([7], 1)
+
+
+def test_the_class_of_the_host_chooses_ours(bundle):
+    """`OVModelForVisualCausalLM` loads our bundles into our class. `test_tiles_of_others.py` has those of others."""
     stock = modeling_visual_language.MODEL_TYPE_TO_CLS_MAPPING["llava_next"]
     ours = OVModelForVisualCausalLM.from_pretrained(bundle)
     assert type(ours) is OVModelForLlava
     assert isinstance(ours, stock)
-
-    theirs = OVModelForVisualCausalLM.from_pretrained(as_optimum_writes_it(bundle, tmp_path / "theirs"))
-    assert not isinstance(theirs, OVModelForLlava)
-    assert isinstance(theirs, stock)
-
-
-def test_bundles_of_others(bundle, processor, tmp_path):
-    """`OVModelForLlava` runs a `llava_next` that Optimum has exported: the tiles of images that are not square too."""
-    model = OVModelForLlava.from_pretrained(as_optimum_writes_it(bundle, tmp_path / "theirs"), ov_config=EXACT)
-    for case in ("tall", "unpad_float"):
-        inputs = inputs_of(case, processor)
-        output = model.generate(**inputs, **GREEDY)
-        assert output[0, inputs["input_ids"].shape[1] :].tolist() == GOLDEN.cases[case]["greedy"]
-
-
-def as_optimum_writes_it(bundle: Path, folder: Path) -> Path:
-    """Copy a bundle without the options of `config.json` that are ours."""
-    shutil.copytree(bundle, folder)
-    config = folder / "config.json"
-    values = json.loads(config.read_text())
-    for name in ("converted_from", "mm_patch_merge_type", "num_additional_image_tokens"):
-        del values[name]
-    config.write_text(json.dumps(values))
-    return folder

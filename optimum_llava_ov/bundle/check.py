@@ -10,9 +10,11 @@ from typing import Any
 import jinja2
 import openvino
 import openvino_tokenizers  # noqa: F401  registers the operations of tokenizers with OpenVINO
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, LlavaProcessor
 
 from optimum_llava_ov.bundle.layout import FILES, PARTS, TOKENIZERS, check_bundle
+from optimum_llava_ov.bundle.tiling import LlavaNextProcessor
 from optimum_llava_ov.checkpoint.config import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
 from optimum_llava_ov.checkpoint.image_processor import MAX_SIDE, broken_options
 from optimum_llava_ov.checkpoint.options import (
@@ -26,6 +28,7 @@ from optimum_llava_ov.checkpoint.options import (
     read_json,
 )
 from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.models.image_layout import ImageLayout
 
 
 _AGAIN = "Export it again, or download it again."
@@ -185,15 +188,25 @@ def check_loads(folder: Path, tokenizers: bool = False) -> None:
 def load_processor(folder: str | Path) -> LlavaProcessor:
     """Load tokenizer and image processor of a bundle. Code that its settings name is not run.
 
+    Image tokens are counted as in the original, for which transformers' own class has another number at few sizes.
+
     Raises:
         [`BundleError`]: the processor or the tokenizer does not load.
     """
     try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        return _counting_as_original(processor, folder)
     except Exception as error:  # tokenizers raises plain `Exception`
         raise BundleError(
             f"The processor or the tokenizer in {folder} does not load: {_reason(error)}. {_AGAIN}"
         ) from error
+
+
+def _counting_as_original(processor: Any, folder: str | Path) -> Any:
+    if not isinstance(processor, transformers.LlavaNextProcessor):
+        return processor
+    tiling = ImageLayout.of_bundle(AutoConfig.from_pretrained(folder)).tiling
+    return processor if tiling is None else LlavaNextProcessor.like(processor, tiling)
 
 
 def read_graph(file: Path) -> openvino.Model:

@@ -59,7 +59,7 @@ def _set_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_kwargs(converted_from: dict[str, Any]) -> dict[str, Any]:
-    """Return the `--model-kwargs` of the export: the parts of a fine-tune, tokens of an image, and the conversation.
+    """Return the `--model-kwargs` of the export: parts of a fine-tune, tokenizer, tokens of an image, conversation.
 
     The conversation is named where it could depend on the folder's name.
     """
@@ -69,6 +69,8 @@ def model_kwargs(converted_from: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"base_model": converted_from["base_model"]} if own == 0 else {}
     if names[own + 1 :]:
         options["adapters"] = names[own + 1 :]
+    if converted_from.get("tokenizer"):
+        options["tokenizer"] = converted_from["tokenizer"]
     if reduction := converted_from.get("image_tokens"):
         options |= {"image_tokens": reduction["count"], "image_token_method": reduction["method"]}
     conversation = converted_from.get("conversation")

@@ -31,6 +31,7 @@ from optimum_llava_ov.checkpoint.fine_tune import Lineage
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.checkpoint.repository import Repository
+from optimum_llava_ov.checkpoint.tokenizer_place import TokenizerPlace
 from optimum_llava_ov.files import replace_text
 from optimum_llava_ov.models.image_layout import ImageLayout
 
@@ -85,9 +86,17 @@ def build_config(
             "image_aspect_ratio": config.image_aspect_ratio,
             "optimum_llava_ov_version": version("optimum-llava-ov"),
             **({"image_tokens": asdict(config.reduction)} if config.reduction else {}),
+            **_tokenizer(checkpoint.tokenizer_place),
             **_fine_tune(checkpoint.lineage),
         },
     )
+
+
+def _tokenizer(place: TokenizerPlace) -> dict[str, Any]:
+    """Return where the tokenizer is from; empty if it is the checkpoint's own."""
+    if place.is_own:
+        return {}
+    return {"tokenizer": _public_name(place.repository), "tokenizer_revision": _revision(place.repository)}
 
 
 def _fine_tune(lineage: Lineage) -> dict[str, Any]:

@@ -21,6 +21,19 @@ class LlavaNextProcessor(transformers.LlavaNextProcessor):
 
     tiling: Tiling
 
+    @classmethod
+    def like(cls, processor: transformers.LlavaNextProcessor, tiling: Tiling) -> LlavaNextProcessor:
+        """Return a processor with the parts of another one, which counts as the original does."""
+        options = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "chat_template")
+        other = cls(
+            image_processor=processor.image_processor,
+            tokenizer=processor.tokenizer,
+            image_token=processor.image_token,
+            **{name: getattr(processor, name) for name in options},
+        )
+        other.tiling = tiling
+        return other
+
     def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
         return self.tiling.num_image_tokens((orig_width, orig_height))
 

@@ -24,10 +24,11 @@ from optimum_llava_ov.bundle.layout import PARTS
 from optimum_llava_ov.chat.genai_images import fit_to_genai
 from optimum_llava_ov.chat.images import digest
 from optimum_llava_ov.chat.messages import Message, images_of, text_of
-from optimum_llava_ov.chat.prompt import Prompt, common_prefix
+from optimum_llava_ov.chat.prompt import Prompt
 from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer
 from optimum_llava_ov.errors import ImageError
 from optimum_llava_ov.models.image_layout import tiling_of
+from optimum_llava_ov.runtime.prefix import common_prefix
 
 
 # Options of `generate` that have the same name and meaning in GenAI

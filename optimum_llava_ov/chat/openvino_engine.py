@@ -15,8 +15,9 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from optimum_llava_ov.chat.prompt import Prompt, common_prefix, model_inputs
+from optimum_llava_ov.chat.prompt import Prompt, model_inputs
 from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer, Cancelled
+from optimum_llava_ov.runtime.prefix import end_of_image, reusable
 from optimum_llava_ov.system.memory import return_freed
 
 
@@ -94,7 +95,7 @@ class OpenVINOConversation:
         tokenizer = self._processor.tokenizer
         if options.get("stop_strings"):
             options["tokenizer"] = tokenizer
-        reused = _start_of_image(prompt.keys, min(common_prefix(self._cached_keys, prompt.keys), len(prompt) - 1))
+        reused = reusable(self._cached_keys, prompt.keys)
         answer.stats.reused_tokens = reused
         self.crop(reused)
         try:
@@ -136,7 +137,7 @@ class OpenVINOConversation:
         """Process the prompt up to its last chunk, which `generate` takes. Return whether the answer may go on."""
         while not answer.cancelled:
             start = self.cached_tokens
-            stop = _end_of_image(prompt.keys, start + self._cache.chunk_size)
+            stop = end_of_image(prompt.keys, start + self._cache.chunk_size)
             if stop >= len(prompt):
                 return True
             self._model.forward(
@@ -194,17 +195,3 @@ class _BatchStreamer(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-def _start_of_image(keys: list[int | str], position: int) -> int:
-    """Return `position`, or the first position of an image that contains it."""
-    while 0 < position < len(keys) and isinstance(keys[position], str) and keys[position] == keys[position - 1]:
-        position -= 1
-    return position
-
-
-def _end_of_image(keys: list[int | str], position: int) -> int:
-    """Return `position`, or the first position after an image that contains it."""
-    while position < len(keys) and isinstance(keys[position], str) and keys[position] == keys[position - 1]:
-        position += 1
-    return position

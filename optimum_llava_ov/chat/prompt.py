@@ -80,9 +80,3 @@ def model_inputs(prompts: Sequence[Prompt], processor: Any) -> Any:
             padding_side="left",
             return_tensors="pt",
         )
-
-
-def common_prefix(first: Sequence, second: Sequence) -> int:
-    """Return the number of leading items that are the same in both sequences."""
-    pairs = enumerate(zip(first, second))
-    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -84,6 +84,7 @@ class OriginalLlavaConfig(PretrainedConfig):
         table (`str`): name of the embedding table after this prefix.
         required (`tuple[str, ...]`): options that must be there.
         options (`dict[str, Rule]`): options that are read, with the values that are computed.
+        vocabulary (`str`): name of the tokenizer's file with the vocabulary.
         torch_class (`str`): name of the class in `models/llava.py` that the Auto classes of transformers take.
     """
 
@@ -93,6 +94,7 @@ class OriginalLlavaConfig(PretrainedConfig):
     base_architectures: ClassVar[tuple[str, ...]] = ()
     prefix: ClassVar[str] = "model."
     table: ClassVar[str] = "embed_tokens.weight"
+    vocabulary: ClassVar[str] = "tokenizer.model"
     required: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[dict[str, Rule]] = {}
     torch_class: ClassVar[str] = "OriginalLlavaForConditionalGeneration"

@@ -7,7 +7,6 @@ here has the same bits. A model in float32 gets the exact sum instead.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 
 from optimum_llava_ov.checkpoint.names import original_name
 from optimum_llava_ov.errors import InvalidCheckpointError
-from optimum_llava_ov.system.memory import empty_on_disk
+from optimum_llava_ov.system.memory import empty_tensor
 
 
 MIN_BYTES = 1 << 20  # smaller tensors stay in memory
@@ -255,9 +254,9 @@ def _changed(weight: torch.Tensor | None, updates: Sequence[Update], dtype: torc
 
 
 def _spilled(tensor: torch.Tensor, workspace: Path | None) -> torch.Tensor:
-    if workspace is None or tensor.nbytes < MIN_BYTES or os.name != "posix":
+    if workspace is None or tensor.nbytes < MIN_BYTES:
         return tensor.contiguous()
-    return empty_on_disk(tensor.shape, tensor.dtype, workspace).copy_(tensor)
+    return empty_tensor(tensor.shape, tensor.dtype, workspace).copy_(tensor)
 
 
 def _same_width(name: str, shape: torch.Size, other: torch.Size) -> bool:

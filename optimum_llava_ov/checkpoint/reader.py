@@ -23,13 +23,14 @@ from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.checkpoint.tensors import WEIGHT_FILES, map_files, weight_files
 from optimum_llava_ov.checkpoint.tiling import ANYRES, grid_problems, processor_problems
 from optimum_llava_ov.checkpoint.tokenizer import fill_in_token_ids
+from optimum_llava_ov.checkpoint.tokenizer_place import TokenizerPlace
 from optimum_llava_ov.checkpoint.vision_tower import find_vision_tower, read_vision_config
 from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpointError
 
 
 # Options of a checkpoint that a user may give: keys of --model-kwargs
 CHECKPOINT_OPTIONS = (
-    "vision_tower", "conversation", "base_model", "adapters", "image_tokens", "image_token_method",
+    "vision_tower", "conversation", "tokenizer", "base_model", "adapters", "image_tokens", "image_token_method",
 )  # fmt: skip
 
 _OWN_TOWER = "model.vision_tower.vision_tower."
@@ -43,9 +44,11 @@ class OriginalCheckpoint:
         vision_repository ([`Repository`]): where the vision tower is.
         config ([`OriginalLlavaConfig`]): with `vision_config` and the ids of tokens filled in.
         tokenizer ([`PreTrainedTokenizerFast`]): with `<image>` added after the checkpoint's vocabulary.
+        tokenizer_place ([`TokenizerPlace`]): where the tokenizer's files are.
         image_processor (`dict`): options of `preprocessor_config.json` of the vision tower.
         choice ([`Choice`]): the conversation that its prompts are written as, and why.
-        workspace (`Path`, *optional*): folder for the files of merged weights. If `None`, they are in memory.
+        workspace (`Path`, *optional*): folder for the files of weights that the checkpoint does not hold as they are
+            needed: merged ones, and the tables with a row for `<image>`. If `None`, they are in memory.
         merge_dtype (`torch.dtype`, *optional*): dtype of merged weights, as for [`merge`].
     """
 
@@ -53,6 +56,7 @@ class OriginalCheckpoint:
     vision_repository: Repository
     config: OriginalLlavaConfig
     tokenizer: PreTrainedTokenizerFast
+    tokenizer_place: TokenizerPlace
     image_processor: dict[str, Any]
     choice: Choice
     workspace: Path | None = None
@@ -69,6 +73,7 @@ class OriginalCheckpoint:
         name_or_path: str | Path | Repository,
         vision_tower: str | None = None,
         conversation: str | None = None,
+        tokenizer: str | None = None,
         base_model: str | None = None,
         adapters: Sequence[str] = (),
         image_tokens: int | None = None,
@@ -81,6 +86,7 @@ class OriginalCheckpoint:
             name_or_path: a folder, a model id on the Hub, or its [`Repository`].
             vision_tower: folder or model id of the vision tower, instead of `mm_vision_tower`.
             conversation: name of the conversation, instead of the one that the checkpoint's files and names say.
+            tokenizer: folder or model id of the tokenizer, instead of the checkpoint's own.
             base_model: folder or model id of the base model of a fine-tune, instead of the one that it names.
             adapters: folders or model ids of LoRA adapters or projectors to merge into the checkpoint, in this order.
             image_tokens: number of tokens that the patches of an image become. All patches if not given.
@@ -117,19 +123,20 @@ class OriginalCheckpoint:
             reduction.check(config.num_patches, has_tiles=config.image_aspect_ratio == ANYRES)
             config.image_tokens, config.image_token_method = reduction.count, reduction.method
 
-        tokenizer = config.load_tokenizer(lineage.tokenizer)
-        fill_in_token_ids(lineage.tokenizer, config, tokenizer)
-        choice = Choice(named, "It was chosen by name.") if named else _choose(lineage, config_file, tokenizer)
-        config.eos_token_id, _ = choice.conversation.stops(tokenizer)
+        place = TokenizerPlace.find(lineage.tokenizer, config.vocabulary, tokenizer)
+        loaded = config.load_tokenizer(place.repository)
+        fill_in_token_ids(place.repository, config, loaded)
+        choice = Choice(named, "It was chosen by name.") if named else _choose(lineage, config_file, loaded)
+        config.eos_token_id, _ = choice.conversation.stops(loaded)
         # Some loaders of a bundle read only `eos_token` of the tokenizer, so it must be the one that ends a turn
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id[0])
-        checkpoint = cls(lineage, vision_repository, config, tokenizer, image_processor, choice)
+        loaded.eos_token = loaded.convert_ids_to_tokens(config.eos_token_id[0])
+        checkpoint = cls(lineage, vision_repository, config, loaded, place, image_processor, choice)
         checkpoint._check_own_tower()
         return checkpoint
 
-    def merging(self, workspace: Path | None, dtype: torch.dtype | None) -> OriginalCheckpoint:
-        """Return this checkpoint with a place and a dtype for merged weights (see [`merge`])."""
-        return replace(self, workspace=workspace, merge_dtype=dtype)
+    def working_in(self, workspace: Path | None, merge_dtype: torch.dtype | None = None) -> OriginalCheckpoint:
+        """Return this checkpoint with a place for new weights, and a dtype for merged ones (see [`merge`])."""
+        return replace(self, workspace=workspace, merge_dtype=merge_dtype)
 
     @cached_property
     def weight_files(self) -> list[Path]:

@@ -12,7 +12,13 @@ from optimum_llava_ov.errors import HubError, InvalidCheckpointError
 
 
 def find_related(
-    repository: Repository, name: str, what: str, advice: str, chosen: bool = False, revision: str | None = None
+    repository: Repository,
+    name: str,
+    what: str,
+    advice: str,
+    chosen: bool = False,
+    revision: str | None = None,
+    needed: str = "config.json",
 ) -> Repository:
     """Return the repository with this name.
 
@@ -27,6 +33,7 @@ def find_related(
         advice: how to choose another one; the end of the error.
         chosen: whether the user has chosen it, not the checkpoint.
         revision: revision of a model id.
+        needed: a file that a model id must have.
 
     Raises:
         [`InvalidCheckpointError`]: it is not found.
@@ -48,7 +55,7 @@ def find_related(
 
     related = replace(repository, name=name, subfolder="", revision=revision, on_hub=True)
     try:
-        related.require("config.json", "it says what the model is")
+        related.require(needed, "it is read first")
     except (HubError, InvalidCheckpointError) as error:
         raise InvalidCheckpointError(f"{what} was not found: {error} {advice}") from error
     return related

@@ -38,6 +38,7 @@ from optimum_llava_ov.export.configs import LlavaOpenVINOConfig
 from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.names import name_after_module
 from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.export.row_blocks import by_rows
 from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.export.tokenizers import export_tokenizers
 from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
@@ -80,8 +81,9 @@ def main_export(
         stateful: whether the language model keeps its cache inside. Only `True` is supported.
         convert_tokenizer: whether to write the tokenizer as OpenVINO models, which GenAI needs.
         model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint,
-            `{"conversation": <name>}` the conversation that is chosen for it. `{"base_model": <folder or model id>}`
-            is the base model of a fine-tune, `{"adapters": [<folder or model id>, ...]}` are merged into the model.
+            `{"conversation": <name>}` the conversation that is chosen for it, `{"tokenizer": <folder or model id>}`
+            its own tokenizer. `{"base_model": <folder or model id>}` is the base model of a fine-tune, `{"adapters":
+            [<folder or model id>, ...]}` are merged into the model.
             `{"image_tokens": <number>}` reduces the patches of an image to fewer tokens; `{"image_token_method":
             <name>}` says how (see [`~optimum_llava_ov.checkpoint.image_tokens.ImageTokens`]).
         kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. Other options of
@@ -153,6 +155,8 @@ def _export(
 ) -> None:
     """Export `model`. If it is `None`, load the model of the checkpoint, and free each part after it is written."""
     logger.info("Conversation: %s. %s", checkpoint.choice.conversation.name, checkpoint.choice.reason)
+    place = checkpoint.tokenizer_place
+    logger.info("Tokenizer: %s. %s", place.repository.name, place.reason)
     previous_card = read_card(output / CARD)
     license_id = source_license(checkpoint)
     recipe = _requested_recipe(ov_config)
@@ -162,18 +166,17 @@ def _export(
 
     with staged(output, tokenizers=convert_tokenizer) as folder:
         if model is None:
+            merge_dtype = None
             if checkpoint.lineage.steps:
                 size = sum(file.stat().st_size for file in checkpoint.weight_files)
                 _check_free(size, "Until the export ends, the merged weights need", folder)
-                checkpoint = checkpoint.merging(folder, _merge_dtype(ov_config))
+                merge_dtype = _merge_dtype(ov_config)
+            checkpoint = checkpoint.working_in(folder, merge_dtype)
             model = OriginalLlavaForConditionalGeneration.from_checkpoint(checkpoint, dtype=_load_dtype(ov_config))
         processor = build_processor(checkpoint)
         if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
             recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
         _check_free_space(model, ov_config, recipe, folder)
-        if is_ours:
-            # Table and head are copies of the checkpoint's, with a row for `<image>`
-            move_to_disk((model.embed_tokens.weight, model.language_model.lm_head.weight), folder)
         if is_ours and ov_config is not None and ov_config.dtype == "fp16":
             # Only the weights. OpenVINO would also round constants, such as the frequencies of rotary embeddings.
             others = [weight for weight in model.parameters() if weight.dtype != torch.float16]
@@ -355,7 +358,7 @@ def _finish(
         name_after_module(graph, "language_model")
     if config is not None:
         progress.set_description(f"Compressing {name}")
-        with host.compressing(spill.constant):
+        with host.compressing(spill.constant, by_rows):
             graph = compress(graph, config, dataset)
     progress.set_description(f"Writing {name}")
     return graph

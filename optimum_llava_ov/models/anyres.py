@@ -12,7 +12,7 @@ from exact arithmetic: an image of 376 x 94 pixels has a row of patches less, on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,8 @@ class Tiling:
         patches_per_side: number of patches in a row of a tile.
         merge_type: `spatial_unpad`, `spatial` or `flat`.
         num_additional_tokens: tokens of each tile that are not patches. It is 0 unless `merge_type` is `flat`.
+        rounds: whether the number of patches to keep is rounded to 7 digits before it is cut off, as in transformers
+            and not in the original.
     """
 
     pinpoints: tuple[tuple[int, int], ...]
@@ -64,6 +66,7 @@ class Tiling:
     patches_per_side: int
     merge_type: str = SPATIAL_UNPAD
     num_additional_tokens: int = 0
+    rounds: bool = False
 
     @property
     def tokens_per_tile(self) -> int:
@@ -78,6 +81,11 @@ class Tiling:
     def max_image_tokens(self) -> int:
         """Return the largest number of rows of an image: of one that fills a resolution."""
         return max(map(self.num_image_tokens, self.pinpoints))
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Return the number of columns and of rows of tiles of each resolution."""
+        return [(width // self.tile_size, height // self.tile_size) for width, height in self.pinpoints]
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the number of columns and of rows of tiles. `size`: width and height of the image, in pixels."""
@@ -115,7 +123,7 @@ class Tiling:
         Args:
             size: width and height of the image, in pixels.
         """
-        return self._num_unpadded(size, self._padding(size, lambda patches: int(round(patches, 7))))
+        return self._num_unpadded(size, self._padding(size, rounds=True))
 
     def patches(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the number of columns and of rows of patches of the tiles, without those that are left out.
@@ -132,7 +140,10 @@ class Tiling:
         columns, rows = self._patches(size, padding)
         return self.tokens_per_tile + rows * (columns + 1)
 
-    def _padding(self, size: tuple[int, int], whole: Callable[[float], int] = int) -> tuple[int, int]:
+    def _padding(self, size: tuple[int, int], rounds: bool | None = None) -> tuple[int, int]:
+        def whole(patches: float) -> int:
+            return int(round(patches, 7)) if (self.rounds if rounds is None else rounds) else int(patches)
+
         width, height = size
         columns, rows = (side * self.patches_per_side for side in self.grid(size))
         if width / height > columns / rows:

@@ -51,6 +51,9 @@ class ImageLayout:
     def of_bundle(cls, config: PretrainedConfig) -> ImageLayout:
         """Read the layout of a bundle, where resolutions are height before width.
 
+        The bundle of a model of transformers, which others made, has the arithmetic of transformers. It leaves out
+        other rows at few sizes.
+
         Args:
             config (`LlavaConfig` or `LlavaNextConfig`): the bundle's configuration.
         """
@@ -64,6 +67,7 @@ class ImageLayout:
             patches_per_side=side,
             merge_type=getattr(config, "mm_patch_merge_type", SPATIAL_UNPAD),
             num_additional_tokens=getattr(config, "num_additional_image_tokens", 0),
+            rounds=not hasattr(config, "converted_from"),
         )
         newline = getattr(config, "image_newline", None)
         return cls(tiling.tokens_per_tile, tiling, None if newline is None else torch.tensor(newline))
@@ -91,15 +95,32 @@ class ImageLayout:
         """
         if self.tiling is None:
             return encode(pixel_values)
+        images = self.images(pixel_values, image_sizes)
+        features = encode(torch.cat([tiles for tiles, _ in images])).split([len(tiles) for tiles, _ in images])
+        return [self.tiling.pack(image, size, self.image_newline) for image, (_, size) in zip(features, images)]
+
+    def images(self, pixel_values: Any, image_sizes: Any = None) -> list[tuple[torch.Tensor, tuple[int, int] | None]]:
+        """Return pixels and size of each image.
+
+        Args:
+            pixel_values, image_sizes: as for [`features`].
+
+        Returns:
+            `(3, height, width)` and `None`; with tiles `(tiles, 3, height, width)`, only those that are used, and the
+            image's width and height.
+
+        Raises:
+            `ValueError`: see [`features`].
+        """
+        if self.tiling is None:
+            return [(image, None) for image in pixel_values]
         sizes = widths_and_heights(image_sizes)
         if len(sizes) != len(pixel_values):
             raise ValueError(
                 f"image_sizes has {len(sizes)} sizes for {len(pixel_values)} image(s). This model cuts an image into "
                 "tiles by its size: pass on all that the processor returns, `generate(**inputs)`."
             )
-        tiles = [image[: self.tiling.num_tiles(size)] for image, size in zip(pixel_values, sizes)]
-        features = encode(torch.cat(tiles)).split([len(image) for image in tiles])
-        return [self.tiling.pack(image, size, self.image_newline) for image, size in zip(features, sizes)]
+        return [(image[: self.tiling.num_tiles(size)], size) for image, size in zip(pixel_values, sizes)]
 
 
 def tiling_of(processor: LlavaNextProcessor) -> Tiling:

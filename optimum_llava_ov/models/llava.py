@@ -66,7 +66,7 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): a folder, or a model id on the Hub.
-            vision_tower, conversation, base_model, adapters, image_tokens, image_token_method (*optional*):
+            vision_tower, conversation, tokenizer, base_model, adapters, image_tokens, image_token_method (*optional*):
                 As for [`OriginalCheckpoint.open`].
             dtype, torch_dtype (`torch.dtype` or `str`, *optional*):
                 Dtype to convert all weights to. They stay as stored if it is `"auto"` or not given.
@@ -108,7 +108,7 @@ class OriginalLlavaForConditionalGeneration(ImageGenerationMixin, PreTrainedMode
                 "does not load. Use OriginalLlavaForConditionalGeneration."
             )
         if checkpoint.merge_dtype is None and dtype == torch.float32:
-            checkpoint = checkpoint.merging(checkpoint.workspace, torch.float32)
+            checkpoint = checkpoint.working_in(checkpoint.workspace, torch.float32)
         with torch.device("meta"):
             model = cls(checkpoint.config)
         load_weights(model, checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint
 from optimum_llava_ov.errors import InvalidCheckpointError
 from optimum_llava_ov.models.head import head_bias
 from optimum_llava_ov.models.language import compute_buffers
+from optimum_llava_ov.system.memory import empty_tensor
 
 
 if TYPE_CHECKING:
@@ -23,8 +25,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def load_weights(model: OriginalLlavaForConditionalGeneration, checkpoint: OriginalCheckpoint) -> None:
     """Set the parameters of a model on the `meta` device to the memory-mapped tensors of a checkpoint.
 
-    Only the embedding table and the head are copied, to append a row for `<image>` (262 MB each for LLaMA 7B in fp16).
-    A tied head shares the table's copy.
+    Only the embedding table and the head are copied, to append a row for `<image>` (262 MB each for LLaMA 7B in fp16,
+    918 MB for Yi 34B). With a `workspace` of the checkpoint, the copies are in mapped files there. A tied head shares
+    the table's copy.
 
     Raises:
         [`InvalidCheckpointError`]: a tensor is missing, is not expected, is not of a float type, or its shape does not
@@ -62,13 +65,21 @@ def _language_tensors(checkpoint: OriginalCheckpoint) -> dict[str, torch.Tensor]
         state_dict["image_encoder.borders"] = state_dict[_TABLE][[config.im_start_token_id, config.im_end_token_id]]
     for name in (_TABLE,) if is_tied else (_TABLE, _HEAD):
         if (table := state_dict.get(name)) is not None and _is_table(table, config):
-            known = table[: config.num_known_tokens]
-            state_dict[name] = torch.cat([known, known.new_zeros(config.vocab_size - len(known), known.shape[1])])
+            state_dict[name] = _resized(table[: config.num_known_tokens], config.vocab_size, checkpoint.workspace)
     if is_tied and _TABLE in state_dict:  # a stored head is not used
         state_dict[_HEAD] = state_dict[_TABLE]
     if (head := state_dict.get(_HEAD)) is not None:
         state_dict[_BIAS] = head_bias(config.vocab_size, config.num_known_tokens, head.dtype)
     return state_dict
+
+
+def _resized(table: torch.Tensor, rows: int, workspace: Path | None) -> torch.Tensor:
+    """Copy a table, and append rows of zeros. With a `workspace`, the copy is in a mapped file there."""
+    shape = torch.Size([rows, table.shape[1]])
+    copy = empty_tensor(shape, table.dtype, workspace)
+    copy[: len(table)] = table
+    copy[len(table) :] = 0
+    return copy
 
 
 def _is_table(tensor: torch.Tensor | None, config: OriginalLlavaConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 if TYPE_CHECKING:
     from optimum_llava_ov.runtime.decoder import Decoder
+    from optimum_llava_ov.runtime.prefix import Key
 
 
 class DecoderCache:
@@ -33,6 +35,16 @@ class DecoderCache:
         self._decoder: Decoder | None = decoder
         self._length = self._batch_size = 0
         self._beam_idx: np.ndarray | None = None
+        self._keys: list[Key] = []
+
+    @property
+    def keys(self) -> list[Key]:
+        """Return what the tokens in the cache are: ids, and digests of images.
+
+        Empty if it is not known, or if the cache has several sequences. See [`runtime/prefix.py`].
+        """
+        is_known = self._batch_size == 1 and self._beam_idx is None and len(self._keys) == self._length
+        return self._keys if is_known else []
 
     @property
     def decoder(self) -> Decoder:
@@ -49,10 +61,18 @@ class DecoderCache:
             )
         return self._decoder
 
-    def replaced(self) -> DecoderCache:
-        """Return an empty cache on the same request. This cache cannot be used any more."""
+    def replaced(self, length: int = 0) -> DecoderCache:
+        """Return a cache on the same request with the first `length` tokens. This cache cannot be used any more.
+
+        Args:
+            length: up to the number of [`keys`].
+        """
         other = DecoderCache(self.decoder)
-        other.lock, self._decoder = self.lock, None
+        other.lock = self.lock
+        if length:
+            other._length, other._batch_size, other._keys = self._length, self._batch_size, self._keys
+            other.crop(length)
+        self._decoder = None
         return other
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -73,6 +93,7 @@ class DecoderCache:
         if max_length < self.get_seq_length():
             self.decoder.crop(self._length - max_length)
             self._length = max_length
+            del self._keys[max_length:]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Continue sequence `beam_idx[i]` as sequence `i` from the next call on.
@@ -80,18 +101,19 @@ class DecoderCache:
         Args:
             beam_idx: `(batch,)`.
         """
+        self._keys = []  # of several sequences
         self._beam_idx = np.asarray(beam_idx)
         self._batch_size = len(self._beam_idx)
 
     def begin(self, batch_size: int) -> None:
         """Forget all tokens, and expect a new batch."""
         self.decoder.begin(batch_size)
-        self._length, self._batch_size, self._beam_idx = 0, batch_size, None
+        self._length, self._batch_size, self._beam_idx, self._keys = 0, batch_size, None, []
 
     def reset(self) -> None:
         """Forget all tokens, and free their memory."""
         self.decoder.free()
-        self._length, self._batch_size, self._beam_idx = 0, 0, None
+        self._length, self._batch_size, self._beam_idx, self._keys = 0, 0, None, []
 
     def extend(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, logits_to_keep: int) -> np.ndarray:
         """Process tokens after those that are in the cache. Arguments and result are those of [`Decoder`].
@@ -108,3 +130,7 @@ class DecoderCache:
         logits = self.decoder(inputs_embeds, attention_mask, beam_idx, logits_to_keep)
         self._length, self._beam_idx = self._length + length, None
         return logits
+
+    def name_new_tokens(self, keys: Sequence[Key]) -> None:
+        """Say what the tokens of the last [`extend`] are, so that a later prompt can be compared with [`keys`]."""
+        self._keys.extend(keys)

@@ -112,6 +112,14 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         assert self._cache is not None  # set by `compile`
         return self._cache
 
+    def continue_after(self, length: int) -> DecoderCache:
+        """Return the model's own cache with its first `length` tokens, for a prompt that begins with them.
+
+        A cache that an earlier call returned cannot be used any more.
+        """
+        self._cache = self.cache.replaced(length)
+        return self._cache
+
     def look_up(self, input_ids: torch.LongTensor) -> torch.Tensor | None:
         """Return embeddings `(batch, tokens, hidden_size)` float32 of a few tokens without a call of OpenVINO.
 

@@ -34,6 +34,7 @@ from optimum_llava_ov.runtime.canonical import (
     tiled_images,
 )
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
+from optimum_llava_ov.runtime.prefix import Key, digest_of, prompt_keys, reusable
 from optimum_llava_ov.samples.files import question_inputs
 from optimum_llava_ov.system.mapped import read_once
 from optimum_llava_ov.system.threads import one_torch_thread
@@ -61,6 +62,11 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
     """Run a LLaVA on OpenVINO: an image encoder, an embedding table and a language model.
 
     [`~optimum_llava_ov.OVModelForLlava`] adds loading, saving and publishing.
+
+    Attributes:
+        prefix_caching (`bool`): Whether [`generate`] without `past_key_values` computes only what a prompt has after
+            the tokens and images that it has in common with the last one. This is for single prompts without beams.
+            Set it to `False` to measure how long a prompt takes.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
     ):
         self._parts_lock = threading.Lock()  # the image encoder and the embedding table have one request each
         self._differs_from_files = False
+        self.prefix_caching = True
         self.name_or_path = getattr(config, "name_or_path", None)
         # Keep what the caller gave: Optimum would replace it by a default for the model's name
         self._quantization_config = kwargs.get("quantization_config")
@@ -218,6 +225,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         image_sizes: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         logits_to_keep: int = 0,
+        token_keys: Sequence[Key] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits.
@@ -237,6 +245,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
                 original's.
             position_ids: Ignored. Positions are counted from `attention_mask`.
             logits_to_keep: Number of last positions to compute logits for; 0 for all.
+            token_keys: What the new tokens of a single prompt are, if it is known, for [`DecoderCache.keys`].
 
         Returns:
             `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32.
@@ -253,7 +262,10 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
                 image_features = self.get_image_features(pixel_values, image_sizes)
             inputs_embeds = self._embed(input_ids, image_features)
         inputs_embeds = inputs_embeds.detach().float()
-        return self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
+        output = self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
+        if token_keys is not None:
+            output.past_key_values.name_new_tokens(token_keys)
+        return output
 
     def _with_counted_rows(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, image_sizes: Any
@@ -357,11 +369,38 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             )
         if inputs_embeds is not None and not past_length:
             return {**inputs, "inputs_embeds": inputs_embeds}
+        keys = None
+        if is_first_iteration and past_key_values is None and self.prefix_caching:
+            keys = self._keys(input_ids, attention_mask, kwargs)
+            if keys and (past_length := reusable(self.language_model.cache.keys, keys)):
+                inputs["past_key_values"] = self.language_model.continue_after(past_length)
         num_new_tokens = attention_mask.shape[1] - past_length
+        if keys is not None:
+            inputs["token_keys"] = keys[past_length:]
+        elif past_length and len(input_ids) == 1:
+            inputs["token_keys"] = input_ids[0, -num_new_tokens:].tolist()
         if is_first_iteration or not past_length:
             images = {name: kwargs[name] for name in _IMAGES if kwargs.get(name) is not None}
             inputs.update(self._images_of_new_tokens(images, input_ids, num_new_tokens))
         return {**inputs, "input_ids": input_ids[:, -num_new_tokens:]}
+
+    def _keys(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, images: dict[str, Any]
+    ) -> list[Key] | None:
+        """Return the keys of a prompt, or `None` for several prompts, for padding, and for images in another form.
+
+        Args:
+            images: `pixel_values` and `image_sizes`, if the prompt has images.
+        """
+        if len(input_ids) != 1 or not attention_mask.all() or images.get("image_features") is not None:
+            return None
+        lengths: list[int] = []
+        digests: list[str] = []
+        if (pixel_values := images.get("pixel_values")) is not None:
+            image_sizes = images.get("image_sizes")
+            lengths = self._lengths(pixel_values, image_sizes=image_sizes)
+            digests = [digest_of(*image) for image in self.image_layout.images(pixel_values, image_sizes)]
+        return prompt_keys(input_ids[0].tolist(), self.config.image_token_index, lengths, digests)
 
     def _images_of_new_tokens(
         self, images: dict[str, Any], input_ids: torch.LongTensor, num_new_tokens: int

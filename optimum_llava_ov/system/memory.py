@@ -41,8 +41,14 @@ def reserve(file: Path, size: int) -> None:
         os.posix_fallocate(reserved.fileno(), 0, size)
 
 
-def empty_on_disk(shape: torch.Size, dtype: torch.dtype, folder: Path) -> torch.Tensor:
-    """Return a tensor in a mapped file. The file has no name; the system deletes it with the mapping."""
+def empty_tensor(shape: torch.Size, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
+    """Return a tensor of undefined values, in a mapped file if there is a folder for it, else in memory.
+
+    The file has no name; the system deletes it with the mapping. Only POSIX systems delete a file that is mapped.
+    Elsewhere the tensor is in memory.
+    """
+    if folder is None or os.name != "posix":
+        return torch.empty(shape, dtype=dtype)
     file = folder / ".tensor"
     if hasattr(os, "posix_fallocate"):
         reserve(file, shape.numel() * dtype.itemsize)
@@ -54,15 +60,14 @@ def empty_on_disk(shape: torch.Size, dtype: torch.dtype, folder: Path) -> torch.
 def move_to_disk(parameters: Iterable[torch.nn.Parameter], folder: Path, dtype: torch.dtype | None = None) -> None:
     """Move parameters to mapped files, one at a time, and convert them to `dtype`. What shares memory still does.
 
-    Only POSIX systems delete a file that is mapped. Elsewhere parameters stay in memory.
+    See [`empty_tensor`].
     """
     moved: dict[int, torch.Tensor] = {}
     for parameter in parameters:
-        weight, target = parameter.data, dtype or parameter.dtype
+        weight = parameter.data
         key = weight.data_ptr()
         if key not in moved:
-            is_posix = os.name == "posix"
-            moved[key] = empty_on_disk(weight.shape, target, folder).copy_(weight) if is_posix else weight.to(target)
+            moved[key] = empty_tensor(weight.shape, dtype or weight.dtype, folder).copy_(weight)
         parameter.data = moved[key]
 
 

@@ -66,6 +66,7 @@ class LlavaMptConfig(OriginalLlavaConfig):
     torch_class = "LlavaMptForConditionalGeneration"
     prefix = "transformer."
     table = "wte.weight"
+    vocabulary = "tokenizer.json"
     required = ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "expansion_ratio", "attn_config")
     options = {
         "d_model": integer(1, MAX_WIDTH),
