@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXACT, Golden, fill_hub_cache
+from openvino import Tensor
 from optimum.intel import OVConfig
 from transformers import AutoProcessor
 
@@ -24,6 +25,7 @@ from optimum_llava_ov.checkpoint.merge import merge
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, find_original
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.checkpoint.tensors import map_tensors
+from optimum_llava_ov.evaluation.evaluate import evaluate
 from optimum_llava_ov.evaluation.record import load
 
 
@@ -89,12 +91,26 @@ def assert_equals_the_original(model, processor, golden, suffix=""):
         assert tokens == golden.arrays[f"{case}/greedy{suffix}"].tolist(), case
 
 
+def assert_genai_equals_the_original(bundle, golden, suffix=""):
+    """All greedy tokens, with both attention backends."""
+    import openvino_genai
+
+    config = openvino_genai.GenerationConfig(max_new_tokens=32, do_sample=False, ignore_eos=True)
+    for backend in ("PA", "SDPA"):
+        pipeline = openvino_genai.VLMPipeline(bundle, "CPU", ATTENTION_BACKEND=backend, **EXACT)
+        for case in ("text_only", "image_start"):  # GenAI writes images before the text
+            images = [Tensor(np.array(image)[None]) for image in golden.images(case) or []]
+            assert all(image.shape[1] == image.shape[2] for image in images)  # GenAI does not pad
+            question = golden.cases[case]["prompt"].split("USER: ")[1].removesuffix(" ASSISTANT:")
+            question = question.removeprefix("<image>\n")
+            answer = pipeline.generate(question, images=images, generation_config=config).texts[0]
+            tokens = golden.arrays[f"{case}/greedy{suffix}"]
+            assert answer == pipeline.get_tokenizer().decode(tokens.tolist()), (case, backend)
+
+
 class TestEqualToTheOriginal:
     def test_exact_merge(self, folder, optimum_cli, tmp_path):
         """A bundle in float32, by the command, in our engine and in GenAI."""
-        import openvino_genai
-        from openvino import Tensor
-
         folder()
         status, _, _ = optimum_cli(
             "export", "openvino", "--model", tmp_path / "a", "--weight-format", "fp32", bundle := tmp_path / "bundle"
@@ -102,31 +118,61 @@ class TestEqualToTheOriginal:
         assert status == 0
         model = OVModelForLlava.from_pretrained(bundle, ov_config=EXACT)
         assert_equals_the_original(model, AutoProcessor.from_pretrained(bundle), LORA)
-
-        pipeline = openvino_genai.VLMPipeline(bundle, "CPU", **EXACT)
-        for case in ("text_only", "image_start"):  # GenAI does not pad images, and these are square or none
-            question = LORA.cases[case]["prompt"].split("USER: ")[1].removesuffix(" ASSISTANT:")
-            answer = pipeline.generate(
-                question.removeprefix("<image>\n"),
-                images=[Tensor(np.array(image)[None]) for image in LORA.images(case) or []],
-                generation_config=openvino_genai.GenerationConfig(max_new_tokens=32, do_sample=False, ignore_eos=True),
-            ).texts[0]
-            assert answer == pipeline.get_tokenizer().decode(LORA.cases[case]["greedy"])
+        assert_genai_equals_the_original(bundle, LORA)
 
     def test_merge_of_the_original(self, bundle):
         """In fp16, which the original loads everything in."""
         model = OVModelForLlava.from_pretrained(bundle, ov_config=EXACT)
         assert_equals_the_original(model, AutoProcessor.from_pretrained(bundle), LORA, "_fp16_merge")
+        assert_genai_equals_the_original(bundle, LORA, "_fp16_merge")
 
-    def test_projector(self, folder):
+    def test_projector(self, folder, tmp_path):
         checkpoint = folder(PROJECTOR)
-        model = OVModelForLlava.from_pretrained(checkpoint, base_model="../base", ov_config=EXACT)
-        assert_equals_the_original(model, AutoProcessor.from_pretrained(checkpoint, base_model="../base"), PROJECTOR)
+        assert AutoProcessor.from_pretrained(checkpoint, base_model="../base").image_token == "<image>"
+        main_export(checkpoint, bundle := tmp_path / "bundle", model_kwargs={"base_model": "../base"})
+        model = OVModelForLlava.from_pretrained(bundle, ov_config=EXACT)
+        assert_equals_the_original(model, AutoProcessor.from_pretrained(bundle), PROJECTOR)
+        assert_genai_equals_the_original(bundle, PROJECTOR)
 
     @pytest.mark.parametrize("golden", [LORA, PROJECTOR], ids=lambda golden: golden.name)
     def test_torch(self, golden):
         """As the reference of an evaluation."""
         assert_equals_the_original(*load(golden.checkpoint), golden)
+
+
+class TestEvaluation:
+    def test_reference_is_a_fine_tune_with_a_chosen_base(self, bundle, tmp_path, optimum_cli):
+        copy = shutil.copytree(bundle, tmp_path / "bundle")
+        task, base = bundle.parent / "task", bundle.parent / "vicuna"
+        options = ("--num-samples", 2, "--max-new-tokens", 4, "--reference", task)
+        kwargs = json.dumps({"base_model": str(base)})
+        status, output, _ = optimum_cli("llava-ov", "eval", copy, *options, "--model-kwargs", kwargs)
+        assert status == 0
+        assert "100.0%" in output
+        values = json.loads((copy / "eval.json").read_text())
+        assert values["identical"] == 1
+        assert values["settings"]["reference"] == "task"
+        assert "Measured against task on coloured shapes" in (copy / "README.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ("base_model", "base_model is not JSON"),
+            ('["vicuna"]', "is not a JSON object"),
+            ('{"base": "vicuna"}', "--model-kwargs has base. Expected only vision_tower"),
+            ('{"base_model": "nowhere"}', "The base model 'nowhere' was not found"),
+        ],
+    )
+    def test_options_of_the_reference(self, bundle, optimum_cli, kwargs, message, tmp_path):
+        options = ("--reference", bundle.parent / "task", "--model-kwargs", kwargs, "--work-dir", tmp_path)
+        status, _, errors = optimum_cli("llava-ov", "eval", bundle, *options)
+        assert status in (1, 2)
+        assert message in errors
+        assert "Traceback" not in errors
+
+    def test_a_bundle_has_no_options(self, bundle, tmp_path):
+        with pytest.raises(ValueError, match="is not an original checkpoint, so it takes no --model-kwargs"):
+            evaluate([bundle], bundle, work_dir=tmp_path, model_kwargs={"conversation": "vicuna_v1"})
 
 
 class TestCard:

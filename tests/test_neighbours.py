@@ -1,5 +1,6 @@
 """Habits of others that must hold beside this package, each in a process that has done nothing else before."""
 
+import filecmp
 import json
 import sys
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 import openvino
 import pytest
 import torch
-from conftest import EXACT, GOLDENS, files, run
+from conftest import EXACT, GOLDENS, Golden, files, run
 from optimum.exporters.openvino import convert
 from optimum.intel import OVConfig, OVModelForVisualCausalLM
 from optimum.intel.openvino import modeling_visual_language
 from transformers import AutoModelForImageTextToText
 
-from optimum_llava_ov import OVModelForLlavaMPT
+from optimum_llava_ov import OVModelForLlavaMPT, main_export
 from optimum_llava_ov.bundle.precision import weight_bytes
 
 
@@ -106,6 +107,19 @@ def test_a_torch_model_can_be_exported(tmp_path, models):
     torch.testing.assert_close(changed(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3, rtol=0)
     assert not torch.allclose(changed(input_ids=ids).logits, expected, atol=0.1)
     assert files(tmp_path / "changed") == files(tmp_path / "bundle")
+
+
+def test_only_weights_of_a_torch_model_are_rounded(tmp_path):
+    """In fp16, constants such as the frequencies of rotary embeddings stay exact, and so does the model itself."""
+    golden = Golden("llava15_vicuna")
+    model = AutoModelForImageTextToText.from_pretrained(golden.checkpoint, dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    convert.export_from_model(model, tmp_path / "bundle", ov_config=OVConfig(dtype="fp16"))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    main_export(golden.checkpoint, tmp_path / "same", ov_config=OVConfig(dtype="fp16"))
+    for part in ("language_model", "text_embeddings_model", "vision_embeddings_model"):
+        names = [tmp_path / folder / f"openvino_{part}.bin" for folder in ("bundle", "same")]
+        assert filecmp.cmp(*names, shallow=False), part
 
 
 @pytest.mark.parametrize("quantization_config", [{"bits": 4}, {"bits": 8}], ids=["4 bits", "8 bits"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -243,6 +243,29 @@ class OriginalCheckpoint:
                         "trained, set unfreeze_mm_vision_tower to false in config.json."
                     )
                 return
+
+
+def check_checkpoint_options(options: Mapping[str, Any] | None) -> None:
+    """Check the names and types of options of a checkpoint, which are `model_kwargs` and `--model-kwargs`.
+
+    Raises:
+        `ValueError`: an option is unknown, has a value of the wrong type, or needs another one.
+    """
+    if unknown := set(options or {}) - {*CHECKPOINT_OPTIONS}:
+        raise ValueError(
+            f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {', '.join(CHECKPOINT_OPTIONS)}."
+        )
+    if "image_token_method" in (options or {}) and "image_tokens" not in (options or {}):
+        raise ValueError("--model-kwargs: image_token_method needs image_tokens, the number of tokens of an image.")
+    for name, value in (options or {}).items():
+        if name == "image_tokens":
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"--model-kwargs has {name}={value!r}. Expected a whole number.")
+            continue
+        names = value if name == "adapters" else [value]
+        if not isinstance(names, (list, tuple)) or not all(isinstance(item, str) for item in names):
+            expected = "a list of names" if name == "adapters" else "a name"
+            raise ValueError(f"--model-kwargs has {name}={value!r}. Expected {expected}.")
 
 
 def _is_of_tower(name: str) -> bool:

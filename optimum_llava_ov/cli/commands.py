@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+import json
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_llava_ov.cli.base import Command
 from optimum_llava_ov.cli.bench import BenchCommand
 from optimum_llava_ov.cli.chat import ChatCommand, DemoCommand
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ArgumentTypeError(f'{text} is not a JSON object. Expected for example \'{{"base_model": "vicuna"}}\'.')
+    return values
 
 
 class EvalCommand(Command):
@@ -23,7 +35,12 @@ class EvalCommand(Command):
         parser.add_argument(
             "--reference",
             required=True,
-            help="Folder or model id of the original checkpoint, which runs in torch, or another bundle.",
+            help="Folder or model id of the original checkpoint or fine-tune, which runs in torch, or another bundle.",
+        )
+        parser.add_argument(
+            "--model-kwargs",
+            type=_json_object,
+            help='Options of the reference, as for the export: \'{"base_model": "<folder or model id>"}\'.',
         )
         parser.add_argument(
             "--dataset",
@@ -65,6 +82,7 @@ class EvalCommand(Command):
             args.max_new_tokens,
             args.work_dir,
             args.device,
+            args.model_kwargs,
         )
         print(table(qualities))
         plot_file = args.plot or args.bundles[0] / "eval.png"

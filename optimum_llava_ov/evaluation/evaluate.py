@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -13,6 +15,7 @@ from optimum_llava_ov.bundle.check import check_loads
 from optimum_llava_ov.bundle.layout import weights_file
 from optimum_llava_ov.bundle.settings import write_json
 from optimum_llava_ov.bundle.staging import complete_replacement
+from optimum_llava_ov.checkpoint.reader import check_checkpoint_options
 from optimum_llava_ov.evaluation.metrics import Quality, measure
 from optimum_llava_ov.evaluation.record import load, prepare_folder, record_bundle, record_reference
 from optimum_llava_ov.samples.files import Sample, read_samples
@@ -31,6 +34,7 @@ def evaluate(
     max_new_tokens: int = 64,
     work_dir: str | Path | None = None,
     device: str = "CPU",
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Quality]:
     """Compare bundles with a reference, and write `eval.json` into each.
 
@@ -42,14 +46,16 @@ def evaluate(
         dataset: Folder of images or a JSONL file (see [`~optimum_llava_ov.samples.files.read_samples`]). Default:
             generated images of coloured shapes, with questions and answers.
         work_dir: Folder for recordings, from which an interrupted run resumes. Default: `<first bundle>/.eval`.
+        model_kwargs: Options of the reference, as for [`main_export`], such as the `base_model` of a fine-tune.
 
     Returns:
         The quality of each bundle, by the name of its folder.
 
     Raises:
-        `ValueError`: The device does not exist, or a folder is not a bundle.
+        `ValueError`: The device does not exist, a folder is not a bundle, or an option of the reference is unknown.
     """
     check_device(device)
+    check_checkpoint_options(model_kwargs)
     folders = [Path(bundle) for bundle in bundles]
     for folder in folders:
         complete_replacement(folder)
@@ -57,6 +63,7 @@ def evaluate(
     samples = built_in_samples(num_samples) if dataset is None else read_samples(dataset)[:num_samples]
     settings = {
         "reference": str(reference),
+        "model_kwargs": dict(model_kwargs or {}),
         "dataset": None if dataset is None else str(dataset),
         "prompts": [sample.prompt for sample in samples],
         "max_new_tokens": max_new_tokens,
@@ -64,7 +71,7 @@ def evaluate(
     recordings = Path(work_dir) if work_dir else folders[0] / ".eval"
     expected = recordings / "reference"
 
-    _record(reference, device, samples, expected, settings, max_new_tokens)
+    _record(reference, device, samples, expected, settings, max_new_tokens, model_kwargs=model_kwargs)
     qualities = {}
     for folder in folders:
         found = recordings / folder.resolve().name
@@ -84,12 +91,13 @@ def _record(
     settings: dict,
     max_new_tokens: int,
     reference: Path | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     prepare_folder(folder, settings)
     if len(list(folder.glob("*.npz"))) >= len(samples):
         logger.info("%s is already recorded", name)
         return
-    model, processor = load(name, device)
+    model, processor = load(name, device, model_kwargs)
     if reference is None:
         record_reference(model, processor, samples, folder, max_new_tokens)
     else:

@@ -7,6 +7,7 @@ interrupted recording continues where it stopped.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,32 @@ from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 from optimum_llava_ov.samples.files import Sample
 
 
-def load(name: str | Path, device: str = "CPU") -> tuple[Any, LlavaProcessor]:
+def load(
+    name: str | Path, device: str = "CPU", model_kwargs: Mapping[str, Any] | None = None
+) -> tuple[Any, LlavaProcessor]:
     """Load a bundle as `OVModelForLlava`, or an original checkpoint in torch.
 
     A checkpoint is loaded in float32 if the memory suffices, otherwise in bfloat16.
+
+    Args:
+        model_kwargs: options of a checkpoint, as for [`OriginalCheckpoint.open`].
+
+    Raises:
+        `ValueError`: there are options, but it is not a checkpoint.
     """
-    if holds_original_checkpoint(name):
-        checkpoint = OriginalCheckpoint.open(name)
+    options = model_kwargs or {}
+    if holds_original_checkpoint(name, base_model=options.get("base_model")):
+        checkpoint = OriginalCheckpoint.open(name, **options)
         size = sum(file.stat().st_size for file in checkpoint.weight_files)
         model = OriginalLlavaForConditionalGeneration.from_checkpoint(
             checkpoint, dtype=torch.float32 if 2.5 * size < psutil.virtual_memory().free else torch.bfloat16
         )
         return model, build_processor(checkpoint)
+    if options:
+        raise ValueError(
+            f"{str(name)!r} is not an original checkpoint, so it takes no --model-kwargs "
+            f"({', '.join(options)}). Leave the option out."
+        )
     from optimum_llava_ov.modeling import OVModelForLlava
 
     model = OVModelForLlava.from_pretrained(name, device=device)

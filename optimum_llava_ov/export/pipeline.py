@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import shutil
@@ -29,7 +30,7 @@ from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, S
 from optimum_llava_ov.bundle.provenance import openvino_config
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import prepare_output, staged
-from optimum_llava_ov.checkpoint.reader import CHECKPOINT_OPTIONS, OriginalCheckpoint
+from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, check_checkpoint_options
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
@@ -177,7 +178,8 @@ def _export(
         if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
             recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
         _check_free_space(model, ov_config, recipe, folder)
-        if is_ours and ov_config is not None and ov_config.dtype == "fp16":
+        if ov_config is not None and ov_config.dtype == "fp16":
+            model = model if is_ours else _sharing_weights(model)
             # Only the weights. OpenVINO would also round constants, such as the frequencies of rotary embeddings.
             others = [weight for weight in model.parameters() if weight.dtype != torch.float16]
             size = sum(2 * weight.numel() for weight in others)
@@ -196,6 +198,12 @@ def _export(
         gc.collect()
 
 
+def _sharing_weights(model: OriginalLlavaForConditionalGeneration) -> OriginalLlavaForConditionalGeneration:
+    """Copy a model, but not its weights. Those of the copy can be replaced, and the model keeps its own."""
+    weights = {id(weight): torch.nn.Parameter(weight.data, requires_grad=False) for weight in model.parameters()}
+    return copy.deepcopy(model, weights)
+
+
 def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwargs: dict) -> None:
     if TasksManager.map_from_synonym(task.removesuffix("-with-past")) not in ("auto", TASK):
         raise ValueError(f"LLaVA is exported for the task {TASK!r}, not {task!r}. Leave --task out.")
@@ -204,21 +212,7 @@ def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwarg
             "--disable-stateful is not supported for LLaVA: OVModelForLlava, optimum-intel, GenAI and Model "
             "Server need a language model that keeps its cache inside. Leave the option out."
         )
-    if unknown := set(model_kwargs or {}) - {*CHECKPOINT_OPTIONS}:
-        raise ValueError(
-            f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {', '.join(CHECKPOINT_OPTIONS)}."
-        )
-    if "image_token_method" in (model_kwargs or {}) and "image_tokens" not in (model_kwargs or {}):
-        raise ValueError("--model-kwargs: image_token_method needs image_tokens, the number of tokens of an image.")
-    for name, value in (model_kwargs or {}).items():
-        if name == "image_tokens":
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"--model-kwargs has {name}={value!r}. Expected a whole number.")
-            continue
-        names = value if name == "adapters" else [value]
-        if not isinstance(names, (list, tuple)) or not all(isinstance(item, str) for item in names):
-            expected = "a list of names" if name == "adapters" else "a name"
-            raise ValueError(f"--model-kwargs has {name}={value!r}. Expected {expected}.")
+    check_checkpoint_options(model_kwargs)
     for name in ("variant", "custom_export_configs", "fn_get_submodels"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not supported for LLaVA checkpoints. Leave it out.")
