@@ -14,7 +14,7 @@ from conftest import EXACT, EXAMPLES, Golden, run
 from optimum.intel import OVConfig, OVPipelineQuantizationConfig, OVWeightQuantizationConfig
 
 from optimum_llava_ov import OVModelForLlavaMPT, main_export
-from optimum_llava_ov.bundle.card import add_tags, card_text, is_untouched, update_card
+from optimum_llava_ov.bundle.card import add_tags, card_text, is_untouched, update_card, with_metadata
 
 
 pytestmark = pytest.mark.slow
@@ -85,6 +85,18 @@ class TestContent:
             "pipeline_tag": "image-text-to-text",
             "tags": ["openvino", "llava", "llava-mpt", "nncf", "int4"],
         }
+
+    def test_license_of_the_export(self, tmp_path):
+        """By an option, as the checkpoint names none. What is not an id is refused before the export begins."""
+        with pytest.raises(ValueError, match="Expected an id of the Hub"):
+            main_export(GOLDEN.checkpoint, tmp_path / "out", model_kwargs={"license": "MIT License"})
+        main_export(GOLDEN.checkpoint, tmp_path / "out", model_kwargs={"license": "mit"})
+        assert metadata_of((tmp_path / "out" / "README.md").read_text())["license"] == "mit"
+
+    def test_base_model_of_the_user(self, bundle):
+        card = (bundle / "README.md").read_text()
+        values = metadata_of(card_text(bundle, previous=with_metadata(card, base_model="me/trained")))
+        assert (values["base_model"], values["base_model_relation"]) == ("me/trained", "quantized")
 
     def test_relation_to_the_base_model(self, bundle):
         config = json.loads((bundle / "config.json").read_text())

@@ -16,6 +16,7 @@ from hub_server import HubServer
 
 from optimum_llava_ov.bundle.card import card_text
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES
+from optimum_llava_ov.hub.push import plan_push
 
 
 pytestmark = pytest.mark.hub
@@ -304,6 +305,27 @@ class TestPush:
     def push(self, bundle, name, **options):
         arguments = "".join(f", {key}={value!r}" for key, value in options.items())
         return f"push_bundle({str(bundle)!r}, {name!r}{arguments})"
+
+    def test_license_and_base_model(self, hub, client, bundle):
+        """Given once, they stay on the Hub. The folder is not changed."""
+        before = (bundle / "README.md").read_bytes()
+        options = ("--license", "mit", "--base-model", "me/trained")
+        run("optimum-cli", "llava-ov", "push", bundle, "me/licensed", *options, env=hub.env())
+        for _ in range(2):
+            card = hub.files("me/licensed")["README.md"].decode()
+            assert {"license: mit", "base_model: me/trained"} <= set(card.splitlines())
+            assert "License: **mit**" in card
+            client.run(self.push(bundle, "me/licensed"))
+        assert (bundle / "README.md").read_bytes() == before
+
+    @pytest.mark.parametrize("license_id", ["Apache 2.0", "MIT License", "", "-"])
+    def test_license_that_is_not_an_id(self, bundle, license_id):
+        with pytest.raises(ValueError, match="Expected an id of the Hub in lower case, such as apache-2.0"):
+            plan_push(bundle, "me/licensed", license_id)
+
+    def test_base_model_that_is_not_a_name(self, bundle):
+        with pytest.raises(ValueError, match="'a b' is not a valid name"):
+            plan_push(bundle, "me/licensed", base_model="a b")
 
     def test_private(self, hub, client, bundle):
         client.run(self.push(bundle, "me/private", private=True))

@@ -22,6 +22,7 @@ from optimum_llava_ov.checkpoint.families import FAMILIES
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.models.image_layout import ImageLayout
+from optimum_llava_ov.units import readable_size
 
 
 _TITLES = {
@@ -215,7 +216,7 @@ class BundleFacts:
                         "share": f"{percent:.0f}" if percent >= 1 else "< 1",
                         "layers": share.layers,
                         "all_layers": layers,
-                        "size": f"{self.sizes[part] / 1e6:,.1f} MB" if index == 0 else "",
+                        "size": readable_size(self.sizes[part]) if index == 0 else "",
                     }
                 )
         return rows

@@ -90,6 +90,14 @@ class PushCommand(Command):
         parser.add_argument("--create-pr", action="store_true", help="Propose the bundle as a pull request.")
         parser.add_argument("--commit-message", help="Summary of the commit.")
         parser.add_argument(
+            "--license",
+            help="License in the card, as the Hub calls it, such as apache-2.0 (default: that of the checkpoint).",
+        )
+        parser.add_argument(
+            "--base-model",
+            help="Model id in the card of the model that the bundle was made from (default: that of the checkpoint).",
+        )
+        parser.add_argument(
             "--token", help="Token with write permission (default: the one of `hf auth login` or HF_TOKEN)."
         )
 
@@ -98,11 +106,13 @@ class PushCommand(Command):
 
         args = self.args
         if args.dry_run:
-            print(f"{plan_push(args.bundle, args.repo_id)}\nNothing was published (--dry-run).")
+            plan = plan_push(args.bundle, args.repo_id, args.license, args.base_model)
+            print(f"{plan}\nNothing was published (--dry-run).")
             return
         options = {
             name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message", "token")
         }
+        options |= {"license_id": args.license, "base_model": args.base_model}
         commit = push_bundle(args.bundle, args.repo_id, **options)
         print(f"Published: {commit.pr_url or commit}")
 

@@ -26,6 +26,7 @@ from transformers import LlavaProcessor
 from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
 from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS
+from optimum_llava_ov.bundle.licenses import check_license
 from optimum_llava_ov.bundle.provenance import openvino_config
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import prepare_output, staged
@@ -43,6 +44,7 @@ from optimum_llava_ov.export.tokenizers import export_tokenizers
 from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 from optimum_llava_ov.options import check_options, names_of
 from optimum_llava_ov.system.memory import free, move_to_disk, read_ahead
+from optimum_llava_ov.units import readable_size
 
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TASK = "image-text-to-text"
+LICENSE = "license"  # the key of --model-kwargs that is about the card and not about the checkpoint
 
 
 def main_export(
@@ -82,6 +85,7 @@ def main_export(
         model_kwargs: `{"vision_tower": <folder or model id>}` overrides `mm_vision_tower` of the checkpoint,
             `{"conversation": <name>}` the conversation that is chosen for it. `{"base_model": <folder or model id>}`
             is the base model of a fine-tune, `{"adapters": [<folder or model id>, ...]}` are merged into the model.
+            `{"license": <id>}` is the license in the card, such as "apache-2.0", if the checkpoint's card names none.
         kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. Other options of
             Optimum's `main_export`, such as `trust_remote_code` and shapes for tracing, are accepted and have no
             effect.
@@ -98,8 +102,9 @@ def main_export(
     )
     _check_arguments(task, stateful, model_kwargs, kwargs)
     output = prepare_output(output)
-    checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
-    _export(checkpoint, None, output, ov_config, convert_tokenizer)
+    parts, license_id = _split_license(model_kwargs)
+    checkpoint = OriginalCheckpoint.open(model_name_or_path, **parts, **kwargs)
+    _export(checkpoint, None, output, ov_config, convert_tokenizer, license_id)
 
 
 def export_from_model(
@@ -137,8 +142,9 @@ def export_from_model(
     _check_arguments(task or "auto", stateful, model_kwargs, kwargs)
     output = prepare_output(output)
     options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    checkpoint = OriginalCheckpoint.open(model.config.name_or_path, **(model_kwargs or {}), **options)
-    _export(checkpoint, model, output, ov_config, convert_tokenizer=True)
+    parts, license_id = _split_license(model_kwargs)
+    checkpoint = OriginalCheckpoint.open(model.config.name_or_path, **parts, **options)
+    _export(checkpoint, model, output, ov_config, convert_tokenizer=True, license_id=license_id)
     return list(PARTS.values())
 
 
@@ -148,11 +154,12 @@ def _export(
     output: Path,
     ov_config: OVConfig | None,
     convert_tokenizer: bool,
+    license_id: str | None,
 ) -> None:
     """Export `model`. If it is `None`, load the model of the checkpoint, and free each part after it is written."""
     logger.info("Conversation: %s. %s", checkpoint.choice.conversation.name, checkpoint.choice.reason)
     previous_card = read_card(output / CARD)
-    license_id = source_license(checkpoint)
+    license_id = license_id or source_license(checkpoint)
     recipe = _requested_recipe(ov_config)
     is_ours, part_config = model is None, ov_config
     if model is None:
@@ -199,18 +206,25 @@ def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwarg
             "--disable-stateful is not supported for LLaVA: OVModelForLlava, optimum-intel, GenAI and Model "
             "Server need a language model that keeps its cache inside. Leave the option out."
         )
-    if unknown := set(model_kwargs or {}) - {*CHECKPOINT_OPTIONS}:
-        raise ValueError(
-            f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {', '.join(CHECKPOINT_OPTIONS)}."
-        )
+    known = (*CHECKPOINT_OPTIONS, LICENSE)
+    if unknown := set(model_kwargs or {}) - {*known}:
+        raise ValueError(f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {', '.join(known)}.")
     for name, value in (model_kwargs or {}).items():
         names = value if name == "adapters" else [value]
         if not isinstance(names, (list, tuple)) or not all(isinstance(item, str) for item in names):
             expected = "a list of names" if name == "adapters" else "a name"
             raise ValueError(f"--model-kwargs has {name}={value!r}. Expected {expected}.")
+    if license_id := (model_kwargs or {}).get(LICENSE):
+        check_license(license_id)
     for name in ("variant", "custom_export_configs", "fn_get_submodels"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not supported for LLaVA checkpoints. Leave it out.")
+
+
+def _split_license(model_kwargs: dict[str, Any] | None) -> tuple[dict[str, Any], str | None]:
+    """Return the options of the checkpoint, and the license for the card."""
+    parts = dict(model_kwargs or {})
+    return parts, parts.pop(LICENSE, None)
 
 
 def _merge_dtype(ov_config: OVConfig | None) -> torch.dtype | None:
@@ -252,11 +266,11 @@ def _check_free_space(
 
 def _check_free(needed: float, what: str, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
-    logger.info("%s %.2f GB of disk; %.2f GB are free.", what, needed / 1e9, free / 1e9)
+    logger.info("%s %s of disk; %s are free.", what, readable_size(needed), readable_size(free))
     if needed > free:
         raise BundleError(
-            f"{what} {needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free in {folder.parent}. Free "
-            "some space, or write to another disk."
+            f"{what} {readable_size(needed)} of disk, but only {readable_size(free)} are free in {folder.parent}. "
+            "Free some space, or write to another disk."
         )
 
 
