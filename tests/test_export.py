@@ -29,6 +29,7 @@ EXPECTED_FILES = {
     "README.md",
     "chat_template.jinja",
     "config.json",
+    "example.png",
     "generation_config.json",
     "openvino_config.json",
     "openvino_detokenizer.bin",

@@ -246,7 +246,6 @@ class TestReadme:
 
     def test_every_snippet_of_the_card_runs(self, hub, published, tmp_path):
         """As strangers would: with an empty cache, and where the card does not ask for this package, without it."""
-        shutil.copyfile(SHAPES / "pictures" / "a.png", tmp_path / "picture.png")
         card = hub.files(PUBLISHED)["README.md"].decode()
         assert "<this model>" not in card
         answers = []
@@ -268,8 +267,7 @@ class TestReadme:
                     f"{SOURCE.split('/')[1]}-ov",
                 ]
         assert len(answers) == 3
-        assert answers[0] == answers[1]
-        assert all("red" in answer or "circle" in answer or len(answer) > 3 for answer in answers)
+        assert set(answers) == {"The circle is red."}
 
     def test_every_snippet_runs_for_other_families(self, hub, bundles, tmp_path):
         """LLaVA-1.5 with a stop string, without which Optimum's class needs no tokenizer; its images are padded."""
@@ -279,7 +277,6 @@ class TestReadme:
         card = card_text(bundle, "llama2", None, "me/llava-1.5-ov")
         files = {name: (bundle / name).read_bytes() for name in FILES}
         hub.add("me/llava-1.5-ov", {**files, "README.md": card.encode()})
-        VICUNA.image("img0_300x200").save(tmp_path / "picture.png")
         ours, stock, genai = (code for language, code in BLOCK.findall(card) if language == "python")
         # In one process, because most of the time is spent on imports
         code = f"exec({stock!r}, {{}})\nexec({genai!r}, {{}})\nsys.meta_path.pop(0)\nexec({ours!r}, {{}})\n"

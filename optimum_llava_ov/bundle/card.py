@@ -112,7 +112,7 @@ def card_text(
             template_path=str(TEMPLATE),
             model_id=model_id,
             license=card_license,
-            title=_title(facts, model_id),
+            title=_title(facts, model_id, base_models),
             base_models=base_models,
             **facts.values(),
         )
@@ -187,12 +187,18 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     return metadata, match[2].strip("\n") + "\n"
 
 
-def _title(facts: BundleFacts, model_id: str) -> str:
-    return (
-        f"{facts.source.split('/')[-1]}, {facts.precision}, for OpenVINO"
-        if model_id == THIS_MODEL
-        else model_id.split("/")[-1]
+def _title(facts: BundleFacts, model_id: str, base_models: list[str]) -> str:
+    """Return the name of the repository. Before there is one: that of the model, with its precision.
+
+    The name of a folder counts only if it says that it is a LLaVA, as the original code expects.
+    """
+    if model_id != THIS_MODEL:
+        return model_id.split("/")[-1]
+    names = [name.split("/")[-1] for name in (*base_models, facts.source)]
+    name = next(
+        (name for name in names if "llava" in name.lower()), names[0] if base_models else f"LLaVA-{facts.family}"
     )
+    return f"{name}, {facts.precision}, for OpenVINO"
 
 
 def _choose_license(source: str | None, metadata: dict[str, Any], written: dict[str, str]) -> str:
@@ -220,7 +226,7 @@ def _card_data(facts: BundleFacts, license_id: str, model_id: str, base_models: 
         library_name="openvino",
         pipeline_tag="image-text-to-text",
         tags=["openvino", "llava", facts.kind, *(["nncf"] if facts.compressed else []), facts.precision],
-        model_name=_title(facts, model_id) if eval_results else None,
+        model_name=_title(facts, model_id, base_models) if eval_results else None,
         eval_results=eval_results,
     )
 

@@ -25,6 +25,7 @@ from transformers import LlavaProcessor
 
 from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
+from optimum_llava_ov.bundle.example import save_example
 from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS
 from optimum_llava_ov.bundle.licenses import check_license
 from optimum_llava_ov.bundle.provenance import openvino_config
@@ -38,7 +39,7 @@ from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaOpenVINOConfig
 from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.names import name_after_module
-from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.export.recipes import INT8_RECIPE, bytes_per_weight, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.export.tokenizers import export_tokenizers
 from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
@@ -192,6 +193,7 @@ def _export(
             export_tokenizers(processor, folder)  # before the parts, because it may fail
         _export_parts(model, processor, folder, part_config, recipe, free if is_ours else None)
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
+        save_example(folder)
         write_card(folder, license_id, previous_card)
         # Close the mapped files
         del model, checkpoint
@@ -259,7 +261,7 @@ def _check_free_space(
         float_bytes = {"fp16": 2, "fp32": 4}.get(ov_config.dtype) if ov_config is not None else None
         for weight in config.get_model_for_behavior(model, behavior).parameters():
             needed += weight.numel() * (
-                _bytes_per_weight(part_recipe) if part_recipe else float_bytes or weight.element_size()
+                bytes_per_weight(part_recipe) if part_recipe else float_bytes or weight.element_size()
             )
     _check_free(needed, "The bundle needs", folder)
 
@@ -272,14 +274,6 @@ def _check_free(needed: float, what: str, folder: Path) -> None:
             f"{what} {readable_size(needed)} of disk, but only {readable_size(free)} are free in {folder.parent}. "
             "Free some space, or write to another disk."
         )
-
-
-def _bytes_per_weight(config: OVWeightQuantizationConfig) -> float:
-    """Return an upper estimate of the bytes of a weight, with its share of a scale of 2 bytes and a zero point."""
-    if config.bits == 8:
-        return 1.01
-    group_size = config.group_size if config.group_size and config.group_size > 0 else 128
-    return config.ratio * (0.5 + 2.5 / group_size) + (1 - config.ratio) * 1.01 + 0.05
 
 
 # Behavior of the export configuration -> Optimum's name of the part, in the order of export. The language model comes
