@@ -66,4 +66,5 @@ style: $(BIN)/mypy
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) shapes-ov site build *.egg-info
+	rm -rf $(VENV) shapes-ov shapes-int4-ov shapes-awq-ov shapes-mixed-ov shapes-llama-ov build dist site *.egg-info .coverage* \
+		.mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache lowest.txt

@@ -20,6 +20,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from optimum_llava_ov.errors import ImageError
+from optimum_llava_ov.units import readable_size
 
 
 # Pillow decodes these itself. EPS would start Ghostscript.
@@ -165,7 +166,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 def _check_bytes(size: int, name: str, max_bytes: int) -> None:
     if size > max_bytes:
-        raise ImageError(f"{name} has {size / 1e6:.1f} MB, but at most {max_bytes / 1e6:g} MB are accepted.")
+        raise ImageError(f"{name} has {readable_size(size)}, but at most {readable_size(max_bytes)} are accepted.")
 
 
 def _check(image: Image.Image, name: str, limits: ImageLimits) -> None:
@@ -194,8 +195,8 @@ def _check(image: Image.Image, name: str, limits: ImageLimits) -> None:
     needed, allowed = _decoding_bytes(image, scans), _BYTES_PER_PIXEL * limits.max_pixels
     if needed > allowed:
         raise ImageError(
-            f"{found}. Decoding this kind of {image.format} needs {needed / 1e6:.0f} MB of memory, but at most "
-            f"{allowed / 1e6:.0f} MB are accepted. Make it smaller, or save it as PNG."
+            f"{found}. Decoding this kind of {image.format} needs {readable_size(needed)} of memory, but at most "
+            f"{readable_size(allowed)} are accepted. Make it smaller, or save it as PNG."
         )
 
 

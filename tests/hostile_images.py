@@ -132,7 +132,7 @@ REFUSED = {
     ),
     "large tile.tiff": (
         lambda: tiff(**{"256": 64, "257": 64, "322": 60_000, "323": 60_000}),
-        "TIFF needs 14400 MB of memory",
+        "TIFF needs 14.4 GB of memory",
     ),
     "many scans.jpg": (lambda: jpeg_of_many_scans(1000), "has 1009 scans, but at most 100 are accepted"),
     "cut.png": (lambda: saved(noise(), "PNG")[:-2000], "cannot be read: .*truncated"),
@@ -144,5 +144,5 @@ REFUSED = {
     "old.ppm": (lambda: saved(noise(), "PPM"), "it is not one of"),
     "archive.png": (zip_file, "it is not one of"),
     "empty.png": (lambda: b"", "it is not one of"),
-    "21 MB.png": (lambda: bytes(21_000_000), "has 21.0 MB, but at most 20 MB are accepted"),
+    "21 MB.png": (lambda: bytes(21_000_000), "has 21.0 MB, but at most 20.0 MB are accepted"),
 }

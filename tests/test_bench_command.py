@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoProcessor
 from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Run
 from optimum_llava_ov.benchmark.run import arrivals, benchmark, settings_of
+from optimum_llava_ov.bundle.card import update_card
 from optimum_llava_ov.chat.genai_engine import image_tensor
 from optimum_llava_ov.chat.messages import images_of, text_of
 from optimum_llava_ov.loading import GENAI, OPENVINO, load_engine
@@ -42,7 +43,7 @@ def test_table(shapes_bundle):
     result = run(
         "optimum-cli", "llava-ov", "bench", shapes_bundle, *SHORT, "--rounds", "1", "--image", picture, fresh=True
     )
-    number, gigabytes = r"\d+\.\d+", r"\d+\.\d\d GB"
+    number, gigabytes = r"\d+\.\d+", r"(?:\d\.\d\d GB|\d\d\d MB)"
     head, machine, _, names, *rows, _, loading, memory = result.stdout.splitlines()
     assert re.fullmatch(r"shapes-ov in genai on CPU: computes in (bf16|f16|f32), cache in \w+", head)
     assert machine.endswith(f"openvino {version('openvino')}, openvino-genai {version('openvino-genai')}")
@@ -56,6 +57,30 @@ def test_table(shapes_bundle):
     )
     assert re.fullmatch(rf"Peak memory: {gigabytes}, {gigabytes} without mapped files\.", memory)
     assert "4/4" in result.stderr, "a progress bar"
+
+
+def test_card(shapes_bundle, tmp_path):
+    """Written into the card if asked for, and read again when the card is updated."""
+    bundle = shutil.copytree(shapes_bundle, tmp_path / "shapes-ov")
+    options = ("--engine", "openvino", "--rounds", "1", "--card", "--json")
+    values = json.loads(run("optimum-cli", "llava-ov", "bench", bundle, *SHORT, *options).stdout)
+    update_card(bundle)
+    card = (bundle / "README.md").read_text()
+    assert card.index("## Run it") < card.index("## Speed and memory") < card.index("## Weights")
+    speeds = values["speeds"]
+    for speed in speeds:
+        first, rate = speed["time_to_first_token"], speed["tokens_per_second"]
+        assert f"| {speed['prompt_tokens']} tokens | {first:.2f} s | {rate:.1f} |\n" in card
+    assert f"with optimum-llava-ov (openvino {version('openvino')}, " in card
+    assert values["cpu"]["name"] in card
+
+
+def test_card_of_the_hub(optimum_cli):
+    status, _, errors = optimum_cli("llava-ov", "bench", "me/shapes-ov", "--card")
+    assert status == 1
+    assert (
+        "error: me/shapes-ov is not a folder, so it has no card to write into (--card). Download it first." in errors
+    )
 
 
 def test_json(hub):

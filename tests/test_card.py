@@ -12,16 +12,18 @@ import pytest
 import yaml
 from conftest import EXACT, EXAMPLES, Golden, run
 from optimum.intel import OVConfig, OVPipelineQuantizationConfig, OVWeightQuantizationConfig
+from PIL import Image
 
 from optimum_llava_ov import OVModelForLlavaMPT, main_export
-from optimum_llava_ov.bundle.card import add_tags, card_text, is_untouched, update_card
+from optimum_llava_ov.bundle.card import add_tags, card_text, is_untouched, update_card, with_metadata
+from optimum_llava_ov.bundle.layout import check_bundle
 
 
 pytestmark = pytest.mark.slow
 
 
 GOLDEN, VICUNA = Golden("linear_fp16_sharded"), Golden("llava15_vicuna")
-QUESTION = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
+QUESTION = [{"type": "image"}, {"type": "text", "text": "What colour is the circle?"}]
 # With an option of every kind
 RECIPE = {"bits": 4, "sym": True, "group_size": 16, "ratio": 0.6, "group_size_fallback": "adjust", "all_layers": True}
 
@@ -86,6 +88,18 @@ class TestContent:
             "tags": ["openvino", "llava", "llava-mpt", "nncf", "int4"],
         }
 
+    def test_license_of_the_export(self, tmp_path):
+        """By an option, as the checkpoint names none. What is not an id is refused before the export begins."""
+        with pytest.raises(ValueError, match="Expected an id of the Hub"):
+            main_export(GOLDEN.checkpoint, tmp_path / "out", model_kwargs={"license": "MIT License"})
+        main_export(GOLDEN.checkpoint, tmp_path / "out", model_kwargs={"license": "mit"})
+        assert metadata_of((tmp_path / "out" / "README.md").read_text())["license"] == "mit"
+
+    def test_base_model_of_the_user(self, bundle):
+        card = (bundle / "README.md").read_text()
+        values = metadata_of(card_text(bundle, previous=with_metadata(card, base_model="me/trained")))
+        assert (values["base_model"], values["base_model_relation"]) == ("me/trained", "quantized")
+
     def test_relation_to_the_base_model(self, bundle):
         config = json.loads((bundle / "config.json").read_text())
         config["converted_from"] |= {"model": "liuhaotian/LLaVA-Lightning-MPT-7B-preview", "revision": "0" * 40}
@@ -125,6 +139,8 @@ class TestContent:
         assert "## Quality" not in (bundle / "README.md").read_text()
         evaluate(bundle)
         card = card_text(bundle, previous=(bundle / "README.md").read_text())
+        assert "64 questions were asked. The answer differs from that of the reference for 16 of them." in card
+        assert "90.0% of the answers are right to the letter; of the reference's answers, 95.0%." in card
         assert "| same most likely token | 97.0% |" in card
         assert "![Quality against size](eval.png)" in card
         results = metadata_of(card)["model-index"][0]["results"][0]
@@ -136,6 +152,54 @@ class TestContent:
             "identical_answers": 0.75,
             "accuracy": 0.9,
         }
+
+    def test_order(self, bundle):
+        """What it is and how to run it come before how it was made."""
+        titles = re.findall(
+            r"^##? (.+)$", re.sub(r"```.*?```", "", (bundle / "README.md").read_text(), flags=re.DOTALL), re.MULTILINE
+        )
+        assert titles == [
+            "LLaVA-MPT, int4, for OpenVINO",
+            "Run it",
+            "Quantization",
+            "Compatibility",
+            "How it was made",
+            "Limitations",
+            "Legal",
+        ]
+
+    @pytest.mark.parametrize(
+        ("source", "base_model", "title"),
+        [
+            ("llava-v1.5-7b", None, "llava-v1.5-7b, int4, for OpenVINO"),
+            ("checkpoint", "me/LLaVA-mine", "LLaVA-mine, int4, for OpenVINO"),
+            ("checkpoint", "me/mine", "mine, int4, for OpenVINO"),
+        ],
+    )
+    def test_name(self, bundle, source, base_model, title):
+        config = json.loads((bundle / "config.json").read_text())
+        config["converted_from"]["model"] = source
+        (bundle / "config.json").write_text(json.dumps(config))
+        card = with_metadata((bundle / "README.md").read_text(), base_model=base_model)
+        card = card_text(bundle, previous=card)
+        assert f"\n# {title}\n" in card
+        assert f"It is [{base_model}](https://huggingface.co/{base_model}) with" in card or base_model is None
+
+    def test_only_what_was_tried_is_claimed(self, bundle):
+        card = (bundle / "README.md").read_text()
+        assert "GPUs\nand NPUs were not tried." in card
+        assert "on CPUs and GPUs" not in card
+
+    def test_example(self, bundle):
+        """Few bytes, and the same in every bundle."""
+        assert (bundle / "example.png").stat().st_size < 4000
+        with Image.open(bundle / "example.png") as image:
+            assert image.size == (224, 224)
+            assert len(image.getcolors(1 << 16)) > 4
+
+    def test_bundles_without_an_example_are_complete(self, bundle):
+        (bundle / "example.png").unlink()
+        check_bundle(bundle)
 
     def test_quality_is_saved_along(self, bundle, tmp_path):
         evaluate(bundle)
@@ -165,8 +229,10 @@ class TestFamilies:
         return (bundles[VICUNA.name] / "README.md").read_text()
 
     def test_words(self, card, bundles):
-        assert "a LLaVA with a LLaMA language model that answers" in card
-        assert "a LLaVA with an MPT language model" in (bundles[GOLDEN.name] / "README.md").read_text()
+        assert "# LLaVA-LLaMA, fp16, for OpenVINO\n" in card  # the name of the folder says nothing
+        assert "with\na LLaMA language model, converted" in card
+        assert "with\nan MPT language model, converted" in (bundles[GOLDEN.name] / "README.md").read_text()
+        assert "# LLaVA-MPT, fp16, for OpenVINO\n" in (bundles[GOLDEN.name] / "README.md").read_text()
         assert "mpt" not in card.lower().replace("prompt", "")
         assert metadata_of(card)["tags"] == ["openvino", "llava", "llava-llama", "fp16"]
         assert "--model_name llava-llama --model_path /models/llava-llama" in card
@@ -191,21 +257,26 @@ class TestFamilies:
         assert "trained further" not in (bundle / "README.md").read_text()
         config["converted_from"]["unfreeze_mm_vision_tower"] = True
         (bundle / "config.json").write_text(json.dumps(config))
-        assert "Its vision tower is `clip`, trained further with the model" in card_text(bundle, "unknown")
+        assert "| vision tower | `clip`, trained further with the model |" in card_text(bundle, "unknown")
 
     def test_padding_in_genai(self, card, bundles, models, processors, tmp_path, monkeypatch, capsys):
         """The snippet gives the tokens of our class for an image that is not square. It needs its padding."""
         model, processor = models[VICUNA.name], processors[VICUNA.name]
-        prompt = processor.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
+        question = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
         inputs = processor(images=VICUNA.image("img0_300x200"), text=prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=24)
         expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
         code = next(code for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "openvino_genai" in code)
         assert 'Image.new("RGB", (side, side), (122, 116, 104))' in code
-        code = code.replace('snapshot_download("<this model>"), "CPU"', f'"{bundles[VICUNA.name]}", "CPU", **{EXACT}')
+        code = code.replace('snapshot_download("<this model>")', repr(str(bundles[VICUNA.name])))
+        code = code.replace('folder, "CPU"', f'folder, "CPU", **{EXACT}')
         code = code.replace("max_new_tokens=200", "max_new_tokens=24")
         monkeypatch.chdir(tmp_path)
+        code = code.replace('f"{folder}/example.png"', '"picture.png"').replace(
+            QUESTION[1]["text"], question[1]["text"]
+        )
         VICUNA.image("img0_300x200").save("picture.png")
         exec(code, {})
         padded = capsys.readouterr().out

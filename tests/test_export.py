@@ -29,6 +29,7 @@ EXPECTED_FILES = {
     "README.md",
     "chat_template.jinja",
     "config.json",
+    "example.png",
     "generation_config.json",
     "openvino_config.json",
     "openvino_detokenizer.bin",
@@ -278,7 +279,7 @@ class TestOutput:
         output = shutil.copytree(bundles[SINGLE.name], tmp_path / "out")
         before = digest(output)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, used=10**6 - 10, free=10))
-        with pytest.raises(BundleError, match=r"needs 0.0 GB of disk, but only 0.0 GB are free"):
+        with pytest.raises(BundleError, match=r"needs 5.69 MB of disk, but only 10 bytes are free"):
             main_export(SHARDED.checkpoint, output)
         assert digest(output) == before
 

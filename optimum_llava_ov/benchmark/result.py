@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from optimum_llava_ov.table import table_lines
+from optimum_llava_ov.units import readable_size
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Benchmark:
 
 def report(benchmark: Benchmark) -> str:
     """Return the results as text, with a table."""
-    own = "" if benchmark.peak_anonymous is None else f", {_gigabytes(benchmark.peak_anonymous)} without mapped files"
+    own = benchmark.peak_anonymous
+    without_files = "" if own is None else f", {readable_size(own)} without mapped files"
     first = f"{benchmark.first_time_to_first_token:.2f} s"
     return "\n".join(
         [
@@ -108,7 +110,7 @@ def report(benchmark: Benchmark) -> str:
             "",
             f"Loading took {benchmark.load_seconds:.2f} s. The first token after loading took {first} "
             f"(prompt of {benchmark.speeds[0].prompt_tokens} tokens).",
-            f"Peak memory: {_gigabytes(benchmark.peak_rss)}{own}.",
+            f"Peak memory: {readable_size(benchmark.peak_rss)}{without_files}.",
         ]
     )
 
@@ -146,7 +148,3 @@ def _machine(benchmark: Benchmark) -> str:
     )
     versions = ", ".join(f"{name} {benchmark.versions[name]}" for name in packages)
     return f"{cpu['name']} ({', '.join(cpu['features'])}), {cores}; {versions}"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

@@ -105,13 +105,15 @@ def card_text(
     model_id = model_id or written.get("model_id") or THIS_MODEL
     facts = BundleFacts.read(folder)
     card_license = _choose_license(license_id, metadata, written)
+    base_models = _choose_base_models(facts.base_models, metadata, written)
     try:
         card = ModelCard.from_template(
-            _card_data(facts, card_license, model_id),
+            _card_data(facts, card_license, model_id, base_models),
             template_path=str(TEMPLATE),
             model_id=model_id,
             license=card_license,
-            title=_title(facts, model_id),
+            title=_title(facts, model_id, base_models),
+            base_models=base_models,
             **facts.values(),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -130,6 +132,8 @@ def card_text(
     hashes = {key: _hash(value) for key, value in new_metadata.items()} | {"model_id": model_id}
     # Record the hash of the source's license, so that a different license is recognized as a change by the user
     hashes["license"] = _hash(license_id) if license_id else written.get("license", hashes["license"])
+    if base_models != facts.base_models:
+        hashes.pop("base_model")  # the same for the base model
     body = _METADATA.sub("", body).strip("\n")
     note = f"<!-- optimum-llava-ov metadata: {json.dumps(hashes, sort_keys=True)} -->"
     return _join(metadata, f"{body}\n\n{note}\n")
@@ -151,6 +155,12 @@ def missing_metadata(text: str) -> list[str]:
 def license_of(text: str) -> str | None:
     """Return the license in the metadata of a card; `None` if there is none."""
     return _split(text)[0].get("license")
+
+
+def with_metadata(text: str, **values: Any) -> str:
+    """Return the card with other values in its metadata, as if a user had written them. Skip those that are `None`."""
+    metadata, body = _split(text)
+    return _join(metadata | {name: value for name, value in values.items() if value is not None}, body)
 
 
 def add_tags(text: str, tags: list[str] | None) -> str:
@@ -177,12 +187,18 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     return metadata, match[2].strip("\n") + "\n"
 
 
-def _title(facts: BundleFacts, model_id: str) -> str:
-    return (
-        f"{facts.source.split('/')[-1]}, {facts.precision}, for OpenVINO"
-        if model_id == THIS_MODEL
-        else model_id.split("/")[-1]
+def _title(facts: BundleFacts, model_id: str, base_models: list[str]) -> str:
+    """Return the name of the repository. Before there is one: that of the model, with its precision.
+
+    The name of a folder counts only if it says that it is a LLaVA, as the original code expects.
+    """
+    if model_id != THIS_MODEL:
+        return model_id.split("/")[-1]
+    names = [name.split("/")[-1] for name in (*base_models, facts.source)]
+    name = next(
+        (name for name in names if "llava" in name.lower()), names[0] if base_models else f"LLaVA-{facts.family}"
     )
+    return f"{name}, {facts.precision}, for OpenVINO"
 
 
 def _choose_license(source: str | None, metadata: dict[str, Any], written: dict[str, str]) -> str:
@@ -193,8 +209,16 @@ def _choose_license(source: str | None, metadata: dict[str, Any], written: dict[
     return source or UNKNOWN_LICENSE
 
 
-def _card_data(facts: BundleFacts, license_id: str, model_id: str) -> ModelCardData:
-    eval_results, base_models = facts.eval_results(), facts.base_models
+def _choose_base_models(source: list[str], metadata: dict[str, Any], written: dict[str, str]) -> list[str]:
+    """Return the base models of the source, unless a user changed them in the card."""
+    current = metadata.get("base_model")
+    if current and _hash(current) != written.get("base_model"):
+        return [current] if isinstance(current, str) else list(current)
+    return source
+
+
+def _card_data(facts: BundleFacts, license_id: str, model_id: str, base_models: list[str]) -> ModelCardData:
+    eval_results = facts.eval_results()
     return ModelCardData(
         license=license_id,
         base_model=base_models[0] if len(base_models) == 1 else base_models or None,
@@ -202,7 +226,7 @@ def _card_data(facts: BundleFacts, license_id: str, model_id: str) -> ModelCardD
         library_name="openvino",
         pipeline_tag="image-text-to-text",
         tags=["openvino", "llava", facts.kind, *(["nncf"] if facts.compressed else []), facts.precision],
-        model_name=_title(facts, model_id) if eval_results else None,
+        model_name=_title(facts, model_id, base_models) if eval_results else None,
         eval_results=eval_results,
     )
 

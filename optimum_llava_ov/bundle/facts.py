@@ -12,8 +12,9 @@ from huggingface_hub import EvalResult
 from transformers import AutoConfig, PretrainedConfig
 
 from optimum_llava_ov.bundle.check import check_settings, read_graph
+from optimum_llava_ov.bundle.example import QUESTION
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
-from optimum_llava_ov.bundle.precision import WeightShare, weight_shares
+from optimum_llava_ov.bundle.precision import WeightShare, precision_of, weight_shares
 from optimum_llava_ov.bundle.reproduce import export_command, export_snippet, part_recipes
 from optimum_llava_ov.bundle.settings import context_length
 from optimum_llava_ov.bundle.terms import notes_about
@@ -22,6 +23,7 @@ from optimum_llava_ov.checkpoint.families import FAMILIES
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.models.image_layout import ImageLayout
+from optimum_llava_ov.units import readable_size
 
 
 _TITLES = {
@@ -29,6 +31,7 @@ _TITLES = {
     "text_embeddings_model": "text embeddings",
     "vision_embeddings_model": "image encoder",
 }
+_ENGINE_NAMES = {"genai": "OpenVINO GenAI", "openvino": "optimum-llava-ov"}
 _RECIPE_PARTS = {"lm_model": "language model", **_TITLES}
 _FAMILY_NAMES = {family.text_model_type: family.family for family in FAMILIES}
 # Name in eval.json -> title, format, name of the metric on the Hub
@@ -50,6 +53,7 @@ class BundleFacts:
     Attributes:
         config, generation_config, preprocessor_config, openvino_config (`dict`): content of these files.
         evaluation (`dict` or `None`): content of `eval.json`, if quality was measured.
+        benchmark (`dict` or `None`): content of `bench.json`, if speed was measured for the card.
         shares (`dict[str, list[WeightShare]]`): weights of each part by precision.
         sizes (`dict[str, int]`): bytes of each part's weights.
         has_chart (`bool`): whether the bundle has `eval.png`.
@@ -60,6 +64,7 @@ class BundleFacts:
     preprocessor_config: dict[str, Any]
     openvino_config: dict[str, Any]
     evaluation: dict[str, Any] | None
+    benchmark: dict[str, Any] | None
     shares: dict[str, list[WeightShare]]
     sizes: dict[str, int]
     has_chart: bool
@@ -77,6 +82,7 @@ class BundleFacts:
             preprocessor_config=_read_optional(folder / "preprocessor_config.json") or {},
             openvino_config=read_json(folder / "openvino_config.json", error_class=BundleError),
             evaluation=_read_optional(folder / "eval.json"),
+            benchmark=_read_optional(folder / "bench.json"),
             shares={part: weight_shares(read_graph(folder / file)) for part, file in PARTS.items()},
             sizes=part_sizes(folder),
             has_chart=(folder / "eval.png").is_file(),
@@ -128,10 +134,8 @@ class BundleFacts:
 
     @property
     def precision(self) -> str:
-        """Return the 4-bit precision of the language model if it has one, else the precision of most weights."""
-        modes = [share.mode for share in self.shares["language_model"]]
-        narrow = [mode for mode in modes if mode.startswith(("int4", "nf4", "mxfp4"))]
-        return (narrow or modes or ["fp32"])[0].split(",")[0].split("_")[0]
+        """Return the precision of the language model (see [`precision_of`])."""
+        return precision_of(self.shares["language_model"])
 
     @cached_property
     def _parameters(self) -> int:
@@ -157,6 +161,8 @@ class BundleFacts:
             "conversation": converted_from.get("conversation"),
             "prompt": self._prompt(),
             "stop_strings": self.generation_config.get("stop_strings"),
+            "precision": self.precision,
+            "size": readable_size(sum(self.sizes.values())),
             "layers": self.text_config.num_hidden_layers,
             "width": self.text_config.hidden_size,
             "compressed": self.compressed,
@@ -178,6 +184,8 @@ class BundleFacts:
             "max_seq_len": context_length(self.text_config),
             "notes": notes_about(self.source, self.text_config.model_type),
             "quality": self._quality(),
+            "speed": self._speed(),
+            "question": QUESTION,
             "merged": self._merged(),
             "quantized_training": converted_from.get("quantized_training", False),
         }
@@ -187,7 +195,7 @@ class BundleFacts:
         conversation = CONVERSATIONS.get(self._converted_from.get("conversation") or "")
         if conversation is None:
             return None
-        question = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
+        question = [{"type": "image"}, {"type": "text", "text": QUESTION}]
         template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(conversation.chat_template)
         return template.render(messages=[{"role": "user", "content": question}], add_generation_prompt=True)
 
@@ -217,7 +225,7 @@ class BundleFacts:
                         "share": f"{percent:.0f}" if percent >= 1 else "< 1",
                         "layers": share.layers,
                         "all_layers": layers,
-                        "size": f"{self.sizes[part] / 1e6:,.1f} MB" if index == 0 else "",
+                        "size": readable_size(self.sizes[part]) if index == 0 else "",
                     }
                 )
         return rows
@@ -238,8 +246,49 @@ class BundleFacts:
             "num_samples": self.evaluation["num_samples"],
             "num_tokens": self.evaluation["num_tokens"],
             "versions": versions,
+            "reading": self._reading(),
             "rows": rows,
             "chart": self.has_chart,
+        }
+
+    def _reading(self) -> list[str]:
+        """Return what the numbers mean, as sentences."""
+        found = self.evaluation or {}
+        samples = found["num_samples"]
+        same = round(found["identical"] * samples)
+        changed = "none of them" if same == samples else f"{samples - same} of them"
+        sentences = [
+            f"{samples} questions were asked. The answer differs from that of the reference for {changed}.",
+            f"At {found['top1_agreement']:.1%} of the words and parts of words, both find the same one most likely.",
+        ]
+        if found.get("accuracy") is not None:
+            sentences.append(
+                f"{found['accuracy']:.1%} of the answers are right to the letter; of the reference's answers, "
+                f"{found['reference_accuracy']:.1%}."
+            )
+        return sentences
+
+    def _speed(self) -> dict[str, Any] | None:
+        if self.benchmark is None:
+            return None
+        found = self.benchmark
+        cpu, engine = found["cpu"], found["engine"]
+        tools = ("openvino", "openvino-genai") if engine == "genai" else ("openvino", "optimum-intel", "transformers")
+        return {
+            "machine": f"{cpu['name']} ({', '.join(cpu['features'])}), {cpu['cores']} cores",
+            "device": found["device"],
+            "engine": _ENGINE_NAMES.get(engine, engine),
+            "versions": ", ".join(f"{name} {found['versions'][name]}" for name in tools),
+            "rows": [
+                (
+                    f"{speed['prompt_tokens']:,} tokens",
+                    f"{speed['time_to_first_token']:.2f} s",
+                    f"{speed['tokens_per_second']:.1f}",
+                )
+                for speed in found["speeds"]
+            ],
+            "load": f"{found['load_seconds']:.1f} s",
+            "memory": readable_size(found["peak_rss"]),
         }
 
     def eval_results(self) -> list[EvalResult] | None:

@@ -19,6 +19,7 @@ SMALL_PARTS = ("text_embeddings_model", "vision_embeddings_model")
 # Language models with this number of parameters or more are compressed to 8 bits by default, as in Optimum
 ONE_BILLION = 1_000_000_000
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
+EXAMPLE = "example.png"  # what the card's snippets ask about
 SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -31,6 +32,7 @@ SETTINGS = (
     "preprocessor_config.json",
     "openvino_config.json",
     "README.md",
+    EXAMPLE,
 )
 FILES = (
     tuple(
@@ -39,8 +41,8 @@ FILES = (
     + SETTINGS
 )
 
-# Optional files of a bundle: measured quality, additional tokens of fine-tuned checkpoints
-EXTRA_FILES = ("added_tokens.json", "eval.json", "eval.png")
+# Optional files of a bundle: measured quality and speed, additional tokens of fine-tuned checkpoints
+EXTRA_FILES = ("added_tokens.json", "bench.json", "eval.json", "eval.png")
 
 
 def weights_file(folder: str | Path, part: str) -> Path:
@@ -67,6 +69,7 @@ def check_bundle(folder: Path, tokenizers: bool = True, unneeded: Collection[str
     optional = (
         () if tokenizers else tuple(name for name in FILES if "tokenizer." in name and name.startswith("openvino_"))
     )
+    optional += (EXAMPLE,)  # bundles of earlier versions do not have it
     missing = [name for name in FILES if name not in (*optional, *unneeded) and not _has_content(folder / name)]
     if missing:
         raise BundleError(f"{folder} is not a complete bundle: it lacks {', '.join(missing)}. Export it again.")

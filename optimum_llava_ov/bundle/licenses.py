@@ -19,6 +19,19 @@ FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)\n?---[ \t]*(?:\n|$)(.*)", re.DOT
 _LICENSE = re.compile(r"""^license:[ \t]*["']?([\w.+-]{1,100})["']?[ \t]*$""", re.MULTILINE)
 
 
+def check_license(license_id: str) -> None:
+    """Check that a license is written as the Hub writes it.
+
+    Raises:
+        `ValueError`: it is a name or a sentence, and not an id.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,98}", license_id):
+        raise ValueError(
+            f"The license is {license_id!r}. Expected an id of the Hub in lower case, such as apache-2.0, "
+            "cc-by-nc-4.0, llama2, or other: https://huggingface.co/docs/hub/repositories-licenses lists them."
+        )
+
+
 def repository_license(repository: Repository) -> str:
     """Return the license of a repository: from its card, else what is known about it; "unknown" if nothing is.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import openvino
@@ -47,6 +47,13 @@ def weight_shares(model: openvino.Model) -> list[WeightShare]:
             parameters[mode] += _size(constant)
             layers[mode] += 1
     return [WeightShare(mode, count, layers[mode]) for mode, count in parameters.most_common()]
+
+
+def precision_of(shares: Sequence[WeightShare]) -> str:
+    """Return the 4-bit precision of a model if it has one, else the precision of most weights, such as "int8"."""
+    modes = [share.mode for share in shares]
+    narrow = [mode for mode in modes if mode.startswith(("int4", "nf4", "mxfp4"))]
+    return (narrow or modes or ["fp32"])[0].split(",")[0].split("_")[0]
 
 
 def weight_bytes(model: openvino.Model) -> dict[str, int]:

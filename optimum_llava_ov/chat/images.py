@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from optimum_llava_ov.images import DEFAULT_LIMITS, ImageLimits, open_image
+from optimum_llava_ov.units import readable_size
 
 
 MAX_REDIRECTS = 5
@@ -74,7 +75,7 @@ async def _fetch(url: str, max_bytes: int, hosts: Collection[str] | None) -> byt
                 async for chunk in response.aiter_raw():
                     data += chunk
                     if len(data) > max_bytes:
-                        raise ValueError(f"The image {url} is larger than {max_bytes / 1e6:g} MB.")
+                        raise ValueError(f"The image {url} is larger than {readable_size(max_bytes)}.")
                 return bytes(data)
             finally:
                 await response.aclose()

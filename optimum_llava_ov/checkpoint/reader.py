@@ -245,16 +245,18 @@ class OriginalCheckpoint:
                 return
 
 
-def check_checkpoint_options(options: Mapping[str, Any] | None) -> None:
+def check_checkpoint_options(options: Mapping[str, Any] | None, more: Sequence[str] = ()) -> None:
     """Check the names and types of options of a checkpoint, which are `model_kwargs` and `--model-kwargs`.
+
+    Args:
+        more: names of other options that are accepted.
 
     Raises:
         `ValueError`: an option is unknown, has a value of the wrong type, or needs another one.
     """
-    if unknown := set(options or {}) - {*CHECKPOINT_OPTIONS}:
-        raise ValueError(
-            f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {', '.join(CHECKPOINT_OPTIONS)}."
-        )
+    known = (*CHECKPOINT_OPTIONS, *more)
+    if unknown := set(options or {}) - {*known}:
+        raise ValueError(f"--model-kwargs has {', '.join(sorted(unknown))}. Expected only {', '.join(known)}.")
     if "image_token_method" in (options or {}) and "image_tokens" not in (options or {}):
         raise ValueError("--model-kwargs: image_token_method needs image_tokens, the number of tokens of an image.")
     for name, value in (options or {}).items():

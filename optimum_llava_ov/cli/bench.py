@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import ArgumentParser
 from contextlib import redirect_stdout
+from pathlib import Path
 
 from optimum.commands.base import CommandInfo
 
@@ -48,11 +49,22 @@ class BenchCommand(EngineCommand):
             action="store_true",
             help="Print only JSON, with the results of each answer.",
         )
+        parser.add_argument(
+            "--card",
+            action="store_true",
+            help="Also write the results, with the processor's name, into the bundle's card. Needs a folder.",
+        )
 
     def execute_on_device(self) -> None:
         args = self.args
+        if args.card and not Path(args.bundle).is_dir():
+            raise ValueError(
+                f"{args.bundle} is not a folder, so it has no card to write into (--card). Download it first."
+            )
         with redirect_stdout(sys.stderr):  # messages of libraries are not part of the result
             from optimum_llava_ov.benchmark.run import benchmark
+            from optimum_llava_ov.bundle.card import update_card
+            from optimum_llava_ov.bundle.settings import write_json
             from optimum_llava_ov.chat.terminal import load_image
 
             result = benchmark(
@@ -65,4 +77,7 @@ class BenchCommand(EngineCommand):
                 device=args.device,
                 engine=args.engine,
             )
+            if args.card:
+                write_json(Path(args.bundle) / "bench.json", result.to_dict())
+                update_card(Path(args.bundle))
         print(json.dumps(result.to_dict(), indent=2) if args.json else report(result))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum_llava_ov.cli.base import Command
 from optimum_llava_ov.cli.bench import BenchCommand
 from optimum_llava_ov.cli.chat import ChatCommand, DemoCommand
+from optimum_llava_ov.cli.doctor import DoctorCommand
+
+
+WORTH_A_PLOT = 3  # bundles; two points say less than the table
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -64,7 +68,7 @@ class EvalCommand(Command):
             "--plot",
             type=Path,
             help="File for a plot of quality against size, or against the number of tokens of an image if it differs "
-            "(default: <first bundle>/eval.png).",
+            "(default for three bundles or more: <first bundle>/eval.png).",
         )
 
     def execute(self) -> None:
@@ -85,11 +89,15 @@ class EvalCommand(Command):
             args.model_kwargs,
         )
         print(table(qualities))
-        plot_file = args.plot or args.bundles[0] / "eval.png"
-        plot(qualities, plot_file)
+        plot_file = args.bundles[0] / "eval.png"
+        plot_file.unlink(missing_ok=True)  # of an earlier evaluation
+        if args.plot or len(args.bundles) >= WORTH_A_PLOT:
+            plot_file = args.plot or plot_file
+            plot(qualities, plot_file)
         for bundle in args.bundles:
             update_card(bundle)
-        print(f"\nWrote eval.json and the card of each bundle, and {plot_file}")
+        plotted = f", and {plot_file}" if plot_file.exists() else ""
+        print(f"\nWrote eval.json and the card of each bundle{plotted}")
 
 
 class PushCommand(Command):
@@ -111,6 +119,14 @@ class PushCommand(Command):
         parser.add_argument("--create-pr", action="store_true", help="Propose the bundle as a pull request.")
         parser.add_argument("--commit-message", help="Summary of the commit.")
         parser.add_argument(
+            "--license",
+            help="License in the card, as the Hub calls it, such as apache-2.0 (default: that of the checkpoint).",
+        )
+        parser.add_argument(
+            "--base-model",
+            help="Model id in the card of the model that the bundle was made from (default: that of the checkpoint).",
+        )
+        parser.add_argument(
             "--token", help="Token with write permission (default: the one of `hf auth login` or HF_TOKEN)."
         )
 
@@ -119,21 +135,44 @@ class PushCommand(Command):
 
         args = self.args
         if args.dry_run:
-            print(f"{plan_push(args.bundle, args.repo_id)}\nNothing was published (--dry-run).")
+            plan = plan_push(args.bundle, args.repo_id, args.license, args.base_model)
+            print(f"{plan}\nNothing was published (--dry-run).")
             return
         options = {
             name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message", "token")
         }
+        options |= {"license_id": args.license, "base_model": args.base_model}
         commit = push_bundle(args.bundle, args.repo_id, **options)
         print(f"Published: {commit.pr_url or commit}")
 
 
+THE_WAY = """\
+the way from a checkpoint to a published model:
+  optimum-cli llava-ov doctor
+  optimum-cli export openvino --model examples/shapes/checkpoint --weight-format int4 shapes-int4-ov
+  optimum-cli llava-ov chat shapes-int4-ov --image examples/shapes/pictures/a.png -p "What colour is the circle?"
+  optimum-cli llava-ov eval shapes-int4-ov --reference examples/shapes/checkpoint --num-samples 4
+  optimum-cli llava-ov bench shapes-int4-ov --prompt-tokens 100 --new-tokens 16
+  optimum-cli llava-ov push shapes-int4-ov me/shapes-int4-ov --dry-run
+
+--model is a folder or a model id of the Hub, such as liuhaotian/llava-v1.5-7b. COMMAND --help shows the options of a
+command. `chat` without -p is a conversation, `demo` a page in the browser."""
+
+
 class LlavaOVCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="llava-ov", help="Tools for LLaVA bundles.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.formatter_class = RawDescriptionHelpFormatter
+        parser.description = "Run, measure and publish LLaVA models on OpenVINO."
+        parser.epilog = THE_WAY
+
     SUBCOMMANDS = (
         CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),
         CommandInfo(name=BenchCommand.COMMAND.name, help=BenchCommand.COMMAND.help, subcommand_class=BenchCommand),
         CommandInfo(name=PushCommand.COMMAND.name, help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
         CommandInfo(name=ChatCommand.COMMAND.name, help=ChatCommand.COMMAND.help, subcommand_class=ChatCommand),
         CommandInfo(name=DemoCommand.COMMAND.name, help=DemoCommand.COMMAND.help, subcommand_class=DemoCommand),
+        CommandInfo(name=DoctorCommand.COMMAND.name, help=DoctorCommand.COMMAND.help, subcommand_class=DoctorCommand),
     )

@@ -11,6 +11,7 @@ from optimum_llava_ov.bundle.layout import part_sizes
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.samples.files import Sample
 from optimum_llava_ov.table import table_lines
+from optimum_llava_ov.units import readable_size
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def table(qualities: dict[str, Quality]) -> str:
         rows.append(
             (
                 name,
-                f"{quality.size['total'] / 1e6:,.1f} MB",
+                readable_size(quality.size["total"]),
                 f"{quality.kl_mean:.5f}",
                 f"{quality.kl_p95:.5f}",
                 f"{quality.top1_agreement:.1%}",

@@ -26,7 +26,9 @@ from transformers import LlavaProcessor
 
 from optimum_llava_ov import host
 from optimum_llava_ov.bundle.card import CARD, read_card, source_license, write_card
+from optimum_llava_ov.bundle.example import save_example
 from optimum_llava_ov.bundle.layout import LANGUAGE_MODEL, ONE_BILLION, PARTS, SMALL_PARTS
+from optimum_llava_ov.bundle.licenses import check_license
 from optimum_llava_ov.bundle.provenance import openvino_config
 from optimum_llava_ov.bundle.settings import build_config, build_processor, save_settings
 from optimum_llava_ov.bundle.staging import prepare_output, staged
@@ -38,13 +40,14 @@ from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaOpenVINOConfig
 from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.names import name_after_module
-from optimum_llava_ov.export.recipes import INT8_RECIPE, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.export.recipes import INT8_RECIPE, bytes_per_weight, needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.export.row_blocks import by_rows
 from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.export.tokenizers import export_tokenizers
 from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
 from optimum_llava_ov.options import check_options, names_of
 from optimum_llava_ov.system.memory import free, move_to_disk, read_ahead
+from optimum_llava_ov.units import readable_size
 
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TASK = "image-text-to-text"
+LICENSE = "license"  # the key of --model-kwargs that is about the card and not about the checkpoint
 
 
 def main_export(
@@ -87,6 +91,7 @@ def main_export(
             [<folder or model id>, ...]}` are merged into the model.
             `{"image_tokens": <number>}` reduces the patches of an image to fewer tokens; `{"image_token_method":
             <name>}` says how (see [`~optimum_llava_ov.checkpoint.image_tokens.ImageTokens`]).
+            `{"license": <id>}` is the license in the card, such as "apache-2.0", if the checkpoint's card names none.
         kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`. Other options of
             Optimum's `main_export`, such as `trust_remote_code` and shapes for tracing, are accepted and have no
             effect.
@@ -103,8 +108,9 @@ def main_export(
     )
     _check_arguments(task, stateful, model_kwargs, kwargs)
     output = prepare_output(output)
-    checkpoint = OriginalCheckpoint.open(model_name_or_path, **(model_kwargs or {}), **kwargs)
-    _export(checkpoint, None, output, ov_config, convert_tokenizer)
+    parts, license_id = _split_license(model_kwargs)
+    checkpoint = OriginalCheckpoint.open(model_name_or_path, **parts, **kwargs)
+    _export(checkpoint, None, output, ov_config, convert_tokenizer, license_id)
 
 
 def export_from_model(
@@ -142,8 +148,9 @@ def export_from_model(
     _check_arguments(task or "auto", stateful, model_kwargs, kwargs)
     output = prepare_output(output)
     options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    checkpoint = OriginalCheckpoint.open(model.config.name_or_path, **(model_kwargs or {}), **options)
-    _export(checkpoint, model, output, ov_config, convert_tokenizer=True)
+    parts, license_id = _split_license(model_kwargs)
+    checkpoint = OriginalCheckpoint.open(model.config.name_or_path, **parts, **options)
+    _export(checkpoint, model, output, ov_config, convert_tokenizer=True, license_id=license_id)
     return list(PARTS.values())
 
 
@@ -153,13 +160,14 @@ def _export(
     output: Path,
     ov_config: OVConfig | None,
     convert_tokenizer: bool,
+    license_id: str | None,
 ) -> None:
     """Export `model`. If it is `None`, load the model of the checkpoint, and free each part after it is written."""
     logger.info("Conversation: %s. %s", checkpoint.choice.conversation.name, checkpoint.choice.reason)
     place = checkpoint.tokenizer_place
     logger.info("Tokenizer: %s. %s", place.repository.name, place.reason)
     previous_card = read_card(output / CARD)
-    license_id = source_license(checkpoint)
+    license_id = license_id or source_license(checkpoint)
     recipe = _requested_recipe(ov_config)
     is_ours, part_config = model is None, ov_config
     if model is None:
@@ -192,6 +200,7 @@ def _export(
             export_tokenizers(processor, folder)  # before the parts, because it may fail
         _export_parts(model, processor, folder, part_config, recipe, free if is_ours else None)
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
+        save_example(folder)
         write_card(folder, license_id, previous_card)
         # Close the mapped files
         del model, checkpoint
@@ -212,10 +221,18 @@ def _check_arguments(task: str, stateful: bool, model_kwargs: dict | None, kwarg
             "--disable-stateful is not supported for LLaVA: OVModelForLlava, optimum-intel, GenAI and Model "
             "Server need a language model that keeps its cache inside. Leave the option out."
         )
-    check_checkpoint_options(model_kwargs)
+    check_checkpoint_options(model_kwargs, more=(LICENSE,))
+    if license_id := (model_kwargs or {}).get(LICENSE):
+        check_license(license_id)
     for name in ("variant", "custom_export_configs", "fn_get_submodels"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not supported for LLaVA checkpoints. Leave it out.")
+
+
+def _split_license(model_kwargs: dict[str, Any] | None) -> tuple[dict[str, Any], str | None]:
+    """Return the options of the checkpoint, and the license for the card."""
+    parts = dict(model_kwargs or {})
+    return parts, parts.pop(LICENSE, None)
 
 
 def _merge_dtype(ov_config: OVConfig | None) -> torch.dtype | None:
@@ -250,27 +267,19 @@ def _check_free_space(
         float_bytes = {"fp16": 2, "fp32": 4}.get(ov_config.dtype) if ov_config is not None else None
         for weight in config.get_model_for_behavior(model, behavior).parameters():
             needed += weight.numel() * (
-                _bytes_per_weight(part_recipe) if part_recipe else float_bytes or weight.element_size()
+                bytes_per_weight(part_recipe) if part_recipe else float_bytes or weight.element_size()
             )
     _check_free(needed, "The bundle needs", folder)
 
 
 def _check_free(needed: float, what: str, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
-    logger.info("%s %.2f GB of disk; %.2f GB are free.", what, needed / 1e9, free / 1e9)
+    logger.info("%s %s of disk; %s are free.", what, readable_size(needed), readable_size(free))
     if needed > free:
         raise BundleError(
-            f"{what} {needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free in {folder.parent}. Free "
-            "some space, or write to another disk."
+            f"{what} {readable_size(needed)} of disk, but only {readable_size(free)} are free in {folder.parent}. "
+            "Free some space, or write to another disk."
         )
-
-
-def _bytes_per_weight(config: OVWeightQuantizationConfig) -> float:
-    """Return an upper estimate of the bytes of a weight, with its share of a scale of 2 bytes and a zero point."""
-    if config.bits == 8:
-        return 1.01
-    group_size = config.group_size if config.group_size and config.group_size > 0 else 128
-    return config.ratio * (0.5 + 2.5 / group_size) + (1 - config.ratio) * 1.01 + 0.05
 
 
 # Behavior of the export configuration -> Optimum's name of the part, in the order of export. The language model comes

@@ -87,3 +87,11 @@ def recipe_for_part(recipe: OVPipelineQuantizationConfig, part: str) -> OVWeight
 def needs_data(config: OVWeightQuantizationConfig | None) -> bool:
     """Return whether the compression of a part is data-aware."""
     return config is not None and config.bits == 4 and config.dataset is not None
+
+
+def bytes_per_weight(config: OVWeightQuantizationConfig) -> float:
+    """Return an upper estimate of the bytes of a weight, with its share of a scale of 2 bytes and a zero point."""
+    if config.bits == 8:
+        return 1.01
+    group_size = config.group_size if config.group_size and config.group_size > 0 else 128
+    return config.ratio * (0.5 + 2.5 / group_size) + (1 - config.ratio) * 1.01 + 0.05

@@ -9,6 +9,7 @@ import openvino
 from optimum_llava_ov.bundle.layout import PARTS, part_sizes
 from optimum_llava_ov.bundle.precision import weight_bytes
 from optimum_llava_ov.table import table_lines
+from optimum_llava_ov.units import readable_size
 
 
 def summarize(bundle: Path) -> str:
@@ -30,6 +31,6 @@ def report(bundle: Path) -> str:
             f"{100 * size / total:.0f} % {precision}"
             for precision, size in sorted(sizes.items(), key=lambda item: -item[1])
         )
-        rows.append((name, mix, f"{on_disk[name] / 1e6:,.1f} MB"))
+        rows.append((name, mix, readable_size(on_disk[name])))
     rule = tuple("-" * max(map(len, column)) for column in zip(*rows))
     return "\n".join(table_lines([rows[0], rule, *rows[1:]], "<<>"))

@@ -15,8 +15,11 @@ from optimum_llava_ov.errors import BundleError
 logger = logging.getLogger(__name__)
 
 
-def check_publishable(folder: Path) -> None:
+def check_publishable(folder: Path, license_id: str | None = None) -> None:
     """Check that a bundle can be published.
+
+    Args:
+        license_id: License that replaces the one of the card.
 
     Raises:
         [`BundleError`]: Files are missing or do not load, or the card lacks metadata.
@@ -34,7 +37,8 @@ def check_publishable(folder: Path) -> None:
             f"The card {folder / CARD} lacks {', '.join(missing)}. Add it to the metadata between the two `---` at "
             "the top, or delete the card and export again."
         )
-    if license_of(card) == UNKNOWN_LICENSE:
+    if (license_id or license_of(card)) == UNKNOWN_LICENSE:
         logger.warning(
-            "The card says `license: %s`. Find out the license of the model, and write it there.", UNKNOWN_LICENSE
+            "The card says `license: %s`. Find out the license of the model, and give it with --license.",
+            UNKNOWN_LICENSE,
         )

@@ -13,11 +13,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
-from optimum_llava_ov.bundle.card import CARD, add_tags, card_text, is_untouched, license_of, read_card
+from optimum_llava_ov.bundle.card import CARD, add_tags, card_text, is_untouched, license_of, read_card, with_metadata
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES
+from optimum_llava_ov.bundle.licenses import check_license
 from optimum_llava_ov.hub.check import check_publishable
 from optimum_llava_ov.hub.explain import explained
 from optimum_llava_ov.hub_errors import clean_token
+from optimum_llava_ov.table import table_lines
+from optimum_llava_ov.units import readable_size
 
 
 logger = logging.getLogger(__name__)
@@ -36,24 +39,31 @@ class PushPlan:
     files: dict[str, int]
 
     def __str__(self) -> str:
-        width = max(map(len, self.files))
-        lines = [f"{name:<{width}}  {size / 1e6:>12,.3f} MB" for name, size in self.files.items()]
-        return "\n".join(
-            [*lines, f"{'total':<{width}}  {sum(self.files.values()) / 1e6:>12,.3f} MB", f"to {self.repo_id}"]
-        )
+        sizes = {**self.files, "total": sum(self.files.values())}
+        lines = table_lines([(name, readable_size(size)) for name, size in sizes.items()], "<>")
+        return "\n".join([*lines, f"to {self.repo_id}"])
 
 
-def plan_push(bundle: str | Path, repo_id: str) -> PushPlan:
+def plan_push(
+    bundle: str | Path, repo_id: str, license_id: str | None = None, base_model: str | None = None
+) -> PushPlan:
     """Check everything that can be checked without the Hub.
+
+    Args:
+        license_id, base_model: As for [`push_bundle`].
 
     Raises:
         [`BundleError`]: The bundle is incomplete, does not load, or its card lacks metadata.
-        [`HubError`]: `repo_id` is not a valid name.
+        [`HubError`]: `repo_id` or `base_model` is not a valid name.
+        `ValueError`: `license_id` is not an id of a license.
     """
     bundle = Path(bundle)
-    with explained(HfApi(), repo_id):
-        validate_repo_id(repo_id)
-    check_publishable(bundle)
+    for name in filter(None, (repo_id, base_model)):
+        with explained(HfApi(), name):
+            validate_repo_id(name)
+    if license_id is not None:
+        check_license(license_id)
+    check_publishable(bundle, license_id)
     names = [name for name in (*FILES, *EXTRA_FILES) if (bundle / name).is_file()]
     return PushPlan(repo_id, {name: (bundle / name).stat().st_size for name in names})
 
@@ -69,6 +79,8 @@ def push_bundle(
     revision: str | None = None,
     create_pr: bool = False,
     tags: list[str] | None = None,
+    license_id: str | None = None,
+    base_model: str | None = None,
 ) -> CommitInfo:
     """Publish a bundle in one commit. Files that the repository already has are not uploaded again.
 
@@ -81,6 +93,9 @@ def push_bundle(
         revision: Branch to push to. Created if it does not exist. Default: `main`.
         create_pr: Propose the bundle as a pull request, which does not need write permission.
         tags: Additional tags for the card.
+        license_id: License in the card, as the Hub calls it. Default: that of the card.
+        base_model: Model id in the card of the model that the bundle was made from. Default: that of the card. It is
+            missing if the checkpoint was a local folder.
 
     Returns:
         `CommitInfo`: A string with the address of the commit. `.pr_url` is the address of the pull request.
@@ -90,14 +105,15 @@ def push_bundle(
         [`HubError`]: The Hub refused, or could not be reached. Nothing was published. A second try uploads only the
             remaining files.
     """
-    bundle, plan = Path(bundle), plan_push(bundle, repo_id)
+    bundle, plan = Path(bundle), plan_push(bundle, repo_id, license_id, base_model)
+    metadata = {"license": license_id, "base_model": base_model}
     api = HfApi(token=clean_token(token), library_name="optimum-llava-ov")
     with explained(api, repo_id), ExitStack() as files:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         published = set(api.list_repo_files(repo_id, revision=revision))
-        card = _card(api, bundle, repo_id, revision, CARD in published)
+        card = _card(api, bundle, repo_id, revision, CARD in published, metadata)
         operations = [CommitOperationAdd(CARD, add_tags(card, tags).encode())]
         streamed = _client_has_xet() and not _server_has_xet(api, repo_id, revision, create_pr)
         # Small files first, so that they are uploaded if the connection is lost
@@ -119,7 +135,9 @@ def push_bundle(
         )
 
 
-def _card(api: HfApi, bundle: Path, repo_id: str, revision: str | None, is_published: bool) -> str:
+def _card(
+    api: HfApi, bundle: Path, repo_id: str, revision: str | None, is_published: bool, metadata: dict[str, str | None]
+) -> str:
     card = read_card(bundle / CARD) or ""
     if is_published and is_untouched(bundle, card):
         try:
@@ -127,8 +145,8 @@ def _card(api: HfApi, bundle: Path, repo_id: str, revision: str | None, is_publi
         except EntryNotFoundError:
             published = None
         if published:
-            return card_text(bundle, license_of(card), published, repo_id)
-    return card_text(bundle, None, card, repo_id)
+            return card_text(bundle, license_of(card), with_metadata(published, **metadata), repo_id)
+    return card_text(bundle, None, with_metadata(card, **metadata), repo_id)
 
 
 def _client_has_xet() -> bool:
