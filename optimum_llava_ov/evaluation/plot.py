@@ -24,9 +24,10 @@ def plot(qualities: dict[str, Quality], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
     axes = figure.subplots()
-    tokens = [quality.image_tokens for quality in qualities.values()]
-    by_tokens = None not in tokens and len(set(tokens)) > 1
-    values = tokens if by_tokens else [quality.size["total"] / 1e6 for quality in qualities.values()]
+    tokens = [quality.image_tokens for quality in qualities.values() if quality.image_tokens is not None]
+    by_tokens = len(tokens) == len(qualities) and len(set(tokens)) > 1
+    sizes = [quality.size["total"] / 1e6 for quality in qualities.values()]
+    values = [float(number) for number in tokens] if by_tokens else sizes
     # A logarithmic axis cannot show the zero divergence of an unchanged model
     divergences = [max(quality.kl_mean, 1e-7) for quality in qualities.values()]
     axes.scatter(values, divergences, s=70, color="#0068b5", zorder=3)
