@@ -95,7 +95,7 @@ class ImageLayout:
         """
         if self.tiling is None:
             return encode(pixel_values)
-        images = self.images(pixel_values, image_sizes)
+        images = self._tiles(pixel_values, image_sizes)
         features = encode(torch.cat([tiles for tiles, _ in images])).split([len(tiles) for tiles, _ in images])
         return [self.tiling.pack(image, size, self.image_newline) for image, (_, size) in zip(features, images)]
 
@@ -114,6 +114,10 @@ class ImageLayout:
         """
         if self.tiling is None:
             return [(image, None) for image in pixel_values]
+        return [*self._tiles(pixel_values, image_sizes)]
+
+    def _tiles(self, pixel_values: Any, image_sizes: Any) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+        assert self.tiling is not None
         sizes = widths_and_heights(image_sizes)
         if len(sizes) != len(pixel_values):
             raise ValueError(

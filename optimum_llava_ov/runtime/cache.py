@@ -131,6 +131,6 @@ class DecoderCache:
         self._length, self._beam_idx = self._length + length, None
         return logits
 
-    def name_new_tokens(self, keys: Sequence[Key]) -> None:
-        """Say what the tokens of the last [`extend`] are, so that a later prompt can be compared with [`keys`]."""
-        self._keys.extend(keys)
+    def name_tokens(self, keys: Sequence[Key]) -> None:
+        """Say what the tokens in the cache are, from the first one on, for [`keys`]."""
+        self._keys = list(keys[: self._length])

@@ -167,7 +167,13 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         if mask.shape != prompt.shape:  # with `past_key_values`, `input_ids` may hold the new tokens only
             return super().generate(prompt, *args, attention_mask=mask, **kwargs)
         canonical, mask = self._canonical_prompts(prompt, mask, kwargs.get("image_sizes"))
+        keys = self._keys(canonical, mask, kwargs) if self._uses_own_cache_alone(*args, **kwargs) else None
+        if keys is not None and (length := reusable(self.language_model.cache.keys, keys)):
+            kwargs["past_key_values"] = self.language_model.continue_after(length)
         output = super().generate(canonical, *args, attention_mask=mask, **kwargs)
+        if keys is not None:
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+            self.language_model.cache.name_tokens([*keys, *sequences[0, len(keys) :].tolist()])
         return output if canonical is prompt else _with_prompt(output, prompt, canonical.shape[1])
 
     @functools.cached_property
@@ -225,7 +231,6 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         image_sizes: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         logits_to_keep: int = 0,
-        token_keys: Sequence[Key] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits.
@@ -245,7 +250,6 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
                 original's.
             position_ids: Ignored. Positions are counted from `attention_mask`.
             logits_to_keep: Number of last positions to compute logits for; 0 for all.
-            token_keys: What the new tokens of a single prompt are, if it is known, for [`DecoderCache.keys`].
 
         Returns:
             `logits`: `(batch, tokens or logits_to_keep, vocab_size)` float32.
@@ -262,10 +266,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
                 image_features = self.get_image_features(pixel_values, image_sizes)
             inputs_embeds = self._embed(input_ids, image_features)
         inputs_embeds = inputs_embeds.detach().float()
-        output = self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
-        if token_keys is not None:
-            output.past_key_values.name_new_tokens(token_keys)
-        return output
+        return self.language_model.forward(inputs_embeds, attention_mask, past_key_values, logits_to_keep)
 
     def _with_counted_rows(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, image_sizes: Any
@@ -369,30 +370,35 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             )
         if inputs_embeds is not None and not past_length:
             return {**inputs, "inputs_embeds": inputs_embeds}
-        keys = None
-        if is_first_iteration and past_key_values is None and self.prefix_caching:
-            keys = self._keys(input_ids, attention_mask, kwargs)
-            if keys and (past_length := reusable(self.language_model.cache.keys, keys)):
-                inputs["past_key_values"] = self.language_model.continue_after(past_length)
         num_new_tokens = attention_mask.shape[1] - past_length
-        if keys is not None:
-            inputs["token_keys"] = keys[past_length:]
-        elif past_length and len(input_ids) == 1:
-            inputs["token_keys"] = input_ids[0, -num_new_tokens:].tolist()
         if is_first_iteration or not past_length:
             images = {name: kwargs[name] for name in _IMAGES if kwargs.get(name) is not None}
             inputs.update(self._images_of_new_tokens(images, input_ids, num_new_tokens))
         return {**inputs, "input_ids": input_ids[:, -num_new_tokens:]}
 
+    def _uses_own_cache_alone(self, *args, **kwargs) -> bool:
+        """Return whether `generate` with these arguments keeps one sequence in the model's own cache.
+
+        With candidates of an assistant or from the prompt, it needs logits at positions that may be in the cache.
+        """
+        config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+        options = [
+            kwargs.get(name, getattr(config, name, None))
+            for name in ("num_beams", "num_return_sequences", "prompt_lookup_num_tokens")
+        ]
+        others = [kwargs.get(name) for name in ("past_key_values", "assistant_model", "image_features")]
+        is_single = (options[0] or 1) == (options[1] or 1) == 1 and not options[2]
+        return self.prefix_caching and is_single and all(value is None for value in others)
+
     def _keys(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, images: dict[str, Any]
     ) -> list[Key] | None:
-        """Return the keys of a prompt, or `None` for several prompts, for padding, and for images in another form.
+        """Return the keys of a prompt, or `None` for several prompts, and for padding.
 
         Args:
             images: `pixel_values` and `image_sizes`, if the prompt has images.
         """
-        if len(input_ids) != 1 or not attention_mask.all() or images.get("image_features") is not None:
+        if len(input_ids) != 1 or not attention_mask.all():
             return None
         lengths: list[int] = []
         digests: list[str] = []
