@@ -84,6 +84,7 @@ def build_config(
             "image_aspect_ratio": config.image_aspect_ratio,
             "optimum_llava_ov_version": version("optimum-llava-ov"),
             **_fine_tune(checkpoint.lineage),
+            **({"lora": "separate"} if checkpoint.has_separate_lora else {}),
         },
     )
 
