@@ -1,6 +1,8 @@
 """LoRA adapters at run time, in GenAI: an adapter gives the answer of the model that it was merged into."""
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import openvino
@@ -8,9 +10,11 @@ import openvino_genai
 import pytest
 import torch
 from conftest import EXACT, Golden
-from safetensors.torch import save_file
+from optimum.intel import OVConfig
+from safetensors.torch import load_file, save_file
 
-from optimum_llava_ov import OVModelForLlavaMPT
+from optimum_llava_ov import OVModelForLlavaMPT, main_export
+from optimum_llava_ov.export.adapter import export_adapter
 
 
 pytestmark = pytest.mark.genai
@@ -131,3 +135,111 @@ def test_compressed_weights(compressed, adapters, image, backend, capfd):
     pipeline = pipeline_with(bundle, adapters[PREFIXES[0]], backend)
     assert ask(pipeline, image) == expected[1]
     assert "Unused LoRA" not in capfd.readouterr().err
+
+
+class TestCommand:
+    """`optimum-cli llava-ov adapter`, for fine-tunes of the original code that GenAI cannot read."""
+
+    QUESTIONS = ("What is in the picture?", "Where is it?")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        """A copy of the golden fine-tune, whose projector was trained too, with a head that has LoRA."""
+        folder = tmp_path_factory.mktemp("separate")
+        for name in ("checkpoint", "base", "clip"):
+            shutil.copytree(Golden("lora").folder / name, folder / name, copy_function=shutil.copy)
+        file = folder / "checkpoint" / "adapter_model.bin"
+        generator = torch.Generator().manual_seed(0)
+        a, b = (0.2 * torch.randn(*shape, generator=generator) for shape in ((8, 64), (600, 8)))
+        head = {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}
+        torch.save(torch.load(file) | {f"base_model.model.{name}": tensor for name, tensor in head.items()}, file)
+        return folder
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def bundles(cls, folder):
+        """With the LoRA merged, and without it."""
+        options = {"merged": {}, "separate": {"lora": "separate"}}
+        for name, model_kwargs in options.items():
+            main_export(
+                folder / "checkpoint", folder / name, ov_config=OVConfig(dtype="fp32"), model_kwargs=model_kwargs
+            )
+        return {name: folder / name for name in options}
+
+    @pytest.fixture
+    def adapter(self, folder, tmp_path, optimum_cli):
+        status, output, _ = optimum_cli("llava-ov", "adapter", folder / "checkpoint", tmp_path / "task.safetensors")
+        assert status == 0
+        assert "LoRA of 22 layers" in output
+        assert f'--model {folder / "checkpoint"} --model-kwargs \'{{"lora": "separate"}}\'' in output
+        return openvino_genai.Adapter(tmp_path / "task.safetensors")
+
+    @pytest.mark.parametrize("backend", ["SDPA", "PA"])
+    def test_tokens_of_the_merged_bundle(self, bundles, adapter, image, backend, capfd):
+        options = {"ATTENTION_BACKEND": backend, **EXACT}
+        expected = self.answers(openvino_genai.VLMPipeline(bundles["merged"], "CPU", **options), image)
+        adapters = openvino_genai.AdapterConfig(adapter)
+        pipeline = openvino_genai.VLMPipeline(bundles["separate"], "CPU", adapters=adapters, **options)
+        assert self.answers(pipeline, image) == expected
+        assert "nused LoRA" not in capfd.readouterr().err
+        without = openvino_genai.VLMPipeline(bundles["separate"], "CPU", **options)
+        assert self.answers(without, image) != expected
+
+    def test_continuous_batching(self, bundles, adapter, image):
+        def generate(bundle, **options):
+            pipeline = openvino_genai.ContinuousBatchingPipeline(
+                bundle, openvino_genai.SchedulerConfig(), "CPU", {**EXACT, **options}
+            )
+            config = openvino_genai.GenerationConfig(max_new_tokens=12, do_sample=False, ignore_eos=True)
+            images = [[openvino.Tensor(np.array(image)[None])]] * len(self.QUESTIONS)
+            results = pipeline.generate(list(self.QUESTIONS), images, [config] * len(self.QUESTIONS))
+            return [result.texts for result in results]
+
+        adapters = openvino_genai.AdapterConfig(adapter)
+        assert generate(bundles["separate"], adapters=adapters) == generate(bundles["merged"])
+
+    def answers(self, pipeline, image):
+        config = openvino_genai.GenerationConfig(max_new_tokens=12, do_sample=False, ignore_eos=True)
+        images = [openvino.Tensor(np.array(image)[None])]
+        return [
+            pipeline.generate(question, images=images, generation_config=config).texts for question in self.QUESTIONS
+        ]
+
+    def test_the_bundle_says_what_is_missing(self, bundles):
+        card = (bundles["separate"] / "README.md").read_text()
+        assert "These weights are without the LoRA of the language model." in card
+        assert '"lora": "separate"' in card
+        assert "without the LoRA" not in (bundles["merged"] / "README.md").read_text()
+
+    def test_adapters_in_a_row_are_one(self, folder, bundles, tmp_path, image):
+        """The sum of their products. Both are in 16 bits, as they were."""
+        kwargs = {"adapters": [str(folder / "checkpoint")]}
+        export_adapter(folder / "checkpoint", tmp_path / "two.safetensors", kwargs)
+        export_adapter(folder / "checkpoint", tmp_path / "one.safetensors")
+        one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name in {name.partition(".lora_")[0] for name in one}:
+            a, b = (one[f"{name}.lora_{side}.weight"] for side in "AB")
+            assert torch.equal(two[f"{name}.lora_A.weight"], torch.cat([a, a]))
+            assert torch.equal(two[f"{name}.lora_B.weight"], torch.cat([b, b], dim=1))
+
+    def test_no_file_is_replaced(self, folder, tmp_path, optimum_cli):
+        (tmp_path / "task.safetensors").write_text("mine")
+        status, _, errors = optimum_cli("llava-ov", "adapter", folder / "checkpoint", tmp_path / "task.safetensors")
+        assert status == 1
+        assert "task.safetensors exists already. Choose another name" in errors
+        assert (tmp_path / "task.safetensors").read_text() == "mine"
+
+    @pytest.mark.parametrize("name", ["projector_only", "llava15_vicuna"])
+    def test_no_lora(self, name, tmp_path, optimum_cli):
+        golden = Golden(name)
+        kwargs = ("--model-kwargs", json.dumps({"base_model": str(golden.folder / "base")})) if "only" in name else ()
+        status, _, errors = optimum_cli("llava-ov", "adapter", golden.checkpoint, tmp_path / "a.safetensors", *kwargs)
+        assert status == 1
+        assert "has no LoRA of a language model" in errors
+        assert not list(tmp_path.iterdir())
+
+    def test_another_value(self, folder):
+        with pytest.raises(ValueError, match="lora is 'apart'. Expected 'merged' or 'separate'"):
+            main_export(folder / "checkpoint", folder / "none", model_kwargs={"lora": "apart"})

@@ -188,6 +188,7 @@ class BundleFacts:
             "question": QUESTION,
             "merged": self._merged(),
             "quantized_training": converted_from.get("quantized_training", False),
+            "separate_lora": converted_from.get("lora") == "separate",
         }
 
     def _prompt(self) -> str | None:

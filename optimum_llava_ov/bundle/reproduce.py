@@ -69,6 +69,8 @@ def model_kwargs(converted_from: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"base_model": converted_from["base_model"]} if own == 0 else {}
     if names[own + 1 :]:
         options["adapters"] = names[own + 1 :]
+    if lora := converted_from.get("lora"):
+        options["lora"] = lora
     if converted_from.get("tokenizer"):
         options["tokenizer"] = converted_from["tokenizer"]
     if reduction := converted_from.get("image_tokens"):

@@ -88,6 +88,7 @@ def build_config(
             **({"image_tokens": asdict(config.reduction)} if config.reduction else {}),
             **_tokenizer(checkpoint.tokenizer_place),
             **_fine_tune(checkpoint.lineage),
+            **({"lora": "separate"} if checkpoint.has_separate_lora else {}),
         },
     )
 

@@ -8,7 +8,7 @@ here has the same bits. A model in float32 gets the exact sum instead.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +26,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Parts of a LLaVA that a language model does not have
 _MULTIMODAL = re.compile(r"(?:model|transformer)\.(?:(?:mm_projector|vision_tower\.vision_tower)\..+|image_newline)")
 # Tables with a row for each token. A tokenizer with added tokens needs more rows than the base has.
-_TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+EMBEDDING_TABLES = ("embed_tokens.weight", "wte.weight")
+_TABLES = (*EMBEDDING_TABLES, "lm_head.weight")
 
 
 class Update(Protocol):
@@ -194,6 +195,40 @@ def check_fit(overlays: Sequence[Overlay], shapes: Mapping[str, torch.Size]) -> 
     shapes = dict(shapes)
     for overlay in overlays:
         shapes |= {name: update.shape(shapes.get(name)) for name, update in overlay.fitted(shapes).items()}
+
+
+def without_low_rank(
+    overlays: Sequence[Overlay], shapes: Mapping[str, torch.Size], is_separate: Callable[[str], bool]
+) -> tuple[list[Overlay], dict[str, list[LowRank]]]:
+    """Separate low-rank updates from the others, which can be merged without them.
+
+    Args:
+        overlays: in the order in which they would be merged.
+        shapes: shape of each tensor of the base.
+        is_separate: whether to separate the updates of the tensor with this name.
+
+    Returns:
+        The overlays without these updates, and these updates by the name of their tensor. If a later overlay replaces
+        the tensor, they have no effect and are left out.
+
+    Raises:
+        [`InvalidCheckpointError`]: see [`Overlay.fitted`].
+    """
+    shapes = dict(shapes)
+    kept: list[Overlay] = []
+    separate: dict[str, list[LowRank]] = {}
+    for overlay in overlays:
+        others: dict[str, Update] = {}
+        for name, update in overlay.fitted(shapes).items():
+            shapes[name] = update.shape(shapes.get(name))
+            if isinstance(update, LowRank) and is_separate(name):
+                separate.setdefault(name, []).append(update)
+            else:
+                others[name] = update
+                if isinstance(update, Replacement):
+                    separate.pop(name, None)
+        kept.append(Overlay(overlay.source, others))
+    return kept, separate
 
 
 def merge(

@@ -17,7 +17,15 @@ from optimum_llava_ov.checkpoint.families import names_original, read_config
 from optimum_llava_ov.checkpoint.fine_tune import Lineage, is_adapter_of_llava, is_delta
 from optimum_llava_ov.checkpoint.image_processor import read_image_processor
 from optimum_llava_ov.checkpoint.image_tokens import MERGE, ImageTokens
-from optimum_llava_ov.checkpoint.merge import Overlay, check_fit, merge, with_rows
+from optimum_llava_ov.checkpoint.merge import (
+    EMBEDDING_TABLES,
+    LowRank,
+    Overlay,
+    check_fit,
+    merge,
+    with_rows,
+    without_low_rank,
+)
 from optimum_llava_ov.checkpoint.options import MAX_INDEX_BYTES, read_json
 from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.checkpoint.tensors import WEIGHT_FILES, map_files, weight_files
@@ -30,8 +38,10 @@ from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpoin
 
 # Options of a checkpoint that a user may give: keys of --model-kwargs
 CHECKPOINT_OPTIONS = (
-    "vision_tower", "conversation", "tokenizer", "base_model", "adapters", "image_tokens", "image_token_method",
+    "vision_tower", "conversation", "tokenizer", "base_model", "adapters", "lora", "image_tokens", "image_token_method",
 )  # fmt: skip
+# What to do with LoRA of the language model: merge it, or leave it out, for an engine that adds it at run time
+LORA_MODES = ("merged", "separate")
 
 _OWN_TOWER = "model.vision_tower.vision_tower."
 
@@ -50,6 +60,7 @@ class OriginalCheckpoint:
         workspace (`Path`, *optional*): folder for the files of weights that the checkpoint does not hold as they are
             needed: merged ones, and the tables with a row for `<image>`. If `None`, they are in memory.
         merge_dtype (`torch.dtype`, *optional*): dtype of merged weights, as for [`merge`].
+        has_separate_lora (`bool`): whether LoRA of the language model is left out of its tensors.
     """
 
     lineage: Lineage
@@ -61,6 +72,7 @@ class OriginalCheckpoint:
     choice: Choice
     workspace: Path | None = None
     merge_dtype: torch.dtype | None = None
+    has_separate_lora: bool = False
 
     @property
     def repository(self) -> Repository:
@@ -76,6 +88,7 @@ class OriginalCheckpoint:
         tokenizer: str | None = None,
         base_model: str | None = None,
         adapters: Sequence[str] = (),
+        lora: str = "merged",
         image_tokens: int | None = None,
         image_token_method: str = MERGE,
         **kwargs,
@@ -89,6 +102,7 @@ class OriginalCheckpoint:
             tokenizer: folder or model id of the tokenizer, instead of the checkpoint's own.
             base_model: folder or model id of the base model of a fine-tune, instead of the one that it names.
             adapters: folders or model ids of LoRA adapters or projectors to merge into the checkpoint, in this order.
+            lora: "merged", or "separate" to leave out the LoRA of the language model's linear layers.
             image_tokens: number of tokens that the patches of an image become. All patches if not given.
             image_token_method: how they are reduced, see [`ImageTokens`].
             kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
@@ -96,8 +110,10 @@ class OriginalCheckpoint:
         Raises:
             [`InvalidCheckpointError`], [`UnsupportedCheckpointError`], [`HubError`]: the checkpoint is incomplete or
                 damaged, is of a kind that is not computed, or cannot be downloaded.
-            `ValueError`: there is no such conversation.
+            `ValueError`: there is no such conversation, or no such value of `lora`.
         """
+        if lora not in LORA_MODES:
+            raise ValueError(f"lora is {lora!r}. Expected {' or '.join(map(repr, LORA_MODES))}.")
         repository = Repository.of(name_or_path, **kwargs)
         if (own_file := repository.get("config.json")) is not None and names_original(own_file):
             read_config(own_file)  # what is not computed is refused before the Hub is asked for more
@@ -130,7 +146,16 @@ class OriginalCheckpoint:
         config.eos_token_id, _ = choice.conversation.stops(loaded)
         # Some loaders of a bundle read only `eos_token` of the tokenizer, so it must be the one that ends a turn
         loaded.eos_token = loaded.convert_ids_to_tokens(config.eos_token_id[0])
-        checkpoint = cls(lineage, vision_repository, config, loaded, place, image_processor, choice)
+        checkpoint = cls(
+            lineage,
+            vision_repository,
+            config,
+            loaded,
+            place,
+            image_processor,
+            choice,
+            has_separate_lora=lora == "separate" and bool(lineage.steps),
+        )
         checkpoint._check_own_tower()
         return checkpoint
 
@@ -155,8 +180,20 @@ class OriginalCheckpoint:
         return weight_files(self.vision_repository, "the vision tower's weights")
 
     @cached_property
+    def separate_lora(self) -> dict[str, list[LowRank]]:
+        """Return the LoRA of the language model's linear layers, by the names of their weights.
+
+        Reads only the fine-tune, which is downloaded first. If something was trained in several steps, in this order.
+        """
+        overlays = self.lineage.overlays(self.config.unfreeze_mm_vision_tower)
+        return without_low_rank(overlays, self._shapes(), _is_linear_of_language_model)[1]
+
+    @cached_property
     def _overlays(self) -> list[Overlay]:
-        return self.lineage.overlays(self.config.unfreeze_mm_vision_tower)
+        overlays = self.lineage.overlays(self.config.unfreeze_mm_vision_tower)
+        if self.has_separate_lora:
+            overlays, _ = without_low_rank(overlays, self._shapes(), _is_linear_of_language_model)
+        return overlays
 
     @cached_property
     def _all_tensors(self) -> dict[str, torch.Tensor]:
@@ -272,6 +309,10 @@ def check_checkpoint_options(options: Mapping[str, Any] | None, more: Sequence[s
 
 def _is_of_tower(name: str) -> bool:
     return ".vision_tower." in f".{name}"
+
+
+def _is_linear_of_language_model(name: str) -> bool:
+    return not (_is_of_tower(name) or ".mm_projector." in name or name.endswith(EMBEDDING_TABLES))
 
 
 def is_original_checkpoint(name_or_path: str | Path | Repository, **kwargs) -> bool:

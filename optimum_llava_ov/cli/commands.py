@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,31 @@ class PushCommand(Command):
         print(f"Published: {commit.pr_url or commit}")
 
 
+class AdapterCommand(Command):
+    COMMAND = CommandInfo(name="adapter", help="Write the LoRA of a fine-tune to a file for OpenVINO GenAI.")
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("fine_tune", metavar="fine-tune", help="Folder or model id of the fine-tune.")
+        parser.add_argument("output", type=Path, help="File to write, such as task.safetensors. It must not exist.")
+        parser.add_argument(
+            "--model-kwargs",
+            type=_json_object,
+            help='Options of the fine-tune, as for the export: \'{"base_model": "<folder or model id>"}\'.',
+        )
+
+    def execute(self) -> None:
+        from optimum_llava_ov.export.adapter import export_adapter
+
+        layers = export_adapter(self.args.fine_tune, self.args.output, self.args.model_kwargs)
+        kwargs = shlex.quote(json.dumps({**(self.args.model_kwargs or {}), "lora": "separate"}))
+        print(
+            f"Wrote {self.args.output}: LoRA of {layers} layers, with its scale, so its weight is 1.\n"
+            "It belongs to the bundle that holds all else that was trained:\n"
+            f"optimum-cli export openvino --model {shlex.quote(self.args.fine_tune)} --model-kwargs {kwargs} base-ov"
+        )
+
+
 THE_WAY = """\
 the way from a checkpoint to a published model:
   optimum-cli llava-ov doctor
@@ -171,6 +197,9 @@ class LlavaOVCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (
         CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),
         CommandInfo(name=BenchCommand.COMMAND.name, help=BenchCommand.COMMAND.help, subcommand_class=BenchCommand),
+        CommandInfo(
+            name=AdapterCommand.COMMAND.name, help=AdapterCommand.COMMAND.help, subcommand_class=AdapterCommand
+        ),
         CommandInfo(name=PushCommand.COMMAND.name, help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
         CommandInfo(name=ChatCommand.COMMAND.name, help=ChatCommand.COMMAND.help, subcommand_class=ChatCommand),
         CommandInfo(name=DemoCommand.COMMAND.name, help=DemoCommand.COMMAND.help, subcommand_class=DemoCommand),

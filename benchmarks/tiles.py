@@ -1,0 +1,159 @@
+"""Measure a LLaVA-1.6 of full size: an image of 672 x 672 pixels in five tiles, 2,928 tokens.
+
+    python benchmarks/tiles.py WORKDIR [--size 7b] [--bundle BUNDLE]
+
+It uses a random LLaVA-1.5 with the options of LLaVA-1.6 (vicuna), exported to int4. `OVModelForLlava` and GenAI
+answer, one after the other, each in a process of its own:
+
+1. a text of 64 tokens, so that kernels and weights are prepared;
+2. a question about an image: time to the first token, memory of the process;
+3. another question about the same image, where `OVModelForLlava` continues the cache.
+
+Then the image encoder of `OVModelForLlava` is measured on new images, beside one call of the same graph with all
+tiles in a batch. Targets: first token up to 1.05 x GenAI and peak RSS up to 0.8 x; the second question up to 0.1 x the
+first; the encoder up to 1.1 x one batch.
+
+Results are printed and written to `WORKDIR/tiles-SIZE.json`. At 7b this takes half an hour, and 20 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import openvino
+import torch
+from contenders import MODULES, Job
+from contenders.__main__ import random_image
+from engines import make, make_checkpoint
+from export import export_command
+from machine import machine, versions
+from measure import run_measured
+from random_families import FAMILIES
+from transformers import AutoProcessor
+
+from optimum_llava_ov import OVModelForLlava
+
+
+SIDE, NEW_TOKENS, ROUNDS = 672, 8, 3
+QUESTIONS = ("What is in this picture?", "Which colours has it?")
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-1.6
+TILING = {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": PINPOINTS,
+    "mm_patch_merge_type": "spatial_unpad",
+}
+
+
+def make_tiled(source: Path, folder: Path) -> Path:
+    """Link the files of a LLaVA-1.5, and write the options and the newline of a LLaVA-1.6."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+    config, index = json.loads((source / "config.json").read_text()), folder / "pytorch_model.bin.index.json"
+    names = json.loads((source / index.name).read_text())
+    names["weight_map"]["model.image_newline"] = "newline.bin"
+    torch.save(
+        {"model.image_newline": torch.zeros(config["hidden_size"], dtype=torch.float16)}, folder / "newline.bin"
+    )
+    tower = (source / config["mm_vision_tower"]).resolve() if config["mm_vision_tower"].startswith(".") else None
+    config |= TILING | ({"mm_vision_tower": str(tower)} if tower else {})
+    for file, values in ((folder / "config.json", config), (index, names)):
+        file.unlink()
+        file.write_text(json.dumps(values))
+    return folder
+
+
+def prompt_of(bundle: Path, question: str, image: bool = True) -> str:
+    """Write a question in the bundle's chat template."""
+    content = [{"type": "image"}] * image + [{"type": "text", "text": question}]
+    return AutoProcessor.from_pretrained(bundle).apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+
+
+def run(contender: str, bundle: Path) -> dict:
+    """Load a contender, and ask it."""
+    job = Job(contender, {"bundle": str(bundle)}, "", 0)
+    model = importlib.import_module(f"contenders.{MODULES[contender]}").load(job)
+    warm_up = prompt_of(bundle, "word " * 60, image=False)
+    if contender == "ours":
+        model.model.generate(**model.processor(text=warm_up, return_tensors="pt"), max_new_tokens=2)
+    else:
+        model.pipeline.generate(warm_up, max_new_tokens=2, apply_chat_template=False)
+    image = random_image(0, (SIDE, SIDE))
+    answers = [model.answer(prompt_of(bundle, question), [image], NEW_TOKENS) for question in QUESTIONS]
+    result = {"first": answers[0].first_token_seconds, "second": answers[1].first_token_seconds}
+    result["token_ms"] = 1000 * (answers[0].seconds - answers[0].first_token_seconds) / (NEW_TOKENS - 1)
+    return result
+
+
+def run_encoder(bundle: Path) -> dict:
+    """Measure the image encoder: tile by tile as the model does it, and all tiles in one batch. Seconds, medians."""
+    model, processor = OVModelForLlava.from_pretrained(bundle), AutoProcessor.from_pretrained(bundle)
+    graph = openvino.Core().compile_model(bundle / "openvino_vision_embeddings_model.xml", "CPU")
+    times: dict[str, list[float]] = {"encoder": [], "batch": []}
+    for seed in range(1, 2 + ROUNDS):  # the first one is a warm-up
+        inputs = processor(text="<image>", images=random_image(seed, (SIDE, SIDE)), return_tensors="pt")
+        started = time.perf_counter()
+        model.get_image_features(inputs["pixel_values"], image_sizes=inputs["image_sizes"])
+        middle = time.perf_counter()
+        graph(inputs["pixel_values"][0].numpy())
+        times["encoder"].append(middle - started)
+        times["batch"].append(time.perf_counter() - middle)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--size", choices=FAMILIES["llama"].sizes, default="7b")
+    parser.add_argument("--bundle", type=Path, help="measure this bundle instead of exporting one")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # in a process of its own
+    arguments = parser.parse_args()
+    if arguments.run:
+        work = run_encoder(arguments.bundle) if arguments.run == "encoder" else run(arguments.run, arguments.bundle)
+        print(json.dumps(work))
+        return
+
+    workdir, bundle = arguments.workdir, arguments.bundle
+    workdir.mkdir(parents=True, exist_ok=True)
+    if bundle is None:
+        checkpoint = make_tiled(make_checkpoint(workdir, arguments.size, "llama"), workdir / f"tiled-{arguments.size}")
+        bundle = workdir / f"tiles-bundle-{arguments.size}"
+        make(export_command(checkpoint, bundle, "int4"), checkpoint, bundle)
+    found = {"machine": machine(), "versions": versions()}
+    for contender in ("ours", "genai-sdpa", "encoder"):
+        log = workdir / f"tiles-{contender}.log"
+        command = [sys.executable, __file__, workdir, "--run", contender, "--bundle", bundle]
+        measurement = run_measured(command, env={"CI": "true", "HF_HUB_OFFLINE": "1"}, log=log)
+        if measurement.exit_code:
+            raise SystemExit(
+                f"{contender} ended with {measurement.exit_code}. End of {log}:\n{log.read_text()[-2000:]}"
+            )
+        found[contender] = json.loads(log.read_text().strip().splitlines()[-1])
+        found[contender]["rss"], found[contender]["anonymous"] = measurement.peak_rss, measurement.peak_anonymous
+        print(contender, json.dumps(found[contender]), f"load {os.getloadavg()[0]:.1f}", flush=True)
+    ours, genai, encoder = found["ours"], found["genai-sdpa"], found["encoder"]
+    targets = [
+        ("first token / GenAI", ours["first"] / genai["first"], 1.05),
+        ("peak RSS / GenAI", ours["rss"] / genai["rss"], 0.8),
+        ("second question / first", ours["second"] / ours["first"], 0.1),
+        ("image encoder / one batch", encoder["encoder"] / encoder["batch"], 1.1),
+    ]
+    found["targets"] = {name: ratio for name, ratio, _ in targets}
+    (workdir / f"tiles-{arguments.size}.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, ratio, limit in targets:
+        print(f"{name:<28}{ratio:6.3f}  (<= {limit})  {'met' if ratio <= limit else 'MISSED'}")
+
+
+if __name__ == "__main__":
+    main()
