@@ -19,19 +19,19 @@ Results are printed and written to `WORKDIR/tiles-SIZE.json`. At 7b this takes h
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import openvino
 import torch
-from contenders import MODULES, Job
+from contenders import Job
 from contenders.__main__ import random_image
-from engines import make, make_checkpoint
+from engines import ENV, HERE, make, make_checkpoint
 from export import export_command
 from machine import machine, versions
 from measure import run_measured
@@ -79,20 +79,25 @@ def prompt_of(bundle: Path, question: str, image: bool = True) -> str:
     )
 
 
-def run(contender: str, bundle: Path) -> dict:
-    """Load a contender, and ask it."""
-    job = Job(contender, {"bundle": str(bundle)}, "", 0)
-    model = importlib.import_module(f"contenders.{MODULES[contender]}").load(job)
-    warm_up = prompt_of(bundle, "word " * 60, image=False)
-    if contender == "ours":
-        model.model.generate(**model.processor(text=warm_up, return_tensors="pt"), max_new_tokens=2)
-    else:
-        model.pipeline.generate(warm_up, max_new_tokens=2, apply_chat_template=False)
-    image = random_image(0, (SIDE, SIDE))
-    answers = [model.answer(prompt_of(bundle, question), [image], NEW_TOKENS) for question in QUESTIONS]
-    result = {"first": answers[0].first_token_seconds, "second": answers[1].first_token_seconds}
-    result["token_ms"] = 1000 * (answers[0].seconds - answers[0].first_token_seconds) / (NEW_TOKENS - 1)
-    return result
+def ask(contender: str, bundle: Path, workdir: Path) -> dict:
+    """Ask a contender two questions, in a process of its own."""
+    job = Job(
+        contender,
+        {"bundle": str(bundle.resolve())},
+        prompt_of(bundle, "word " * 60, image=False),
+        prompt_tokens=0,
+        new_tokens=NEW_TOKENS,
+        image_size=(SIDE, SIDE),
+    )
+    questions = [prompt_of(bundle, question) for question in QUESTIONS]
+    file, log = workdir / f"tiles-{contender}.json", workdir / f"tiles-{contender}.log"
+    file.write_text(json.dumps(asdict(job) | {"questions": questions}))
+    command = ["env", f"--chdir={HERE}", sys.executable, "-m", "contenders.two_questions", file.resolve()]
+    measurement = run_measured(command, env=ENV, log=log)
+    if measurement.exit_code:
+        raise SystemExit(f"{contender} ended with {measurement.exit_code}. End of {log}:\n{log.read_text()[-2000:]}")
+    memory = {"rss": measurement.peak_rss, "anonymous": measurement.peak_anonymous, "load": os.getloadavg()[0]}
+    return json.loads(log.read_text().strip().splitlines()[-1]) | memory
 
 
 def run_encoder(bundle: Path) -> dict:
@@ -117,12 +122,7 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--size", choices=FAMILIES["llama"].sizes, default="7b")
     parser.add_argument("--bundle", type=Path, help="measure this bundle instead of exporting one")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # in a process of its own
     arguments = parser.parse_args()
-    if arguments.run:
-        work = run_encoder(arguments.bundle) if arguments.run == "encoder" else run(arguments.run, arguments.bundle)
-        print(json.dumps(work))
-        return
 
     workdir, bundle = arguments.workdir, arguments.bundle
     workdir.mkdir(parents=True, exist_ok=True)
@@ -131,17 +131,11 @@ def main() -> None:
         bundle = workdir / f"tiles-bundle-{arguments.size}"
         make(export_command(checkpoint, bundle, "int4"), checkpoint, bundle)
     found = {"machine": machine(), "versions": versions()}
-    for contender in ("ours", "genai-sdpa", "encoder"):
-        log = workdir / f"tiles-{contender}.log"
-        command = [sys.executable, __file__, workdir, "--run", contender, "--bundle", bundle]
-        measurement = run_measured(command, env={"CI": "true", "HF_HUB_OFFLINE": "1"}, log=log)
-        if measurement.exit_code:
-            raise SystemExit(
-                f"{contender} ended with {measurement.exit_code}. End of {log}:\n{log.read_text()[-2000:]}"
-            )
-        found[contender] = json.loads(log.read_text().strip().splitlines()[-1])
-        found[contender]["rss"], found[contender]["anonymous"] = measurement.peak_rss, measurement.peak_anonymous
-        print(contender, json.dumps(found[contender]), f"load {os.getloadavg()[0]:.1f}", flush=True)
+    for contender in ("ours", "genai-sdpa"):
+        found[contender] = ask(contender, bundle, workdir)
+        print(contender, json.dumps(found[contender]), flush=True)
+    found["encoder"] = run_encoder(bundle)
+    print("image encoder, s", json.dumps(found["encoder"]))
     ours, genai, encoder = found["ours"], found["genai-sdpa"], found["encoder"]
     targets = [
         ("first token / GenAI", ours["first"] / genai["first"], 1.05),

@@ -38,7 +38,8 @@ from optimum_llava_ov.errors import InvalidCheckpointError, UnsupportedCheckpoin
 
 # Options of a checkpoint that a user may give: keys of --model-kwargs
 CHECKPOINT_OPTIONS = (
-    "vision_tower", "conversation", "tokenizer", "base_model", "adapters", "lora", "image_tokens", "image_token_method",
+    "vision_tower", "conversation", "tokenizer", "base_model", "adapters", "lora", "image_tokens",
+    "image_token_method",
 )  # fmt: skip
 # What to do with LoRA of the language model: merge it, or leave it out, for an engine that adds it at run time
 LORA_MODES = ("merged", "separate")
