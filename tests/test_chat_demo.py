@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -28,6 +29,7 @@ from optimum_llava_ov import OVModelForLlavaMPT
 from optimum_llava_ov.chat.messages import text_of
 from optimum_llava_ov.chat.session import ChatSession
 from optimum_llava_ov.demo.page import Demo, Limits, Turn, Visitors, build_page, run_demo
+from optimum_llava_ov.samples.shapes import render, small_question, small_scene
 
 
 pytestmark = pytest.mark.browser
@@ -411,6 +413,24 @@ def test_what_a_browser_may_load(server):
         assert "img-src 'self' data: blob:;" in sent["Content-Security-Policy"]
         assert "object-src 'none'" in sent["Content-Security-Policy"]
         assert sent["Referrer-Policy"] == "no-referrer"
+
+
+def test_an_image_in_tiles(browser, export_once, tmp_path):
+    """A wide image, whose shapes only tiles show."""
+    bundle = export_once("shapes-tiles-ov", EXAMPLES / "shapes" / "checkpoint-tiles")
+    rng = random.Random("demo")
+    kind = "count"
+    while kind == "count":
+        scene = small_scene(rng, (3, 1), 120)
+        kind, question, answer = small_question(rng, scene)
+    render(scene).save(tmp_path / "wide.png")
+    server = Server(bundle, tmp_path / "log")
+    try:
+        page = Page(browser, server)
+        page.upload(tmp_path / "wide.png")
+        page.ask(question, answer)
+    finally:
+        server.stop()
 
 
 def test_words_arrive_one_by_one_and_stop(browser, bundles, tmp_path):

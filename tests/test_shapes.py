@@ -1,17 +1,26 @@
 """The models that ship answer about images they have never seen, through the whole chain: checkpoint, bundle, OpenVINO."""
 
 import json
+import random
 import re
 from collections import Counter
 
 import pytest
+import torch
 from conftest import EXAMPLES, files, run
 from PIL import Image
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlava, OVModelForLlavaMPT
 from optimum_llava_ov.models.llava import OriginalLlavaForConditionalGeneration
-from optimum_llava_ov.samples.shapes import KINDS, held_out, wide_or_tall_scene
+from optimum_llava_ov.samples.shapes import (
+    KINDS,
+    held_out,
+    render,
+    small_question,
+    small_scene,
+    wide_or_tall_scene,
+)
 
 
 pytestmark = pytest.mark.slow
@@ -104,6 +113,52 @@ class TestLlama:
         assert self.exact_answers(bundle, quantization_config={"bits": bits}) >= accuracy - loss
 
 
+class TestTiles:
+    """The LLaMA's sibling in the format of LLaVA-1.6, asked about images whose shapes are small."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def answers(cls, export_once):
+        """For each grid of tiles, whether each answer is right: with the image's tiles, and with the squashed image alone."""
+        bundle = export_once("shapes-tiles-ov", SHAPES / "checkpoint-tiles")
+        model, processor = OVModelForLlava.from_pretrained(bundle), AutoProcessor.from_pretrained(bundle)
+        image_token, base = model.config.image_token_index, model.image_layout.num_tokens
+        result = {}
+        for grid in ((2, 2), (3, 1), (1, 3)):
+            rng, right = random.Random(f"test/{grid}"), []
+            for _ in range(20):
+                scene = small_scene(rng, grid, 120)
+                kind, question, expected = small_question(rng, scene)
+                content = [{"type": "image"}, {"type": "text", "text": question}]
+                prompt = processor.apply_chat_template(
+                    [{"role": "user", "content": content}], add_generation_prompt=True
+                )
+                inputs = processor(text=prompt, images=render(scene), return_tensors="pt")
+                (rows,) = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+                ids = inputs["input_ids"][0].tolist()
+                start = ids.index(image_token)
+                found = []
+                for features in (rows, rows[:base]):
+                    text = ids[:start] + [image_token] * len(features) + ids[start + len(rows) :]
+                    output = model.generate(torch.tensor([text]), image_features=[features], max_new_tokens=24)
+                    found.append(processor.decode(output[0, len(text) :], skip_special_tokens=True) == expected)
+                right.append((kind, *found))
+            result[grid] = right
+        return result
+
+    def test_tiles_show_what_is_small(self, answers):
+        for right in answers.values():
+            with_tiles, without = (sum(answer[index] for answer in right) for index in (1, 2))
+            assert with_tiles >= 15
+            assert with_tiles > without
+
+    def test_shapes_are_what_only_tiles_show(self, answers):
+        """Colours can be seen without tiles: the colour is asked for by the shape, which is what cannot be told then."""
+        only_tiles = [kind for right in answers.values() for kind, tiles, base in right if tiles and not base]
+        assert len(only_tiles) >= 10
+        assert {"shape", "colour"} <= {*only_tiles}
+
+
 def test_sample_questions(ask):
     for sample in json.loads((SHAPES / "pictures" / "questions.json").read_text()):
         images = [Image.open(SHAPES / "pictures" / name) for name in sample["images"]]
@@ -137,6 +192,14 @@ def test_training_script(tmp_path, family):
     for folder in FOLDERS[family]:
         assert files(tmp_path / folder) >= files(SHAPES / folder)
     OriginalLlavaForConditionalGeneration.from_pretrained(tmp_path / FOLDERS[family][0])  # all tensors are there
+
+
+def test_training_of_tiles(tmp_path):
+    command = ["python", SHAPES / "tiles.py", "train", "--num-images", "6", "--batch-size", "2", "--output", tmp_path]
+    run(*command, "--minutes", "0.02", "--num-questions", "6")
+    result = run(*command, "--minutes", "0.02", "--num-questions", "6", "--resume")
+    assert "| kind | questions | squashed image alone | with tiles |" in result.stdout
+    assert files(tmp_path / "checkpoint-tiles") >= files(SHAPES / "checkpoint-tiles")
 
 
 @pytest.mark.parametrize("folders", FOLDERS.values(), ids=FOLDERS)

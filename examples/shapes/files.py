@@ -43,7 +43,7 @@ def save(model: OriginalLlavaForConditionalGeneration, family: Family, folder: P
     if not config.text_config.tie_word_embeddings:
         tensors["lm_head.weight"] = model.language_model.lm_head.weight[: config.num_known_tokens]
     tensors = {name: tensor.detach().half().clone() for name, tensor in tensors.items()}
-    _write_shards(folder / family.checkpoint, tensors)
+    write_shards(folder / family.checkpoint, tensors)
 
     # The model has no layers after the selected one, but a tower on disk is complete
     tower = CLIPVisionModel(config.vision_config)
@@ -55,7 +55,7 @@ def save(model: OriginalLlavaForConditionalGeneration, family: Family, folder: P
     save_file(state_dict, folder / family.clip / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write two files and their index, as the original is sharded."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     shards, weight_map, written = ({}, {}), {}, 0

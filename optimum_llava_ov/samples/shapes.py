@@ -20,6 +20,8 @@ from optimum_llava_ov.samples.files import Sample
 
 KINDS = ("colour", "shape", "position", "count", "description", "comparison", "follow-up")
 
+SMALL_KINDS = ("colour", "shape", "count")  # of questions about small scenes
+
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 COLOURS = {
@@ -141,6 +143,41 @@ def wide_or_tall_scene(rng: random.Random, like: Scene | None = None) -> Scene:
     return replace(scene, width=width, height=height, fills_canvas=True)
 
 
+def small_scene(rng: random.Random, grid: tuple[int, int], tile: int) -> Scene:
+    """Make a scene whose objects are as small as in one of many tiles: an object fills a ninth of a tile at most.
+
+    Args:
+        grid: columns and rows of tiles that the image fills.
+        tile: height and width of a tile in pixels. The image is up to 2.5 times as large as its tiles.
+    """
+    columns, rows = grid
+    places = [(column, row) for column in range(3 * columns) for row in range(3 * rows)]
+    side = round(tile * rng.uniform(1, 2.5))
+    objects = []
+    for column, row in rng.sample(places, rng.randint(1, 4)):
+        shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+        radius = rng.uniform(0.29, 0.43) / 3  # of a tile
+        slack = (1 / 6 - radius) * 0.95
+        x = ((column + 0.5) / 3 + rng.uniform(-slack, slack)) / columns
+        y = ((row + 0.5) / 3 + rng.uniform(-slack, slack)) / rows
+        red, green, blue = (min(255, max(0, channel + rng.randint(-14, 14))) for channel in COLOURS[colour])
+        cell = row // rows * 3 + column // columns
+        angle = rng.uniform(-20, 20)
+        objects.append(Object(shape, colour, cell, x, y, radius / min(grid), angle, (red, green, blue)))
+    light = rng.randint(222, 248)
+    red, green, blue = (min(255, light + rng.randint(-12, 10)) for _ in range(3))
+    return Scene(tuple(objects), (red, green, blue), side * columns, side * rows, fills_canvas=True)
+
+
+def small_question(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
+    """Return the kind of a question about a small scene, the question, and its answer. Places are not asked for."""
+    while True:
+        kind = rng.choice(SMALL_KINDS)
+        asked = Conversation(rng, lambda *_: scene).ask_first(kind)
+        if asked is not None and (kind != "shape" or any(colour in asked[0] for colour in COLOURS)):
+            return kind, *asked
+
+
 def render(scene: Scene, size: tuple[int, int] | None = None, oversampling: int = 3) -> Image.Image:
     """Draw a scene.
 
@@ -224,6 +261,11 @@ class Conversation:
             self._add(new, is_second=index == second_turn)
             new = ()
         return self.turns
+
+    def ask_first(self, kind: str) -> tuple[str, str] | None:
+        """Return a first question of this kind and its answer, or `None` if it would be ambiguous."""
+        self.scenes = [self.new_scene(self.rng, None)]
+        return self._ask(kind, is_second=False)
 
     def _add(self, new: tuple[Scene, ...], is_second: bool) -> None:
         questions = {turn.question for turn in self.turns}
