@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,18 @@ def run(
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **kwargs)
     assert not check or result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def quick_programs(folder: Path) -> Path:
+    """Make a folder for `PATH` with `optimum-cli` and `python` that start quickly (`programs.py`), for shells."""
+    folder.mkdir()
+    here = Path(sys.executable)
+    commands = {"optimum-cli": programs.quick([str(here.parent / "optimum-cli")])}
+    commands["python"] = programs.quick([str(here), "a.py"])[:-1]
+    for name, command in commands.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        (folder / name).chmod(0o755)
+    return folder
 
 
 def run_stock(code: str, *arguments: str | Path, **kwargs) -> str:

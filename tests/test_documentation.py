@@ -6,17 +6,15 @@ the MPT, a golden for LLaVA-1.5.
 
 import hashlib
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-import programs
 import pytest
 import yaml
-from conftest import EXAMPLES, GOLDEN, Golden, fill_hub_cache, run
+from conftest import EXAMPLES, GOLDEN, Golden, fill_hub_cache, quick_programs, run
 from filelock import FileLock
 
 from optimum_llava_ov.bundle.layout import FILES
@@ -63,12 +61,7 @@ def folder(tmp_path):
 @pytest.fixture
 def shell(folder, shared_folder, tmp_path):
     """Runs lines of a shell. An export that several pages show is made once."""
-    programs_folder = tmp_path / "bin"
-    programs_folder.mkdir()
-    program = programs_folder / "optimum-cli"
-    command = shlex.join(programs.quick([str(Path(sys.executable).parent / "optimum-cli")]))
-    program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-    program.chmod(0o755)
+    programs_folder = quick_programs(tmp_path / "bin")
 
     def do(line, env):
         output = folder / line.split()[-1]
