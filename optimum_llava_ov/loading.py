@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from optimum_llava_ov.bundle.check import check_readable, load_processor, naming_damage
 from optimum_llava_ov.bundle.layout import EXTRA_FILES, FILES, PARTS, TOKENIZERS
@@ -34,7 +33,7 @@ def session_factory(
 
 
 def load_engine(
-    bundle: str,
+    bundle: str | Repository,
     device: str = "CPU",
     ov_config: dict[str, str] | None = None,
     engine: str = AUTO,
@@ -128,10 +127,3 @@ def bundle_folder(bundle: Repository, reason: str) -> Path:
     if not (folder / PARTS["language_model"]).exists():
         raise ValueError(message)
     return folder
-
-
-def sampling_options(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
-    """Return options of `generate`. A temperature of 0 means greedy decoding."""
-    if not temperature:
-        return {"do_sample": False, "max_new_tokens": max_new_tokens}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}

@@ -24,7 +24,10 @@ HEAVY = {
     "openvino",
     "openvino_genai",
     "optimum",
+    "prompt_toolkit",
+    "rich",
     "safetensors",
+    "textual_image",
     "torch",
     "transformers",
 }

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import programs
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from conftest import EXAMPLES, run
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
@@ -109,8 +110,8 @@ def browser():
 class Page:
     """What a visitor does."""
 
-    def __init__(self, browser, server):
-        self.page = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()
+    def __init__(self, browser, server, width=1200, height=900, **options):
+        self.page = browser.new_context(viewport={"width": width, "height": height}, **options).new_page()
         self.requests = []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.messages = []
@@ -143,10 +144,13 @@ class Page:
 
     @property
     def answers(self):
-        return self.page.locator("#chat [data-testid=bot]").filter(visible=True)
+        return self.page.locator("#chat [data-testid=bot] .prose").filter(visible=True)
 
     def button(self, name):
-        self.page.locator(f"#{name}").click()
+        """Press a button below the conversation, or one at the last answer."""
+        at_answer = {"retry": "Retry", "undo": "Undo"}
+        place = f"#chat [aria-label={at_answer[name]}]" if name in at_answer else f"#{name}"
+        self.page.locator(place).last.click()
 
 
 def test_two_visitors_talk_about_their_own_pictures(browser, server):
@@ -197,6 +201,11 @@ def test_limits(browser, server, tmp_path):
         timeout=60_000
     )
     expect(page.page).to_have_title("Coloured shapes")  # a name of a file is text
+    # The image is not in the way any longer, and the question is not lost
+    expect(page.pictures).to_have_count(0)
+    expect(page.box).to_have_value("What is this?")
+    page.upload(PICTURES / "a.png")
+    page.ask("What colour is the circle?", "The circle is red.")
 
 
 def test_pictures_from_hosts_that_the_operator_allows(browser, server, website):
@@ -305,8 +314,8 @@ def functions(server):
 
 def join_queue(server, files=(), text="Hi", session="visitor"):
     """Ask as a page does."""
-    asking = next(item["id"] for item in functions(server) if len(item["inputs"]) == 5)
-    data = [{"text": text, "files": list(files)}, 0, 0.9, 8, "CPU"]
+    asking = next(item["id"] for item in functions(server) if len(item["inputs"]) == 6)
+    data = [{"text": text, "files": list(files)}, 0, 0.9, 8, "CPU", None]
     post(server, "queue/join?", {"fn_index": asking, "session_hash": session, "data": data})
 
 
@@ -554,6 +563,7 @@ class Echo:
 
     def __init__(self, processor, config):
         self.processor, self.config, self.stop_strings = processor, config, None
+        self.name, self.folder = "echo", Path()
         self.errors: Iterator[str] = iter(())
 
     def new_conversation(self):
@@ -605,7 +615,8 @@ class EchoServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         demo = Demo(self.visitors, Limits())
-        arguments = (build_page(demo, "Echo", ["CPU"]), demo, "127.0.0.1", self.port, False)
+        page = build_page(demo, "Echo", ["CPU"], facts="Echo · int4", example=PICTURES / "a.png")
+        arguments = (page, demo, "127.0.0.1", self.port, False)
         threading.Thread(target=run_demo, args=arguments, daemon=True).start()
         end = time.monotonic() + 30
         while not Server.answers(self):
@@ -673,22 +684,20 @@ def test_markdown(browser, echo):
     )
 
 
-def test_undo_before_the_first_word_takes_back_one_question(browser, echo):
+def test_a_question_without_an_answer_is_not_lost(browser, echo):
+    """Stopped before the first word: it is in the box again. Undo cannot be pressed meanwhile, and then takes back one question."""
     page = Page(browser, echo)
     page.ask("One", "One")
     page.send("Wait.")
-    expect(page.page.locator("#question .stop-button")).to_be_visible(timeout=60_000)
-    page.button("undo")
+    stop = page.page.locator("#question .stop-button")
+    expect(stop).to_have_text("Stop", timeout=60_000)
+    expect(page.page.locator("#chat [aria-label=Undo]").last).to_be_disabled()
+    stop.click()
     expect(page.box).to_have_value("Wait.")
-    expect(page.page.locator("#question .stop-button")).to_have_count(0)
+    expect(stop).to_have_count(0)
     expect(page.answers).to_have_count(1)
     session = echo.visitors.find(page.session).session
     assert [text_of(message) for message in session.messages] == ["One", "One"]
-
-    page.send("Wait.")
-    page.page.locator("#question .stop-button").click()
-    expect(page.box).to_have_value("Wait.")  # not lost
-    expect(page.answers).to_have_count(1)
     page.ask("Two", "Two")
     page.button("undo")
     expect(page.box).to_have_value("Two")
@@ -713,3 +722,85 @@ def test_a_retry_that_fails_keeps_the_turn(browser, echo):
     page.ask("Two", "Two")
     expect(page.answers).to_have_count(2)
     assert [text_of(message) for message in session.messages] == ["One", "One", "Two", "Two"]
+
+
+SIZES = [(1200, 900, "light"), (1200, 900, "dark"), (390, 780, "light")]
+
+
+@pytest.mark.parametrize(("width", "height", "scheme"), SIZES, ids=["light", "dark", "phone"])
+def test_everybody_can_use_it(browser, echo, width, height, scheme):
+    """No violation of the rules of axe-core (contrast, names, roles, keyboard), in every state of the page."""
+    page = Page(browser, echo, width, height, color_scheme=scheme)
+
+    def check(state):
+        page.page.wait_for_timeout(700)  # colours fade in
+        if folder := os.environ.get("SCREENSHOTS"):
+            page.page.screenshot(path=f"{folder}/{width}-{scheme}-{state}.png")
+        found = Axe().run(page.page).response["violations"]
+        assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found] == [], state
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= width
+
+    expect(page.page.locator("#chat .examples button")).to_have_count(3)
+    check("empty")
+    page.page.locator("#chat .examples button").first.click()
+    expect(page.answers.last).to_have_text("What colour is the circle?", timeout=60_000)
+    expect(page.page.locator("#chat .stats")).to_have_text(re.compile(r"\d tokens · first after \d\.\d\d s"))
+    expect(page.page.locator("#foot")).to_have_text("Echo · int4")
+    check("answered")
+    page.page.get_by_role("button", name="Settings").press("Enter")
+    expect(page.page.get_by_label("Temperature").first).to_be_visible()
+    check("settings")
+
+
+def test_a_conversation_survives_a_reload(browser, echo):
+    """The browser keeps it. The session is made again with the next question, and the image is part of it."""
+    page = Page(browser, echo)
+    page.upload(PICTURES / "a.png")
+    page.ask("One", "One")
+    page.requests.clear()
+    page.page.reload()
+    expect(page.answers).to_have_count(1, timeout=60_000)
+    expect(page.page.get_by_alt_text("An image of the question")).to_be_visible()
+    page.ask("Two", "Two")
+    session = echo.visitors.find(page.session).session
+    assert [text_of(message) for message in session.messages] == ["One", "One", "Two", "Two"]
+    assert [item["type"] for item in session.messages[0]["content"]] == ["image", "text"]
+    page.button("clear")
+    expect(page.answers).to_have_count(0)
+    page.page.reload()
+    expect(page.page.locator("#chat .examples button")).to_have_count(3, timeout=60_000)
+    expect(page.answers).to_have_count(0)
+
+
+def test_a_conversation_is_saved_and_opened(browser, echo, tmp_path):
+    """The file is what `save` writes, so that the terminal and Python can go on with it."""
+    page = Page(browser, echo)
+    page.upload(PICTURES / "a.png")
+    page.ask("One", "One")
+    with page.page.expect_download() as download:
+        page.button("export")
+    download.value.save_as(tmp_path / "conversation.json")
+    assert [message["role"] for message in json.loads((tmp_path / "conversation.json").read_text())] == [
+        "user", "assistant"
+    ]  # fmt: skip
+    session = ChatSession(echo.engine, messages=tmp_path / "conversation.json")
+    assert [text_of(message) for message in session.messages] == ["One", "One"]
+
+    other = Page(browser, echo)
+    other.page.locator("input[type=file][accept='.json']").set_input_files(str(tmp_path / "conversation.json"))
+    expect(other.answers).to_have_count(1, timeout=60_000)
+    other.ask("Two", "Two")
+    session = echo.visitors.find(other.session).session
+    assert [text_of(message) for message in session.messages] == ["One", "One", "Two", "Two"]
+    other.button("undo")
+    expect(other.answers).to_have_count(1)
+
+    long = json.dumps([{"role": role, "content": "word " * 15_000} for role in ("user", "assistant")])
+    many = json.dumps([{"role": role, "content": "x"} for role in ("user", "assistant")] * 101)
+    contents = ("[1]", "{}", "nonsense", '[{"role": "user"}, 1]', long, many)
+    for number, content in enumerate(contents):
+        file = tmp_path / f"other{number}.json"
+        file.write_text(content)
+        other.page.locator("input[type=file][accept='.json']").set_input_files(str(file))
+        expect(other.page.get_by_text(f"{file.name} cannot be opened")).to_be_visible(timeout=60_000)
+        expect(other.answers).to_have_count(1)

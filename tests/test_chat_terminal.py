@@ -10,6 +10,7 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
@@ -18,6 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import programs
 import pytest
 from conftest import EXAMPLES, run
 from PIL import Image
@@ -55,15 +57,17 @@ def start():
 class Console:
     """A program that sits at a terminal, and somebody who types."""
 
-    def __init__(self, *command, cwd=None):
+    def __init__(self, *command, cwd=None, env=None, size=(24, 80), fresh=True):
         self.ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         program = [str(Path(sys.executable).parent / command[0]), *map(str, command[1:])]
         self.process = subprocess.Popen(
-            program,
+            program if fresh else programs.quick(program),
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
             cwd=cwd,
+            env={**os.environ, "TERM": "dumb", **(env or {})},
             start_new_session=True,
             preexec_fn=_take_terminal,
         )
@@ -73,13 +77,22 @@ class Console:
     def type(self, text):
         os.write(self.ours, text.encode())
 
+    def receive(self, data):
+        """Return what is on the screen when the program has written `data`."""
+        return self.screen + data.decode(errors="replace")
+
+    def wait(self, condition, description, timeout=90):
+        """Read until the screen meets a condition. Return the screen."""
+        end = time.monotonic() + timeout
+        while not condition(self.screen):
+            if not select.select([self.ours], [], [], max(end - time.monotonic(), 0))[0]:
+                raise TimeoutError(f"{description!r} is not in {self.screen!r}")
+            self.screen = self.receive(os.read(self.ours, 65536))
+        return self.screen
+
     def expect(self, text, timeout=90):
         """Read up to `text`, and return what came before it."""
-        end = time.monotonic() + timeout
-        while text not in self.screen:
-            if not select.select([self.ours], [], [], max(end - time.monotonic(), 0))[0]:
-                raise TimeoutError(f"{text!r} is not in {self.screen!r}")
-            self.screen += os.read(self.ours, 65536).decode(errors="replace")
+        self.wait(lambda screen: text in screen, text, timeout)
         before, _, self.screen = self.screen.partition(text)
         return before
 
@@ -175,12 +188,62 @@ def test_commands(shapes, tmp_path):
     assert "cannot be read" in type_in(shapes, f"/image {tmp_path}/missing.png")
     assert "A file is missing" in type_in(shapes, "/save")
     assert "/image PATH or URL" in type_in(shapes, "/help")
+    assert "The command /imgae does not exist. Do you mean /image?" in type_in(shapes, "/imgae a.png")
+    assert "The command /xyzzy does not exist. /help shows" in type_in(shapes, "/xyzzy")
     assert "stands for an image" in type_in(shapes, "What is <image>?")
     picture = f"/image '{PICTURES}/a.png'"
     assert type_in(shapes, picture, "Where is the star?", "/retry").count("top right") == 2
     undone = type_in(shapes, picture, "Where is the star?", "/undo", "What colour is the circle?")
     assert "Its image is kept for the next question" in undone
     assert undone.endswith("The circle is red.\n\n")
+
+
+def test_a_conversation_is_cleared_and_loaded(shapes, tmp_path):
+    picture, file = f"/image {PICTURES}/a.png", tmp_path / "chat.json"
+    shown = type_in(
+        shapes, picture, "Where is the star?", f"/save {file}", "/clear", "/undo", f"/load {file}", "/undo"
+    )
+    assert "Started a new conversation.\nThere is no question to undo.\n" in shown
+    assert f"Loaded: {file} (1 questions)\nRemoved: Where is the star?" in shown
+    (tmp_path / "other.json").write_text("[1]")
+    shown = type_in(
+        shapes, picture, "Where is the star?", f"/load {tmp_path}/other.json", "/undo", "/load", "/load nowhere.json"
+    )
+    assert "Removed: Where is the star?" in shown  # an error leaves the conversation as it was
+    assert "A file is missing. Type: /load FILE" in shown
+    assert "No such file" in shown
+
+
+def test_settings(shapes):
+    shown = type_in(shapes, "/set", "/set temperature 0.7", "/set max_new_tokens 3", "/set temperature 0", "/set")
+    assert [line for line in shown.splitlines() if line.startswith("temperature")] == [
+        "temperature 0, top_p 0.9, max_new_tokens 512",
+        "temperature 0.7, top_p 0.9, max_new_tokens 512",
+        "temperature 0.7, top_p 0.9, max_new_tokens 3",
+        "temperature 0, top_p 0.9, max_new_tokens 3",
+        "temperature 0, top_p 0.9, max_new_tokens 3",
+    ]
+    short = type_in(shapes, "/set max_new_tokens 2", f"/image {PICTURES}/a.png", "Where is the star?")
+    assert short.splitlines()[-2] == "The star"
+    for line, error in {
+        "/set temperature hot": "temperature is 'hot'. Expected a number from 0 (greedy decoding) to 2.",
+        "/set temperature nan": "temperature is 'nan'.",
+        "/set top_p 0": "top_p is '0'. Expected a number above 0, up to 1.",
+        "/set max_new_tokens 1.5": "max_new_tokens is '1.5'. Expected an integer above 0.",
+        "/set heat 1": "The setting 'heat' does not exist. Choose one of temperature, top_p, max_new_tokens.",
+    }.items():
+        assert error in type_in(shapes, line)
+
+
+def test_one_question(shapes_bundle):
+    """Only the answer, and nothing is read: the input is a terminal in which nobody types."""
+    ours, theirs = pty.openpty()
+    options = ("--image", PICTURES / "a.png", "-p", "What colour is the circle?")
+    program = [Path(sys.executable).parent / "optimum-cli", "llava-ov", "chat", shapes_bundle, *options]
+    result = subprocess.run(program, stdin=theirs, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "The circle is red.\n"
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_picture_waits_for_a_question_that_is_kept(shapes):

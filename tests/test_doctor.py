@@ -52,7 +52,7 @@ class TestPackages:
         assert result.returncode == 1
         assert re.search(r"^nncf +2\.0 +\S+ +WRONG$", result.stdout, re.MULTILINE)
         assert "Wrong: nncf 2.0 is not supported (supported: <3.5,>=3.3).\n" in result.stdout
-        assert '  To mend it: pip install "nncf<3.5,>=3.3"\n' in result.stdout
+        assert '  To fix it: pip install "nncf<3.5,>=3.3"\n' in result.stdout
 
     def test_torchvision_of_another_torch(self, broken):
         """transformers does not import beside it. The command still runs, and says what to do."""
@@ -60,7 +60,7 @@ class TestPackages:
         result = run("optimum-cli", "llava-ov", "doctor", "--json", env=env, check=False)
         assert result.returncode == 1
         problems = json.loads(result.stdout)["problems"]
-        assert [problem["mend"].split("   ")[0] for problem in problems] == ["pip uninstall torchvision"]
+        assert [problem["fix"].split("   ")[0] for problem in problems] == ["pip uninstall torchvision"]
         assert problems[0]["found"].startswith(f"torchvision 0.1 does not work with torch {version('torch')}")
 
 
@@ -78,7 +78,7 @@ def test_cuda_without_a_gpu(tmp_path, monkeypatch):
     assert [problem.stops for problem in diagnosis.problems] == [False]
     assert diagnosis.works
     assert "was built for CUDA 13.0" in diagnosis.problems[0].found
-    assert "https://download.pytorch.org/whl/cpu" in diagnosis.problems[0].mend
+    assert "https://download.pytorch.org/whl/cpu" in diagnosis.problems[0].fix
 
 
 class TestModels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from optimum_llava_ov.chat.prompt import Prompt
@@ -29,12 +30,16 @@ class Engine(Protocol):
     """Run a loaded bundle.
 
     Attributes:
+        name (`str`): "openvino" or "genai".
+        folder (`Path`): Folder of the bundle.
         processor ([`LlavaProcessor`]): Processor of the bundle.
         config ([`LlavaConfig`]): Configuration of the bundle.
         stop_strings (`list[str]` or `None`): Texts that end an answer in a conversation, by the bundle's
             generation_config.json.
     """
 
+    name: str
+    folder: Path
     processor: Any
     config: Any
     stop_strings: list[str] | None

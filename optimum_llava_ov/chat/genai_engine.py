@@ -65,12 +65,13 @@ class GenAIEngine:
         ov_config: dict[str, str] | None = None,
         prefix_caching: bool = True,
     ):
+        self.name, self.folder = "genai", bundle
         self.processor = load_processor(bundle)
         self.config = AutoConfig.from_pretrained(bundle)
         self.stop_strings = GenerationConfig.from_pretrained(bundle).stop_strings
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.enable_prefix_caching = prefix_caching
-        self._bundle, self._device, self._ov_config = bundle, device, ov_config or {}
+        self._device, self._ov_config = device, ov_config or {}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(bundle, scheduler, device, self._ov_config)
         self._turn = threading.Lock()
 
@@ -139,7 +140,7 @@ class GenAIEngine:
     @cached_property
     def _options(self) -> dict[str, str]:
         """Return the properties that the language model's file requests of every engine, and those of the user."""
-        model, path = openvino.Core().read_model(self._bundle / PARTS["language_model"]), ["runtime_options"]
+        model, path = openvino.Core().read_model(self.folder / PARTS["language_model"]), ["runtime_options"]
         return {**(dict(model.get_rt_info(path).value) if model.has_rt_info(path) else {}), **self._ov_config}
 
 

@@ -94,8 +94,12 @@ def write_messages(messages: Sequence[Message], file: str | Path) -> None:
     Raises:
         `OSError`: The file cannot be written. Its earlier content is unchanged.
     """
-    values = [{**message, "content": [_as_json(item) for item in message["content"]]} for message in messages]
-    replace_text(Path(file), json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    replace_text(Path(file), json.dumps(messages_as_json(messages), indent=2, ensure_ascii=False) + "\n")
+
+
+def messages_as_json(messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose images are base64, as JSON can hold them and [`read_messages`] reads them."""
+    return [{**message, "content": [_as_json(item) for item in message["content"]]} for message in messages]
 
 
 def _load(file: Path) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,8 @@ class OpenVINOEngine:
     """
 
     def __init__(self, model: OVLlavaModel, processor: Any):
+        self.name = "openvino"
+        self.folder = Path(model.model_save_dir)
         self.model = model
         self.processor = processor
         self.config = model.config

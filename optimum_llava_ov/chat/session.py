@@ -178,6 +178,19 @@ class ChatSession:
             self._dropped = 0
             self._conversation.reset()
 
+    def load(self, messages: str | Path | Sequence[Message]) -> None:
+        """Continue another conversation, as a list or a file that [`save`] wrote. Its system prompt counts.
+
+        Raises:
+            `ValueError`: It is not a conversation. The session is unchanged.
+            `OSError`: The file cannot be read. The session is unchanged.
+        """
+        with self._lock:
+            self._check_idle()
+            self._messages = read_messages(messages, self.see_image)
+            self._dropped = 0
+            self._conversation.reset()
+
     def save(self, file: str | Path) -> None:
         """Write the conversation and its images as JSON messages. `model.chat(processor, messages=file)` continues it.
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from argparse import ArgumentParser
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from optimum.commands.base import CommandInfo
 
+from optimum_llava_ov.bundle.layout import EXAMPLE
+from optimum_llava_ov.chat.sampling import sampling_options
 from optimum_llava_ov.cli.engine import EngineCommand, add_engine_arguments
+from optimum_llava_ov.cli.progress import spinner
 from optimum_llava_ov.system.devices import available_devices
+from optimum_llava_ov.system.terminal import is_plain
+
+
+if TYPE_CHECKING:
+    from optimum_llava_ov.chat.engine import Engine
 
 
 def _add_common_arguments(parser: ArgumentParser) -> None:
@@ -49,26 +61,56 @@ class ChatCommand(EngineCommand):
         parser.add_argument(
             "--image", action="append", default=[], help="Path or URL of an image for the first question. Repeatable."
         )
+        parser.add_argument(
+            "-p", "--prompt", metavar="QUESTION", help="Answer only this question. Prints the answer alone."
+        )
+        parser.add_argument(
+            "--plain",
+            action="store_true",
+            help="Plain text without colours, spinner and images, for screen readers. Pipes always get plain text.",
+        )
         parser.add_argument("--load", help="Continue the conversation in this file, which /save wrote.")
         parser.add_argument("--stats", action="store_true", help="Show tokens per second and time to the first token.")
 
     def execute_on_device(self) -> None:
-        if not sys.stdin.isatty():
-            # The output of a pipe is the answer alone, without progress bars
-            os.environ.setdefault("TQDM_DISABLE", "1")
-        from optimum_llava_ov.chat.terminal import run_chat
-        from optimum_llava_ov.loading import sampling_options, session_factory
-
         args = self.args
-        factory = session_factory(args.model, args.device, engine=args.engine)
-        chat = factory(
+        is_interactive = sys.stdin.isatty() and args.prompt is None
+        if not is_interactive:
+            # The output is the answer alone, without progress bars
+            os.environ.setdefault("TQDM_DISABLE", "1")
+        with spinner(f"Starting {args.model}", is_interactive and not args.plain and not is_plain(sys.stdout)):
+            from optimum_llava_ov.bundle.describe import describe_bundle
+            from optimum_llava_ov.chat.run import run_chat
+            from optimum_llava_ov.chat.session import ChatSession
+            from optimum_llava_ov.checkpoint.reader import holds_original_checkpoint
+            from optimum_llava_ov.loading import load_engine, resolve_engine
+
+            repository, name = resolve_engine(args.model, args.device, args.engine)
+            is_converted = holds_original_checkpoint(repository)  # which shows its own progress
+            if not is_converted:
+                engine = load_engine(repository, args.device, engine=name)
+        if is_converted:
+            engine = load_engine(repository, args.device, engine=name)
+        chat = ChatSession(
+            engine,
             system=args.system,
             messages=args.load or (),
             context_window=args.context_window,
             when_full=args.when_full,
             **sampling_options(args.temperature, args.top_p, args.max_new_tokens),
         )
-        run_chat(chat, args.image, args.stats, sys.stdin, sys.stdout)
+        banner = None
+        if is_interactive:
+            bundle = describe_bundle(engine.folder)
+            banner = {
+                "model": args.model,
+                "precision": bundle.precision,
+                "engine": engine.name,
+                "device": args.device,
+                "context": f"{chat.context_window:,} tokens",
+                "license": bundle.license,
+            }
+        run_chat(chat, args.image, args.stats, sys.stdin, sys.stdout, args.prompt, banner, args.plain)
 
 
 class DemoCommand(EngineCommand):
@@ -150,9 +192,12 @@ class DemoCommand(EngineCommand):
             raise ImportError(
                 'The demo needs gradio. Install it with: pip install "optimum-llava-ov[demo]"'
             ) from error
+        from optimum_llava_ov.bundle.describe import describe_bundle
+        from optimum_llava_ov.bundle.example import save_example
+        from optimum_llava_ov.chat.session import ChatSession
         from optimum_llava_ov.demo.page import Demo, Limits, Visitors, build_page, run_demo
         from optimum_llava_ov.images import ImageLimits
-        from optimum_llava_ov.loading import session_factory
+        from optimum_llava_ov.loading import load_engine
 
         args = self.args
         limits = Limits(
@@ -169,16 +214,24 @@ class DemoCommand(EngineCommand):
             names=tuple(args.allow_name),
         )
 
+        engines: dict[str, Engine] = {}
+
         def factory_of(device: str):
             options = {"system": args.system, "context_window": args.context_window, "when_full": args.when_full}
             options["image_limits"] = ImageLimits(limits.max_bytes, limits.max_pixels)
-            factory = session_factory(args.model, device, engine=args.engine)
-            return lambda: factory(**options)
+            engines[device] = load_engine(args.model, device, engine=args.engine)
+            return partial(ChatSession, engines[device], **options)
 
         devices = list(dict.fromkeys([args.device, *available_devices()]))
         visitors = Visitors(factory_of, limits.sessions, limits.idle_seconds)
         visitors.load(args.device)
         title = args.title or os.path.basename(os.path.normpath(args.model))  # noqa: PTH119  also of "."
+        engine = engines[args.device]
+        bundle = describe_bundle(engine.folder)
+        facts = f"{title} · {bundle.precision} · {engine.name} · {args.device} · license {bundle.license}"
         demo = Demo(visitors, limits)
-        page = build_page(demo, title, devices, args.temperature, args.top_p, args.max_new_tokens)
-        run_demo(page, demo, args.host, args.port, not args.no_browser)
+        with tempfile.TemporaryDirectory() as folder:
+            save_example(Path(folder))
+            sampling = (args.temperature, args.top_p, args.max_new_tokens)
+            page = build_page(demo, title, devices, *sampling, facts, Path(folder) / EXAMPLE)
+            run_demo(page, demo, args.host, args.port, not args.no_browser)

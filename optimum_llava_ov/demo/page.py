@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 import threading
 import time
@@ -16,28 +18,40 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
+from optimum_llava_ov.bundle.example import QUESTION
 from optimum_llava_ov.chat.images import fetch_image
+from optimum_llava_ov.chat.messages import messages_as_json
+from optimum_llava_ov.chat.sampling import sampling_options
 from optimum_llava_ov.chat.session import ChatSession
-from optimum_llava_ov.chat.streaming import Answer
+from optimum_llava_ov.chat.streaming import Answer, Stats
 from optimum_llava_ov.demo.guard import Guard, OpenPages, Uploads
-from optimum_llava_ov.demo.markup import answer_to_html
+from optimum_llava_ov.demo.markup import answer_to_html, image_to_html
+from optimum_llava_ov.errors import ImageError
 from optimum_llava_ov.images import DEFAULT_LIMITS
-from optimum_llava_ov.loading import sampling_options
 
 
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONOSPACE_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 CSS = """
 .gradio-container, .gradio-container main {
-    max-width: 1180px !important; width: 100% !important; margin: 0 auto !important;
+    max-width: 920px !important; width: 100% !important; margin: 0 auto !important;
 }
-#title h1 { font-size: 1.55rem; margin: 0.6rem 0 0 0; }
-#title p { margin: 0.1rem 0 0.4rem 0; color: var(--body-text-color-subdued); }
-#chat { border-radius: 14px; }
+#title h1 { font-size: 1.45rem; margin: 0.5rem 0 0 0; }
+#title p { margin: 0.1rem 0 0.3rem 0; color: var(--body-text-color-subdued); }
+#chat { border-radius: 14px; min-height: 260px; }
 #chat [data-testid=user] { white-space: pre-wrap; }
 #chat .prose { white-space: normal; }
-#settings { gap: 10px; }
+#chat img { max-height: 260px; max-width: 100%; width: auto; object-fit: contain; }
+#chat .stats { margin-top: 0.4rem; font-size: 0.8rem; color: var(--body-text-color-subdued); }
+#chat .placeholder { text-align: center; }
+#foot, #foot p { font-size: 0.85rem; color: var(--body-text-color-subdued); text-align: center; }
+#tools { gap: 8px; flex-wrap: wrap; }
+#tools button { min-width: 90px; flex: 1 1 auto; }
 #chat .icon-button-wrapper:has([aria-label="Share"], [aria-label="Download"]) { display: none; }
+@media (max-width: 640px) {
+    #title h1 { font-size: 1.2rem; }
+    #chat { height: 58vh !important; }
+}
 """
 # Gradio's own button would copy the HTML
 COPY = """() => {
@@ -48,7 +62,37 @@ COPY = """() => {
         getSelection().removeAllRanges();
     }
 }"""
-PLACEHOLDER = "<h3>Add an image, and ask about it</h3><p>Use the clip below, or drop or paste an image there.</p>"
+# Roles and names that Gradio's components lack, for screen readers
+NAMES = """() => {
+    const name = () => {
+        document.querySelectorAll("#chat .examples[role=list]").forEach((list) => list.setAttribute("role", "group"));
+        document.querySelectorAll("#chat button:has(> .image-frame)").forEach((button) => {
+            button.setAttribute("aria-label", "Show the image in full size");
+        });
+    };
+    new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+    name();
+}"""
+# The file is made in the browser, from what the browser has kept
+EXPORT = """(saved) => {
+    if (saved) {
+        const link = document.createElement("a");
+        link.href = URL.createObjectURL(new Blob([JSON.stringify(saved, null, 2)], {type: "application/json"}));
+        link.download = "conversation.json";
+        link.click();
+        URL.revokeObjectURL(link.href);
+    }
+}"""
+PLACEHOLDER = (
+    "<h2>Ask about an image</h2><p>Choose an example, or add an image with the clip below, and write a question.</p>"
+)
+EXAMPLES = (QUESTION, "Where is the star?", "Describe the image.")  # about the image of the bundle's card
+STORAGE = "optimum-llava-ov"  # key of the conversation in the browser
+SEND, STOP = "Send", "Stop"
+MAX_SAVED = 4_000_000  # characters; browsers keep 5 million for a site
+# Of a conversation that a browser sends
+MAX_RESTORED_IMAGES, MAX_RESTORED_MESSAGES, MAX_RESTORED_CHARACTERS = 64, 200, 100_000
+IMAGE = "An image of the question"
 MAX_EVICTED = 1000  # expired visitors that are remembered, so that they are told when they come back
 SHOW_SECONDS = 0.05  # between two updates of an answer; a fast model generates words faster than a page can show them
 
@@ -89,22 +133,32 @@ class Limits:
 
 @dataclass
 class Turn:
-    """Hold what the page shows of a turn."""
+    """Hold what the page shows of a turn.
+
+    Attributes:
+        text, answer (`str`): Question and answer.
+        files (`list[str]`): Uploaded images.
+        images (`list[str]`): Images of a conversation that the browser had kept, as base64 of PNG files.
+        stats (`str`): Tokens and times of the answer.
+    """
 
     text: str
     files: list[str]
     answer: str = ""
-    _html: tuple[str, str] = ("", "")
+    stats: str = ""
+    images: list[str] = field(default_factory=list)
+    _html: tuple[tuple[str, str], str] = (("", ""), "")
 
     def messages(self) -> list[dict[str, Any]]:
-        images = [{"role": "user", "content": {"path": file}} for file in self.files]
+        files = [{"role": "user", "content": {"path": file, "alt_text": IMAGE}} for file in self.files]
+        images = [_shown("user", image_to_html(data, IMAGE)) for data in self.images]
         question = [_shown("user", escape(self.text))] if self.text else []
-        return [*images, *question, _shown("assistant", self._answer_html())]
+        return [*files, *images, *question, _shown("assistant", self._answer_html())]
 
     def _answer_html(self) -> str:
         """Return the answer as HTML. Keep the result, because the page shows earlier answers again at every update."""
-        if self._html[0] != (text := self.answer or "…"):
-            self._html = (text, answer_to_html(text))
+        if self._html[0] != (key := (self.answer or "…", self.stats)):
+            self._html = (key, answer_to_html(*key))
         return self._html[1]
 
 
@@ -176,7 +230,14 @@ class Visitor:
             self._pending = None
             if pending.answer.kept:
                 pending.turn.answer = pending.answer.text
+                pending.turn.stats = _short(pending.answer.stats)
                 self.turns[pending.position :] = [pending.turn]
+
+    def restore(self, saved: list[Any]) -> None:
+        """Continue a conversation that a browser had kept. Raise the errors of [`ChatSession.load`]."""
+        self.session.load(_checked(saved))
+        with self._lock:
+            self.turns = turns_of(saved)
 
     def leave(self) -> None:
         """Stop the answer, and remove all turns."""
@@ -189,6 +250,57 @@ class Visitor:
         self.finish(self._pending)  # an earlier answer, if the page did not wait for its end
         self._pending = Pending(turn, answer, len(self.turns) - retried)
         return self._pending
+
+
+def turns_of(saved: list[Any]) -> list[Turn]:
+    """Return the turns of a conversation that a browser had kept.
+
+    Raises:
+        `ValueError`: It is not a conversation.
+    """
+    try:
+        messages = [message for message in _checked(saved) if message["role"] != "system"]
+        return [
+            Turn(_text(question), [], _text(answer), images=_images(question))
+            for question, answer in zip(messages[::2], messages[1::2])
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("The file is not a conversation that this page has saved.") from error
+
+
+def _checked(saved: Any) -> list[Any]:
+    """Return a conversation from outside if its size is acceptable."""
+    if not isinstance(saved, list) or not all(isinstance(message, dict) for message in saved):
+        raise ValueError("The file is not a conversation that this page has saved.")
+    images = sum(len(_images(message)) for message in saved)
+    characters = sum(len(_text(message)) for message in saved)
+    for number, most, what in (
+        (len(saved), MAX_RESTORED_MESSAGES, "messages"),
+        (images, MAX_RESTORED_IMAGES, "images"),
+        (characters, MAX_RESTORED_CHARACTERS, "characters"),
+    ):
+        if number > most:
+            raise ValueError(f"The conversation has {number:,} {what}. At most {most:,} are accepted.")
+    return saved
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    items = content if isinstance(content, list) else []
+    texts = [str(item["text"]) for item in items if isinstance(item, dict) and "text" in item]
+    return content if isinstance(content, str) else "\n".join(texts)
+
+
+def _images(message: dict[str, Any]) -> list[str]:
+    content = message.get("content")
+    items = content if isinstance(content, list) else []
+    return [str(item["base64"]) for item in items if isinstance(item, dict) and "base64" in item]
+
+
+def _short(stats: Stats) -> str:
+    """Return the number of tokens and the times of an answer, in a few words."""
+    rate = f" · {stats.tokens_per_second:.1f} tokens/s" if stats.tokens_per_second else ""
+    return f"{stats.new_tokens} tokens · first after {stats.time_to_first_token:.2f} s{rate}"
 
 
 class Visitors:
@@ -299,57 +411,98 @@ class Demo:
         self.pages = OpenPages()
 
     def ask(
-        self, question: dict, temperature: float, top_p: float, tokens: int, device: str, request: gr.Request
+        self,
+        question: dict,
+        temperature: float,
+        top_p: float,
+        tokens: int,
+        device: str,
+        saved: Any,
+        request: gr.Request,
     ) -> Iterator:
         """Stream the answer to a question."""
         self._check_page(request)
         text, files = (question.get("text") or "").strip(), question.get("files") or []
         if not text:
             gr.Info("Write a question about the image.")
-            yield gr.skip(), question_box(question)
+            yield gr.skip(), question_box(question), gr.skip()
             return
         try:
             self._check_length(text)
-            visitor = self.visitors.get(request.session_hash, device)
+            visitor = self._visitor(request, device, saved)
+            if unreadable := self._unreadable(visitor, files):
+                # Without them the next try is possible
+                question = {"text": question.get("text"), "files": [file for file in files if file not in unreadable]}
+                yield gr.skip(), question_box(question), gr.skip()
+                return
             pending = visitor.send(Turn(text, files), files, self._options(temperature, top_p, tokens))
         except (ValueError, RuntimeError) as error:
             _warn(error, files)
-            yield gr.skip(), question_box(question)
+            yield gr.skip(), question_box(question), gr.skip()
             return
         if visitor.was_evicted and not visitor.turns:
             gr.Info("Your session expired. This is a new conversation.")
         yield from self._show(visitor, pending)
         kept = pending.answer.kept or self.visitors.find(request.session_hash) is not visitor
-        yield visitor.messages(), question_box(None if kept else question)
+        yield visitor.messages(), question_box(None if kept else question), _kept(visitor)
 
-    def retry(self, temperature: float, top_p: float, tokens: int, request: gr.Request) -> Iterator:
+    def retry(
+        self, temperature: float, top_p: float, tokens: int, device: str, saved: Any, request: gr.Request
+    ) -> Iterator:
         """Stream another answer to the last question. If it fails, the earlier answer stays."""
         self._check_page(request)
-        visitor = self.visitors.find(request.session_hash)
-        if visitor is None or not visitor.turns:
-            yield gr.skip(), gr.skip()
-            return
         try:
+            visitor = self._visitor(request, device, saved)
+            if not visitor.turns:
+                yield gr.skip(), gr.skip(), gr.skip()
+                return
             pending = visitor.retry(self._options(temperature, top_p, tokens))
         except (ValueError, RuntimeError) as error:
             _warn(error)
-            yield visitor.messages(), gr.skip()
+            found = self.visitors.find(request.session_hash)
+            yield gr.skip() if found is None else found.messages(), gr.skip(), gr.skip()
             return
         yield from self._show(visitor, pending)
-        yield visitor.messages(), question_box()
+        yield visitor.messages(), question_box(), _kept(visitor)
 
-    def undo(self, request: gr.Request) -> tuple:
+    def undo(self, device: str, saved: Any, request: gr.Request) -> tuple:
         """Remove the last question from the conversation and put it into the question box."""
-        visitor = self.visitors.find(request.session_hash)
-        if visitor is None:
-            return gr.skip(), gr.skip()
+        if request.session_hash not in self.pages:
+            return gr.skip(), gr.skip(), gr.skip()
+        try:
+            visitor = self._visitor(request, device, saved)
+        except (ValueError, RuntimeError) as error:
+            _warn(error)
+            return gr.skip(), gr.skip(), gr.skip()
         turn = visitor.undo()
         box = gr.skip() if turn is None else question_box({"text": turn.text, "files": turn.files})
-        return visitor.messages(), box
+        return visitor.messages(), box, _kept(visitor)
 
     def clear(self, request: gr.Request) -> tuple:
         self.visitors.leave(request.session_hash)
-        return [], question_box()
+        return [], question_box({"text": "", "files": []}), None
+
+    def restore(self, saved: Any) -> list[dict[str, Any]]:
+        """Return the messages of the conversation that the browser has kept, for a page that was opened again."""
+        try:
+            return [message for turn in turns_of(saved or []) for message in turn.messages()]
+        except ValueError:  # of another version
+            return []
+
+    def open(self, file: str, request: gr.Request) -> tuple:
+        """Open a conversation from a file of the visitor. It takes the place of the one on the page."""
+        self._check_page(request)
+        path = Path(file)
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            messages = [message for turn in turns_of(saved) for message in turn.messages()]
+        except (ValueError, OSError, RecursionError) as error:
+            _warn(ValueError(f"{path.name} cannot be opened: {error}"), [file])
+            return gr.skip(), gr.skip()
+        finally:
+            path.unlink(missing_ok=True)
+        self.visitors.leave(request.session_hash)
+        return messages, saved
 
     def fetch(self, address: str, question: dict, request: gr.Request) -> tuple:
         """Fetch an image and add it to the question, if the operator allows its host."""
@@ -375,16 +528,39 @@ class Demo:
     def leave(self, request: gr.Request) -> None:
         self.visitors.leave(request.session_hash)
 
+    def _visitor(self, request: gr.Request, device: str, saved: Any) -> Visitor:
+        """Return the visitor of a page. A new session continues what the browser has kept.
+
+        Raises:
+            `RuntimeError`: All sessions are in use.
+            `ValueError`: What the browser has kept is not a conversation.
+        """
+        visitor = self.visitors.get(request.session_hash, device)
+        if saved and not visitor.turns and not visitor.busy:
+            visitor.restore(saved)
+        return visitor
+
+    def _unreadable(self, visitor: Visitor, files: Sequence[str]) -> list[str]:
+        """Return the images that the session refuses, and tell the visitor why."""
+        refused = []
+        for file in files:
+            try:
+                visitor.session.see_image(file)
+            except ImageError as error:  # noqa: PERF203  each image has its own
+                _warn(error, [file])
+                refused.append(file)
+        return refused
+
     def _show(self, visitor: Visitor, pending: Pending) -> Iterator:
         shown = 0.0
         try:
-            yield visitor.messages(), question_box(answering=True)
+            yield visitor.messages(), question_box(answering=True), gr.skip()
             for piece in pending.answer:
                 pending.turn.answer += piece
                 visitor.seen = time.monotonic()
                 if visitor.seen - shown >= SHOW_SECONDS:
                     shown = visitor.seen
-                    yield visitor.messages(), gr.skip()
+                    yield visitor.messages(), gr.skip(), gr.skip()
         except Exception as error:
             _warn(error)
         finally:
@@ -419,100 +595,144 @@ def _warn(error: Exception, files: Sequence[str] = ()) -> None:
     text = str(error)
     for file in files:
         text = text.replace(str(file), Path(file).name)
-    gr.Warning(escape(text))
+    folder = re.escape(str(get_upload_folder()))
+    gr.Warning(escape(re.sub(rf"{folder}/(?:[^/\s]+/)*", "", text)))
+
+
+def _kept(visitor: Visitor) -> Any:
+    """Return the conversation for the browser to keep; `None` if it has no turns, or is too long for a browser."""
+    messages = messages_as_json(visitor.session.messages)
+    if not visitor.turns:
+        return None
+    try:
+        fits = len(json.dumps(_checked(messages))) <= MAX_SAVED
+    except ValueError:
+        fits = False
+    if not fits:
+        gr.Info("The conversation is too long for the browser to keep. It is lost if you reload the page.")
+        return None
+    return messages
 
 
 def question_box(value: Any = None, answering: bool = False) -> Any:
     """Return the question box, empty or with `value`. During an answer it has a stop button."""
+    buttons = {"submit_btn": False, "stop_btn": STOP} if answering else {"submit_btn": SEND, "stop_btn": False}
     if answering is False and value is None:
-        return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-    return gr.MultimodalTextbox(value=value, submit_btn=not answering, stop_btn=answering)
+        return gr.MultimodalTextbox(**buttons)
+    return gr.MultimodalTextbox(value=value, **buttons)
 
 
 def build_page(
-    demo: Demo, title: str, devices: list[str], temperature: float = 0.0, top_p: float = 0.9, max_new_tokens: int = 512
+    demo: Demo,
+    title: str,
+    devices: list[str],
+    temperature: float = 0.0,
+    top_p: float = 0.9,
+    max_new_tokens: int = 512,
+    facts: str = "",
+    example: Path | None = None,
 ) -> gr.Blocks:
-    """Build the page."""
+    """Build the page.
+
+    Args:
+        facts: What is said of the model in the last line.
+        example: Image of the examples that visitors can click. Without one, there are no examples.
+    """
+    files = [] if example is None else [str(example)]
+    examples = [{"text": text, "files": files} for text in EXAMPLES] if files else None
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=(3600, 3600)) as page:
+        saved = gr.BrowserState(None, storage_key=STORAGE, secret=STORAGE)
         gr.Markdown(
             f"# {title}\nAsk questions about images. The answers are computed on this machine.", elem_id="title"
         )
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=420):
-                chat = gr.Chatbot(
-                    elem_id="chat",
-                    show_label=False,
-                    height="66vh",
-                    layout="bubble",
-                    placeholder=PLACEHOLDER,
-                    render_markdown=False,  # messages are HTML that loads nothing
-                    latex_delimiters=[],
-                    buttons=[],
-                    feedback_options=None,
-                )
-                question = gr.MultimodalTextbox(
-                    elem_id="question",
-                    show_label=False,
-                    placeholder="Ask about the image",
-                    file_types=["image"],
-                    file_count="multiple",
-                    sources=["upload"],
-                    max_plain_text_length=100_000,
-                    autofocus=True,
-                )
-                only_uploads(question)
-            with gr.Column(scale=1, min_width=270, elem_id="settings"):
-                with gr.Row():
-                    retry = gr.Button("Retry", elem_id="retry", size="sm", min_width=50)
-                    undo = gr.Button("Undo", elem_id="undo", size="sm", min_width=50)
-                    copy = gr.Button("Copy", elem_id="copy", size="sm", min_width=50)
-                    clear = gr.Button("Clear", elem_id="clear", size="sm", min_width=50, variant="stop")
-                settings = [
-                    gr.Slider(
-                        0.0, 2.0, temperature, step=0.05, label="Temperature", info="0 for greedy decoding.",
-                    ),
-                    gr.Slider(
-                        0.05, 1.0, top_p, step=0.05, label="Top-p", info="Used if the temperature is above 0.",
-                    ),
-                    gr.Slider(
-                        1, demo.limits.max_new_tokens, min(max_new_tokens, demo.limits.max_new_tokens), step=1,
-                        label="Maximum length of an answer", info="In tokens.",
-                    ),
-                    gr.Dropdown(
-                        devices, value=devices[0], label="Device",
-                        info="Changing the device starts a new conversation.",
-                    ),
-                ]  # fmt: skip
-                with gr.Group(visible=bool(demo.limits.hosts)):
-                    address = gr.Textbox(
-                        label="Image from",
-                        info=", ".join(demo.limits.hosts),
-                        placeholder="https://",
-                        max_length=2000,
-                    )
-                    fetch = gr.Button("Add", elem_id="fetch", size="sm")
-        shown = [chat, question]
+        chat = gr.Chatbot(
+            elem_id="chat",
+            label="Conversation",
+            show_label=False,
+            height="56vh",
+            layout="bubble",
+            placeholder=PLACEHOLDER,
+            examples=examples,
+            render_markdown=False,  # messages are HTML that loads nothing
+            latex_delimiters=[],
+            buttons=[],
+            feedback_options=None,
+        )
+        question = gr.MultimodalTextbox(
+            elem_id="question",
+            label="Question",
+            show_label=False,
+            placeholder="Ask about the image",
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            max_plain_text_length=100_000,
+            autofocus=True,
+            submit_btn=SEND,
+        )
+        only_uploads(question)
+        with gr.Row(elem_id="tools"):
+            copy = gr.Button("Copy answer", elem_id="copy", size="sm", min_width=90)
+            clear = gr.Button("New conversation", elem_id="clear", size="sm", min_width=90)
+            export = gr.Button("Save", elem_id="export", size="sm", min_width=90)
+            opened = gr.UploadButton("Open", elem_id="open", size="sm", min_width=90, file_types=[".json"])
+            only_uploads(opened)
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            settings = [
+                gr.Slider(
+                    0.0, 2.0, temperature, step=0.05, label="Temperature", info="0 for greedy decoding.",
+                ),
+                gr.Slider(
+                    0.05, 1.0, top_p, step=0.05, label="Top-p", info="Used if the temperature is above 0.",
+                ),
+                gr.Slider(
+                    1, demo.limits.max_new_tokens, min(max_new_tokens, demo.limits.max_new_tokens), step=1,
+                    label="Maximum length of an answer", info="In tokens.",
+                ),
+                gr.Dropdown(devices, value=devices[0], label="Device", info="Where answers are computed."),
+            ]  # fmt: skip
+        with gr.Group(visible=bool(demo.limits.hosts)):
+            address = gr.Textbox(
+                label="Image from",
+                info=", ".join(demo.limits.hosts),
+                placeholder="https://",
+                max_length=2000,
+            )
+            fetch = gr.Button("Add", elem_id="fetch", size="sm")
+        gr.HTML(f"<p>{escape(facts)}</p>", elem_id="foot", visible=bool(facts))
+        shown = [chat, question, saved]
         answers = {"concurrency_limit": demo.limits.answers, "concurrency_id": "answers", "show_progress": "hidden"}
-        question.submit(demo.ask, [question, *settings], shown, api_visibility="private", **answers)
-        retry.click(demo.retry, settings[:-1], shown, api_visibility="private", **answers)
-        undo.click(demo.undo, None, shown, queue=False, api_visibility="private")
-        clear.click(demo.clear, None, shown, queue=False, api_visibility="private")
-        chat.clear(demo.clear, None, shown, queue=False, api_visibility="private")
-        copy.click(None, js=COPY, queue=False, api_visibility="private")
-        question.stop(demo.stop, None, None, queue=False, api_visibility="private")
+        private = {"api_visibility": "private"}
+        question.submit(demo.ask, [question, *settings, saved], shown, **private, **answers)
+        chat.retry(demo.retry, [*settings, saved], shown, **private, **answers)
+        chat.undo(demo.undo, [settings[-1], saved], shown, queue=False, **private)
+        chat.example_select(fill_in, None, question, show_progress="hidden", **private).then(
+            demo.ask, [question, *settings, saved], shown, **private, **answers
+        )
+        clear.click(demo.clear, None, shown, queue=False, **private)
+        chat.clear(demo.clear, None, shown, queue=False, **private)
+        copy.click(None, js=COPY, queue=False, **private)
+        export.click(None, saved, None, js=EXPORT, queue=False, **private)
+        opened.upload(demo.open, opened, [chat, saved], show_progress="hidden", **private)
+        question.stop(demo.stop, None, None, queue=False, **private)
         if demo.limits.hosts:
-            fetching = [fetch.click, address.submit]
-            limit = demo.limits.answers
             gr.on(
-                fetching,
+                [fetch.click, address.submit],
                 demo.fetch,
                 [address, question],
                 [question, address],
-                api_visibility="private",
-                concurrency_limit=limit,
+                concurrency_limit=demo.limits.answers,
+                **private,
             )
+        page.load(demo.restore, saved, chat, queue=False, show_progress="hidden", **private)
+        page.load(None, js=NAMES, queue=False, **private)
         page.unload(demo.leave)
     return page
+
+
+def fill_in(example: gr.SelectData) -> dict[str, Any]:
+    """Return an example as a question."""
+    return {"text": example.value["text"], "files": [file["path"] for file in example.value.get("files") or []]}
 
 
 def run_demo(page: gr.Blocks, demo: Demo, host: str, port: int, open_browser: bool) -> None:
@@ -535,8 +755,25 @@ def run_demo(page: gr.Blocks, demo: Demo, host: str, port: int, open_browser: bo
         app_kwargs={"middleware": [guard]},
         max_file_size=limits.max_bytes,
         footer_links=[],
-        theme=gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONOSPACE_FONTS),
+        theme=_theme(),
         css=CSS,
+    )
+
+
+def _theme() -> gr.themes.Base:
+    """Return the theme, with a contrast of at least 4.5 : 1 for all text (WCAG 2.2, level AA)."""
+    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONOSPACE_FONTS)
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
+        block_label_text_color="*primary_700",
+        block_title_text_color="*primary_700",
+        block_label_text_color_dark="*neutral_100",
+        block_title_text_color_dark="*neutral_100",
     )
 
 

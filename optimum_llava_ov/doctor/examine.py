@@ -26,7 +26,7 @@ class Diagnosis:
         packages (`list[Package]`): Versions, and those that are supported.
         computer ([`Computer`] or `None`): The machine; `None` if torch or OpenVINO does not import.
         plan ([`Plan`] or `None`): What would be chosen for the model; `None` without a model, or if it cannot be read.
-        problems (`list[Problem]`): What is wrong, and how to mend it.
+        problems (`list[Problem]`): What is wrong, and how to fix it.
     """
 
     packages: list[Package]
@@ -57,7 +57,7 @@ def examine(model: str | None = None) -> Diagnosis:
         diagnosis.computer = computer = describe_computer()
     except (ImportError, OSError, RuntimeError) as error:
         diagnosis.problems.append(
-            Problem(f"torch and OpenVINO do not work: {error}", "Mend the packages above, then run doctor again.")
+            Problem(f"torch and OpenVINO do not work: {error}", "Fix the packages above, then run doctor again.")
         )
         return diagnosis
     if model is not None:
@@ -69,7 +69,7 @@ def _examine_model(diagnosis: Diagnosis, model: str, computer: Computer) -> list
     try:
         from optimum_llava_ov.doctor.needs import make_plan
     except (ImportError, OSError, RuntimeError) as error:
-        return [Problem(f"transformers or Optimum does not import: {error}", "Mend the packages above.")]
+        return [Problem(f"transformers or Optimum does not import: {error}", "Fix the packages above.")]
     try:
         diagnosis.plan = plan = make_plan(model, computer.memory, computer.memory_bandwidth)
     except ValueError as error:
@@ -120,7 +120,7 @@ def report(diagnosis: Diagnosis) -> str:
     if not diagnosis.problems:
         lines.append("Nothing is wrong.")
     for problem in diagnosis.problems:
-        lines += [f"{'Wrong' if problem.stops else 'Note'}: {problem.found}", f"  To mend it: {problem.mend}"]
+        lines += [f"{'Wrong' if problem.stops else 'Note'}: {problem.found}", f"  To fix it: {problem.fix}"]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a check finds, and how the user mends it."""
+"""What a check finds, and how to fix it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Problem:
 
     Attributes:
         found (`str`): What is wrong, as a sentence.
-        mend (`str`): What to do: a command, or a sentence.
+        fix (`str`): What to do: a command, or a sentence.
         stops (`bool`): Whether commands fail because of it. Otherwise something is only slower or larger.
     """
 
     found: str
-    mend: str
+    fix: str
     stops: bool = True
