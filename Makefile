@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test test-fast coverage fuzz imports compat docs quality style clean
+.PHONY: install quickstart test test-fast coverage fuzz imports compat quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
@@ -49,10 +49,6 @@ coverage: install
 $(BIN)/mypy: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		codespell import-linter mypy ruff types-psutil types-PyYAML types-tqdm
-
-# The site, in site/. It fails if a link leads nowhere.
-docs: install
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mkdocs build --strict
 
 quality: $(BIN)/mypy
 	$(BIN)/ruff check .
