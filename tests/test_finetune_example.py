@@ -1,14 +1,17 @@
 """`examples/finetune`: what it trains is converted exactly, what ships has learned, and its pages run."""
 
 import json
+import os
 import re
 import shutil
 import sys
 
+import nbformat
 import pytest
 import torch
-from conftest import EXACT, EXAMPLES, run
+from conftest import EXACT, EXAMPLES, quick_programs, run
 from hub_server import HubServer
+from nbclient import NotebookClient
 from optimum.intel import OVConfig
 from peft import LoraConfig, PeftModel
 from transformers import AutoProcessor
@@ -123,3 +126,28 @@ def test_card_on_the_hub(bundle, tmp_path):
     assert "| checkpoint-llama | base model |" in card
     assert "| ring-lora | LoRA adapter, rank 16, alpha 32 |  | apache-2.0 |" in card
     assert "license: apache-2.0" in card
+
+
+def test_notebook(tmp_path, monkeypatch):
+    """It runs from the first cell to the last, with little data and few steps. What is stored are outputs of a whole run."""
+    notebook = nbformat.read(EXAMPLE / "finetune.ipynb", as_version=4)
+    stored = "".join(
+        "".join(output.get("text", "") for output in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    )
+    (after, before), _ = re.findall(r"^ring-ov .* (\d+\.\d)% \(reference (\d+\.\d)%\)$", stored, re.MULTILINE)
+    assert float(before) <= 20
+    assert float(after) >= 90
+
+    shutil.copytree(EXAMPLES / "shapes", tmp_path / "shapes")
+    here = shutil.copytree(EXAMPLE, tmp_path / "finetune", ignore=shutil.ignore_patterns("ring-lora"))
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source = "NUM_TRAIN, STEPS, NUM_HELD_OUT, NUM_OLD = 8, 2, 2, 2"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PATH", f"{quick_programs(tmp_path / 'bin')}:{os.environ['PATH']}")
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(here)}}).execute()
+    texts = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells]
+    assert any("Wrote the fine-tune to my-lora" in text for text in texts)
+    assert any(re.search(r"^ring-ov: \S", text, re.MULTILINE) for text in texts)
+    assert "Nothing was published (--dry-run)." in texts[-1]

@@ -28,7 +28,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from optimum_llava_ov import OriginalLlavaForConditionalGeneration
 
 
-BASE = Path(__file__).parent.parent / "shapes" / "checkpoint-llama"
+BASE = Path(__file__).resolve().parents[1] / "shapes" / "checkpoint-llama"
 IGNORED = -100  # label of tokens that are not trained
 
 
@@ -53,7 +53,7 @@ def save(model: OriginalLlavaForConditionalGeneration, adapter: PeftModel, base:
     """Write the folder that `LLaVA/llava/train/train.py --lora_enable True` writes."""
     config = adapter.peft_config["default"]
     config.base_model_name_or_path, config.task_type = os.path.relpath(base, output), "CAUSAL_LM"
-    adapter.save_pretrained(output)
+    adapter.save_pretrained(output, save_embedding_layers=False)
     tokens = model.config.num_known_tokens  # without `<image>`, for which this package adds a row
     others = model.image_encoder.projector.state_dict(prefix="model.mm_projector.")
     others["model.embed_tokens.weight"] = model.embed_tokens.weight[:tokens].detach()
@@ -94,7 +94,7 @@ class DataSet:
 
     def batches(self, size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield endless batches. The sequences of a batch have about the same length."""
-        rng = random.Random(seed)
+        rng, size = random.Random(seed), min(size, len(self.samples))
         while True:
             order = rng.sample(range(len(self.samples)), len(self.samples))
             order.sort(key=lambda index: len(self.samples[index][0]) + 8 * rng.random())
