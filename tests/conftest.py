@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,18 @@ def run(
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **kwargs)
     assert not check or result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
     return result
+
+
+@pytest.fixture
+def quick_path(tmp_path) -> str:
+    """A PATH whose `optimum-cli` is forked from a process that has the libraries, for programs that are started by others."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "optimum-cli"
+    command = shlex.join(programs.quick([str(Path(sys.executable).parent / "optimum-cli")]))
+    program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    program.chmod(0o755)
+    return f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def run_stock(code: str, *arguments: str | Path, **kwargs) -> str:
