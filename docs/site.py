@@ -17,6 +17,17 @@ REPOSITORY = "/".join(filter(None, (os.environ.get("GITHUB_SERVER_URL"), os.envi
 COLUMNS = "100"  # of the help of a command
 
 
+def on_config(config):
+    """Add pages that mkdocs.yml does not name to the guides, by their headings, so that no page is out of reach."""
+    named = re.findall(r"[\w.-]+\.md", str(config["nav"]))
+    guides = next(section["Guides"] for section in config["nav"] if "Guides" in section)
+    for file in sorted((ROOT / "docs").glob("*.md")):
+        if file.name not in named:
+            heading = re.search(r"^# (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            guides.append({heading[1] if heading else file.stem: file.name})
+    return config
+
+
 def on_files(files, config):
     """Add the pages. mkdocs calls this before it reads the pages."""
     from mkdocs.structure.files import File
