@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test test-fast coverage fuzz imports compat quality style clean
+.PHONY: install quickstart test test-fast coverage fuzz imports compat docs quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
@@ -60,6 +60,12 @@ quality: $(BIN)/mypy
 style: $(BIN)/mypy
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site in site/: open site/index.html. Nothing in it is loaded from other servers.
+docs: install
+	$(BIN)/python -c "import mkdocs" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) shapes-ov shapes-int4-ov shapes-awq-ov shapes-mixed-ov shapes-llama-ov build dist site *.egg-info .coverage* \

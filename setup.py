@@ -1,9 +1,17 @@
 """Settings that pyproject.toml cannot express. All others are there."""
 
+import os
+import re
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.egg_info import egg_info
+
+
+HERE = Path(__file__).parent
+# CI knows where the repository is. The package index needs absolute links, and GitHub shows relative ones.
+REPOSITORY = "/".join(filter(None, (os.environ.get("GITHUB_SERVER_URL"), os.environ.get("GITHUB_REPOSITORY"))))
+REVISION = os.environ.get("GITHUB_REF_NAME", "main")
 
 
 class EggInfo(egg_info):
@@ -18,4 +26,34 @@ class EggInfo(egg_info):
         Path(self.egg_info, "top_level.txt").write_text("optimum_llava_ov\n")
 
 
-setup(cmdclass={"egg_info": EggInfo})
+def readme() -> str:
+    """Return the README, with absolute links if the address of the repository is known."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    if not REPOSITORY:
+        return text
+
+    def absolute(match: re.Match) -> str:
+        view = "raw" if match[1] else "blob"
+        return f"{match[1]}[{match[2]}]({REPOSITORY}/{view}/{REVISION}/{match[3]})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)]+)\)", absolute, text)
+
+
+def urls() -> dict[str, str]:
+    """Return the addresses that the package index shows."""
+    if not REPOSITORY:
+        return {}
+    return {
+        "Repository": REPOSITORY,
+        "Documentation": f"{REPOSITORY}/tree/{REVISION}/docs",
+        "Issues": f"{REPOSITORY}/issues",
+        "Changelog": f"{REPOSITORY}/blob/{REVISION}/CHANGELOG.md",
+    }
+
+
+setup(
+    cmdclass={"egg_info": EggInfo},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    project_urls=urls(),
+)

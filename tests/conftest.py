@@ -135,6 +135,13 @@ def quick_programs(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def quick_path(tmp_path) -> str:
+    """A PATH whose programs start quickly, for programs that are started by others."""
+    folder = quick_programs(tmp_path / "bin")
+    return f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
 def run_stock(code: str, *arguments: str | Path, **kwargs) -> str:
     """Run Python where this package cannot be imported, as for somebody who never heard of it. Returns what it printed."""
     guard = (

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def shell(folder, shared_folder, tmp_path):
+def shell(folder, shared_folder, quick_path):
     """Runs lines of a shell. An export that several pages show is made once."""
-    programs_folder = quick_programs(tmp_path / "bin")
 
     def do(line, env):
         output = folder / line.split()[-1]
@@ -70,8 +70,7 @@ def shell(folder, shared_folder, tmp_path):
             if made.exists():
                 shutil.copytree(made, output)
                 return
-            path = f"{programs_folder}:{Path(sys.executable).parent}"
-            run("bash", "-c", f'PATH="{path}:$PATH" {line}', env=env, cwd=folder)
+            run("bash", "-c", line, env={**env, "PATH": quick_path}, cwd=folder)
             if line.startswith("optimum-cli export openvino"):
                 shutil.copytree(output, made)
 
@@ -90,6 +89,15 @@ def test_snippets(document, folder, shell):
         else:
             for line in code.replace("\\\n", " ").splitlines():
                 shell(line, env)
+
+
+def test_examples_of_the_help(folder, shell):
+    """The way that `optimum-cli llava-ov --help` shows, line by line."""
+    shown = run("optimum-cli", "llava-ov", "--help").stdout
+    lines = [line.strip() for line in shown.splitlines() if line.startswith("  optimum-cli ")]
+    assert [line.split()[2] for line in lines] == ["doctor", "openvino", "chat", "eval", "bench", "push"]
+    for line in lines:
+        shell(line, {"HF_HUB_OFFLINE": "1"})
 
 
 def test_links_lead_somewhere():
@@ -126,7 +134,8 @@ def test_wheel_holds_what_is_needed(tmp_path):
     shutil.copytree(
         ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "examples", "benchmarks", "build", "*-ov")
     )
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source)
+    address = {"GITHUB_SERVER_URL": "https://example.org", "GITHUB_REPOSITORY": "me/repo", "GITHUB_REF_NAME": "v1"}
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source, env=address)
     names = subprocess.run(
         [sys.executable, "-m", "zipfile", "-l", next(tmp_path.glob("*.whl"))], capture_output=True, text=True
     ).stdout
@@ -138,6 +147,14 @@ def test_wheel_holds_what_is_needed(tmp_path):
         "optimum_llava_ov/runtime/modeling.py",
     ):
         assert name in names
+    # On the package index, links must be absolute
+    (information,) = distributions(path=[str(next(tmp_path.glob("*.whl")))])
+    assert "Issues, https://example.org/me/repo/issues" in information.metadata.get_all("Project-URL")
+    description = information.metadata.get_payload()
+    assert "https://example.org/me/repo/blob/v1/docs/checkpoints.md" in description
+    assert "![A page in the browser" in description
+    assert "(https://example.org/me/repo/raw/v1/docs/demo.png)" in description
+    assert re.findall(r"\]\((?!https://|#)[^)]+\)", description) == []
     assert "optimum/commands/__init__.py" not in names
     assert "register/__init__.py" not in names
 
