@@ -24,6 +24,7 @@ HEAVY = {
     "openvino",
     "openvino_genai",
     "optimum",
+    "pyarrow",
     "safetensors",
     "torch",
     "transformers",

@@ -9,7 +9,9 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_llava_ov.cli.base import Command
 from optimum_llava_ov.cli.bench import BenchCommand
+from optimum_llava_ov.cli.caption import CaptionCommand
 from optimum_llava_ov.cli.chat import ChatCommand, DemoCommand
+from optimum_llava_ov.cli.serve import ServeCommand
 
 
 class EvalCommand(Command):
@@ -109,10 +111,15 @@ class PushCommand(Command):
 
 class LlavaOVCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="llava-ov", help="Tools for LLaVA bundles.")
-    SUBCOMMANDS = (
-        CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),
-        CommandInfo(name=BenchCommand.COMMAND.name, help=BenchCommand.COMMAND.help, subcommand_class=BenchCommand),
-        CommandInfo(name=PushCommand.COMMAND.name, help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
-        CommandInfo(name=ChatCommand.COMMAND.name, help=ChatCommand.COMMAND.help, subcommand_class=ChatCommand),
-        CommandInfo(name=DemoCommand.COMMAND.name, help=DemoCommand.COMMAND.help, subcommand_class=DemoCommand),
+    SUBCOMMANDS = tuple(
+        CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
+        for command in (
+            EvalCommand,
+            BenchCommand,
+            PushCommand,
+            ChatCommand,
+            DemoCommand,
+            ServeCommand,
+            CaptionCommand,
+        )
     )
