@@ -27,3 +27,7 @@ class HubUnreachableError(HubError):
 
 class ImageError(ValueError):
     """An image cannot be read, or exceeds a limit. Nothing was computed with it."""
+
+
+class EngineFailureError(ValueError):
+    """The engine failed while it computed an answer. It starts again; the same request may succeed."""

@@ -26,6 +26,7 @@ HEAVY = {
     "optimum",
     "prompt_toolkit",
     "rich",
+    "pyarrow",
     "safetensors",
     "textual_image",
     "torch",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import EXAMPLES, GOLDEN, Golden, fill_hub_cache, quick_programs, run
+from conftest import EXAMPLES, GOLDEN, Golden, fill_hub_cache, run
 from filelock import FileLock
 
 from optimum_llava_ov.bundle.layout import FILES

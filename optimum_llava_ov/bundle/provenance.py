@@ -30,7 +30,8 @@ def openvino_config(
     names = ("model", "revision", "vision_tower", "vision_tower_revision")
     config.converted_from = {name: converted_from.get(name) for name in names}
     more = (
-        "tokenizer", "tokenizer_revision", "base_model", "base_model_revision", "adapters", "quantized_training", "lora",
+        "tokenizer", "tokenizer_revision", "base_model", "base_model_revision", "adapters", "quantized_training",
+        "lora",
     )  # fmt: skip
     config.converted_from |= {name: converted_from[name] for name in more if name in converted_from}
     config.versions = {tool: version(tool) for tool in TOOLS}

@@ -21,9 +21,10 @@ from transformers import AutoConfig, GenerationConfig, LlavaNextProcessor
 
 from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.bundle.layout import PARTS
+from optimum_llava_ov.chat.engine import Conversation
 from optimum_llava_ov.chat.genai_images import fit_to_genai
 from optimum_llava_ov.chat.images import digest
-from optimum_llava_ov.chat.messages import Message, images_of, text_of
+from optimum_llava_ov.chat.messages import PLACEHOLDER, Message, images_of, text_of
 from optimum_llava_ov.chat.prompt import Prompt
 from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer
 from optimum_llava_ov.errors import ImageError
@@ -44,6 +45,7 @@ OPTIONS = (
 )
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
 TOP_K = 50  # default of transformers
+NO_TEXT = "A message has images but no text. The genai engine needs a text. Add one, or use the openvino engine."
 
 
 class GenAIEngine:
@@ -56,6 +58,7 @@ class GenAIEngine:
         bundle: Folder of a bundle.
         prefix_caching: Whether a prompt reuses the caches of earlier prompts that begin alike. Without it, a repeated
             prompt takes as long as the first time, so that it can be measured.
+        scheduling: Other values of GenAI's `SchedulerConfig`, such as `max_num_seqs`.
     """
 
     def __init__(
@@ -64,18 +67,25 @@ class GenAIEngine:
         device: str = "CPU",
         ov_config: dict[str, str] | None = None,
         prefix_caching: bool = True,
+        **scheduling: int,
     ):
         self.name, self.folder = "genai", bundle
         self.processor = load_processor(bundle)
         self.config = AutoConfig.from_pretrained(bundle)
         self.stop_strings = GenerationConfig.from_pretrained(bundle).stop_strings
-        scheduler = openvino_genai.SchedulerConfig()
-        scheduler.enable_prefix_caching = prefix_caching
+        self._scheduler = openvino_genai.SchedulerConfig()
+        self._scheduler.enable_prefix_caching = prefix_caching
+        for name, value in scheduling.items():
+            setattr(self._scheduler, name, value)
         self._device, self._ov_config = device, ov_config or {}
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(bundle, scheduler, device, self._ov_config)
+        self._pipeline = self.new_pipeline()
         self._turn = threading.Lock()
 
-    def new_conversation(self) -> GenAIConversation:
+    def new_pipeline(self) -> openvino_genai.ContinuousBatchingPipeline:
+        """Load the bundle into a pipeline of GenAI."""
+        return openvino_genai.ContinuousBatchingPipeline(self.folder, self._scheduler, self._device, self._ov_config)
+
+    def new_conversation(self) -> Conversation:
         return GenAIConversation(self)
 
     def generate(self, prompts: Sequence[Prompt], receive: Callable[[int, int], None], **options: Any) -> None:
@@ -84,7 +94,9 @@ class GenAIEngine:
         config.apply_chat_template = False  # the prompt's text has it
         with self._turn:
             handles = [
-                self._pipeline.add_request(index, prompt.text, self.image_tensors(prompt.messages), config)
+                self._pipeline.add_request(
+                    index, text_for_genai(prompt.text), self.image_tensors(prompt.messages), config
+                )
                 for index, prompt in enumerate(prompts)
             ]
             while self._pipeline.has_non_finished_requests():
@@ -240,6 +252,17 @@ def image_tensor(image: Image.Image, processor: Any) -> openvino.Tensor:
     return openvino.Tensor(np.ascontiguousarray(pixels.round().astype(np.uint8)))
 
 
+def text_for_genai(text: str) -> str:
+    """Return a prompt for which GenAI computes `text`. It writes a newline after each `<image>`.
+
+    Raises:
+        `ValueError`: An `<image>` has no newline after it, because its message has no text.
+    """
+    if text.count(PLACEHOLDER) != text.count(f"{PLACEHOLDER}\n"):
+        raise ValueError(NO_TEXT)
+    return text.replace(f"{PLACEHOLDER}\n", PLACEHOLDER)
+
+
 def with_options(config: Any, options: dict[str, Any]) -> Any:
     """Set options of `generate` in GenAI's configuration.
 
@@ -299,7 +322,5 @@ def _key(message: Message) -> tuple:
         `ValueError`: The message has no text.
     """
     if all(item["type"] != "text" for item in message["content"]):
-        raise ValueError(
-            "A message has images but no text. The genai engine needs a text. Add one, or use the openvino engine."
-        )
+        raise ValueError(NO_TEXT)
     return message["role"], text_of(message), *map(digest, images_of([message]))

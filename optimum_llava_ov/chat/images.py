@@ -34,17 +34,25 @@ def fetch_image(
     Raises:
         `ValueError`: The image cannot be fetched, takes too long, is too large or compressed, or is not an image.
     """
+    return open_image(fetch_bytes(url, max_bytes, hosts, timeout), ImageLimits(max_bytes, max_pixels))
+
+
+def fetch_bytes(url: str, max_bytes: int, hosts: Collection[str] | None = None, timeout: float = 20.0) -> bytes:
+    """Fetch a file from the web. See [`fetch_image`].
+
+    Raises:
+        `ValueError`: The file cannot be fetched, takes too long, or is too large or compressed.
+    """
     import httpx
 
     try:
-        data = asyncio.run(asyncio.wait_for(_fetch(url, max_bytes, hosts), timeout))
+        return asyncio.run(asyncio.wait_for(_fetch(url, max_bytes, hosts), timeout))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"The image {url} cannot be fetched: {error}") from error
     except asyncio.TimeoutError as error:
         raise ValueError(
             f"The image {url} cannot be fetched: it did not arrive within {timeout:g} seconds."
         ) from error
-    return open_image(data, ImageLimits(max_bytes, max_pixels))
 
 
 async def _fetch(url: str, max_bytes: int, hosts: Collection[str] | None) -> bytes:

@@ -12,8 +12,10 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_llava_ov.cli.base import Command
 from optimum_llava_ov.cli.bench import BenchCommand
+from optimum_llava_ov.cli.caption import CaptionCommand
 from optimum_llava_ov.cli.chat import ChatCommand, DemoCommand
 from optimum_llava_ov.cli.doctor import DoctorCommand
+from optimum_llava_ov.cli.serve import ServeCommand
 
 
 WORTH_A_PLOT = 3  # bundles; two points say less than the table
@@ -194,14 +196,17 @@ class LlavaOVCommand(BaseOptimumCLICommand):
         parser.description = "Run, measure and publish LLaVA models on OpenVINO."
         parser.epilog = THE_WAY
 
-    SUBCOMMANDS = (
-        CommandInfo(name=EvalCommand.COMMAND.name, help=EvalCommand.COMMAND.help, subcommand_class=EvalCommand),
-        CommandInfo(name=BenchCommand.COMMAND.name, help=BenchCommand.COMMAND.help, subcommand_class=BenchCommand),
-        CommandInfo(
-            name=AdapterCommand.COMMAND.name, help=AdapterCommand.COMMAND.help, subcommand_class=AdapterCommand
-        ),
-        CommandInfo(name=PushCommand.COMMAND.name, help=PushCommand.COMMAND.help, subcommand_class=PushCommand),
-        CommandInfo(name=ChatCommand.COMMAND.name, help=ChatCommand.COMMAND.help, subcommand_class=ChatCommand),
-        CommandInfo(name=DemoCommand.COMMAND.name, help=DemoCommand.COMMAND.help, subcommand_class=DemoCommand),
-        CommandInfo(name=DoctorCommand.COMMAND.name, help=DoctorCommand.COMMAND.help, subcommand_class=DoctorCommand),
+    SUBCOMMANDS = tuple(
+        CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
+        for command in (
+            EvalCommand,
+            BenchCommand,
+            AdapterCommand,
+            PushCommand,
+            ChatCommand,
+            DemoCommand,
+            ServeCommand,
+            CaptionCommand,
+            DoctorCommand,
+        )
     )

@@ -7,13 +7,13 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager, contextmanager
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
+
+from optimum_llava_ov.system.addresses import host_of, is_address
 
 
 Scope = MutableMapping[str, Any]
@@ -158,15 +158,15 @@ class Guard:
             await (self.app if is_room else full)(scope, receive, send)
 
     def _refusal(self, headers: Headers) -> PlainTextResponse | None:
-        host = _name(f"//{headers.get('host', '')}")
-        if host is None or not (host in self.names or _is_address(host)):
+        host = host_of(f"//{headers.get('host', '')}")
+        if host is None or not (host in self.names or is_address(host)):
             return _sentence(
                 f"This server does not accept the name {host!r}. Open the page by its IP address, or ask the operator "
                 "to add the name with --allow-name.",
                 421,
             )
         origin = headers.get("origin")
-        if origin is not None and (name := _name(origin)) != host and name not in self.names:
+        if origin is not None and (name := host_of(origin)) != host and name not in self.names:
             return _sentence(f"Pages of {origin} may not use this server. Only its own pages may.", 403)
         return None
 
@@ -204,22 +204,6 @@ def _bytes_on_disk(entry: Path) -> int:
         return max(entry.lstat().st_size, MIN_FILE)
     except OSError:  # deleted meanwhile
         return 0
-
-
-def _name(address: str) -> str | None:
-    """Return the host of an address, in lower case and without brackets, or `None` if it is not an address."""
-    try:
-        return urlsplit(address).hostname
-    except ValueError:
-        return None
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _sentence(text: str, status: int) -> PlainTextResponse:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
+from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
@@ -737,27 +738,39 @@ def fill_in(example: gr.SelectData) -> dict[str, Any]:
 
 def run_demo(page: gr.Blocks, demo: Demo, host: str, port: int, open_browser: bool) -> None:
     """Serve the page until Ctrl-C."""
-    limits = demo.limits
-    uploads = Uploads(Path(get_upload_folder()), limits.max_uploads_bytes)
-    guard = Middleware(Guard, names=(host, *limits.names), pages=demo.pages, uploads=uploads)
-    threading.Thread(
-        target=_evict_now_and_then, args=(demo.visitors, limits.idle_seconds / 10), daemon=True, name="evict"
-    ).start()
-    page.queue(max_size=limits.queue, api_open=False)
     page.launch(
         server_name=host,
         server_port=port,
         inbrowser=open_browser,
         share=False,
-        ssr_mode=False,
-        pwa=False,
-        run_history=False,
-        app_kwargs={"middleware": [guard]},
-        max_file_size=limits.max_bytes,
-        footer_links=[],
-        theme=_theme(),
-        css=CSS,
+        **_prepare(page, demo, host),
     )
+
+
+def mount_demo(app: FastAPI, page: gr.Blocks, demo: Demo) -> FastAPI:
+    """Show the page at `/` of another application, behind the routes that it has."""
+    return gr.mount_gradio_app(app, page, path="", **_prepare(page, demo))
+
+
+def _prepare(page: gr.Blocks, demo: Demo, *names: str) -> dict[str, Any]:
+    """Begin to drop idle visitors. Return how Gradio must serve the page."""
+    limits = demo.limits
+    uploads = Uploads(Path(get_upload_folder()), limits.max_uploads_bytes)
+    guard = Middleware(Guard, names=(*names, *limits.names), pages=demo.pages, uploads=uploads)
+    threading.Thread(
+        target=_evict_now_and_then, args=(demo.visitors, limits.idle_seconds / 10), daemon=True, name="evict"
+    ).start()
+    page.queue(max_size=limits.queue, api_open=False)
+    return {
+        "ssr_mode": False,
+        "pwa": False,
+        "run_history": False,
+        "app_kwargs": {"middleware": [guard]},
+        "max_file_size": limits.max_bytes,
+        "footer_links": [],
+        "theme": _theme(),
+        "css": CSS,
+    }
 
 
 def _theme() -> gr.themes.Base:

@@ -1,0 +1,1 @@
+"""Caption data sets of images."""

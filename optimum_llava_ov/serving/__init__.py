@@ -1,0 +1,1 @@
+"""Serve bundles over HTTP with the interface of OpenAI."""
