@@ -403,7 +403,48 @@ def long(**changes):
     return ask(model="shapes", max_tokens=1900, n=4, ignore_eos=True, stream=True, **changes)
 
 
+@pytest.fixture(scope="module")
+def small(shapes_bundle, tmp_path_factory):
+    """A server with few places. In a process of its own: GenAI holds the interpreter, which its clients need, too."""
+    limits = ["--max-running", 4, "--max-queue", 1, "--max-tokens-per-request", 1900, "--no-page"]
+    program = Program(tmp_path_factory.mktemp("small") / "log", f"--model=shapes={shapes_bundle}", *limits)
+    yield program.url
+    program.stop()
+
+
 class TestPlaces:
+    def test_client_that_goes_away_frees_its_place(self, small):
+        before = metric(small, "generated_tokens_total")
+        with httpx.stream("POST", f"{small}/v1/chat/completions", json=long(), timeout=60) as response:
+            for _ in zip(range(20), response.iter_lines()):
+                pass
+            assert metric(small, "requests_running") == 4
+        end = time.monotonic() + 10
+        while metric(small, "batch_requests") or metric(small, "requests_running"):
+            assert time.monotonic() < end
+        assert metric(small, "generated_tokens_total") - before < 4 * 1900
+        assert metric(small, "cancelled_requests_total") == 1
+        assert httpx.post(f"{small}/v1/chat/completions", json=ask(model="shapes")).status_code == 200
+
+    def test_full_queue(self, small):
+        with httpx.Client(timeout=60) as http:
+            endpoint = f"{small}/v1/chat/completions"
+            with http.stream("POST", endpoint, json=long()) as running:
+                next(running.iter_lines())
+                waiting = []
+                thread = threading.Thread(
+                    target=lambda: waiting.append(httpx.post(endpoint, json=ask(model="shapes"), timeout=60))
+                )
+                thread.start()
+                while not metric(small, "requests_waiting"):
+                    assert not waiting
+                refused = http.post(endpoint, json=ask(model="shapes"))
+                assert is_openai_error(refused, 429)["type"] == "rate_limit_error"
+                assert int(refused.headers["retry-after"]) >= 1
+            thread.join()
+            assert waiting[0].status_code == 200
+            is_openai_error(http.post(endpoint, json=ask(model="shapes", n=5)), 400)
+
     def test_time_is_over(self, engine):
         with served(engine, timeout=0.2, **LONG) as url:
             endpoint = f"{url}/v1/chat/completions"
