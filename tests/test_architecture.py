@@ -25,6 +25,7 @@ HEAVY = {
     "openvino_genai",
     "optimum",
     "pyarrow",
+    "ray",
     "safetensors",
     "torch",
     "transformers",
