@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test test-fast coverage fuzz imports compat docs quality style clean
+.PHONY: install quickstart test test-fast test-ray coverage fuzz imports compat docs quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
@@ -39,6 +39,11 @@ compat: install
 # The core, in two minutes: no programs, no compression, no browser, no GenAI, no Hub. CONTRIBUTING.md says what is left out.
 test-fast: install
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal -m "not slow and not browser and not genai and not hub"
+
+# A Ray cluster of several processes, some of which are killed. Ray is large, so `make test` leaves these tests out.
+test-ray: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "ray[data,serve]"
+	$(BIN)/python -m pytest tests/test_ray.py
 
 # What the tests in this process reach; programs that they start do not count. Fails if the share is below the one in pyproject.toml.
 coverage: install

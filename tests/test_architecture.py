@@ -27,6 +27,7 @@ HEAVY = {
     "prompt_toolkit",
     "rich",
     "pyarrow",
+    "ray",
     "safetensors",
     "textual_image",
     "torch",

@@ -416,7 +416,8 @@ class TestPlaces:
     def test_client_that_goes_away_frees_its_place(self, small):
         before = metric(small, "generated_tokens_total")
         with httpx.stream("POST", f"{small}/v1/chat/completions", json=long(), timeout=60) as response:
-            for _ in zip(range(20), response.iter_lines()):
+            lines = response.iter_lines()  # the connection ends with it
+            for _ in zip(range(20), lines):
                 pass
             assert metric(small, "requests_running") == 4
         end = time.monotonic() + 10
@@ -430,7 +431,8 @@ class TestPlaces:
         with httpx.Client(timeout=60) as http:
             endpoint = f"{small}/v1/chat/completions"
             with http.stream("POST", endpoint, json=long()) as running:
-                next(running.iter_lines())
+                lines = running.iter_lines()  # the connection ends with it
+                next(lines)
                 waiting = []
                 thread = threading.Thread(
                     target=lambda: waiting.append(httpx.post(endpoint, json=ask(model="shapes"), timeout=60))

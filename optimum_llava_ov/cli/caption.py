@@ -72,6 +72,18 @@ class CaptionCommand(EngineCommand):
             "--num-shards", type=int, default=1, help="Split the job by hand into this number of shards."
         )
         parser.add_argument("--shard", type=int, default=0, help="Caption only this shard, from 0.")
+        parser.add_argument(
+            "--ray",
+            metavar="ADDRESS",
+            help="Caption on the Ray cluster at this address; auto for the one of this machine, which is started if "
+            "there is none.",
+        )
+        parser.add_argument(
+            "--ray-models", type=int, default=1, help="Maximum number of models on the cluster (default: %(default)s)."
+        )
+        parser.add_argument(
+            "--ray-cpus", type=float, default=1, help="Number of processors of each model (default: %(default)s)."
+        )
         add_device_argument(parser)
         add_ov_config_argument(parser)
 
@@ -102,6 +114,12 @@ class CaptionCommand(EngineCommand):
             shard=args.shard,
             workers=args.workers,
         )
+        if args.ray is not None:
+            check_installed("ray", 'A cluster needs {}. Install it with: pip install "optimum-llava-ov[ray]"')
+            from optimum_llava_ov.captions.ray_job import run_ray_job
+
+            print(run_ray_job(job, args.ray, args.ray_models, args.ray_cpus), file=sys.stderr)
+            return
         print(run_job(job), file=sys.stderr)
         captioner.close()
 

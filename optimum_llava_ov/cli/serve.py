@@ -111,6 +111,22 @@ class ServeCommand(EngineCommand):
             help="Maximum size of an image in megapixels (default: %(default)s).",
         )
         parser.add_argument(
+            "--ray",
+            metavar="ADDRESS",
+            help="Serve on the Ray cluster at this address; auto for the one of this machine, which is started if "
+            "there is none. The page is not shown.",
+        )
+        parser.add_argument(
+            "--replicas",
+            default="1",
+            metavar="N or MIN-MAX",
+            help="Number of copies of the models on the cluster. Requests that wait decide between MIN and MAX "
+            "(default: %(default)s).",
+        )
+        parser.add_argument(
+            "--ray-cpus", type=float, default=1, help="Number of processors of each replica (default: %(default)s)."
+        )
+        parser.add_argument(
             "--no-page",
             action="store_true",
             help="Do not show the page of `llava-ov demo` at /. It is not shown without gradio or with an API key.",
@@ -139,6 +155,16 @@ class ServeCommand(EngineCommand):
         )
         bundles = bundles_by_name(args.bundle, args.model)
         ov_config = read_ov_config(args.ov_config)
+        if args.ray is not None:
+            replicas = read_range(args.replicas)
+            check_installed("ray", 'A cluster needs {}. Install it with: pip install "optimum-llava-ov[ray]"')
+            from optimum_llava_ov.serving.ray_app import build_deployment, run_on_ray, wait_for_end
+
+            options = {"device": args.device, "ov_config": ov_config, "cache_gb": args.cache_gb}
+            application = build_deployment(bundles, settings, options, replicas, args.ray_cpus)
+            if run_on_ray(application, args.ray, args.host, args.port):
+                wait_for_end()
+            return
         models = load_models(bundles, settings, args.device, ov_config, args.cache_gb)
         page = find_spec("gradio") is not None and not args.no_page and not settings.keys
         run_server(models, settings, args.host, args.port, args.device, page)
@@ -182,6 +208,22 @@ def read_api_keys(file: Path | None) -> tuple[str, ...]:
     if not keys:
         raise ValueError(f"{file or API_KEY} has no API key. Expected one a line.")
     return keys
+
+
+def read_range(text: str) -> tuple[int, int]:
+    """Return the minimum and maximum of `--replicas`.
+
+    Raises:
+        `ValueError`: It is neither a number nor two.
+    """
+    lowest, _, highest = text.partition("-")
+    try:
+        low, high = int(lowest), int(highest or lowest)
+    except ValueError as error:
+        raise ValueError(f"--replicas is {text}. Expected a number, or two such as 1-4.") from error
+    if not 1 <= low <= high:
+        raise ValueError(f"--replicas is {text}. Expected numbers above 0, the smaller one first.")
+    return low, high
 
 
 def positive(value: float, name: str):

@@ -60,20 +60,27 @@ class Lifecycle:
         return "stopping" if self.stopping else "ok"
 
 
-def build_app(models: Mapping[str, ServedModel], settings: Settings, lifecycle: Lifecycle | None = None) -> FastAPI:
+def build_app(
+    models: Mapping[str, ServedModel],
+    settings: Settings,
+    lifecycle: Lifecycle | None = None,
+    behind_front: bool = False,
+) -> FastAPI:
     """Build the application.
 
     Args:
         models: The models by name.
         lifecycle: Knows whether the server is stopping.
+        behind_front: Whether another process has received the requests and checked keys, names and sizes.
     """
     metrics = Metrics(models)
     lifecycle = lifecycle or Lifecycle(models)
 
     app = FastAPI(title="optimum-llava-ov", summary="LLaVA on OpenVINO", redoc_url=None)
     # The last one that is added is the first one that a request passes
-    app.add_middleware(Bodies, settings=settings)
-    app.add_middleware(Gate, settings=settings)
+    if not behind_front:
+        app.add_middleware(Bodies, settings=settings)
+        app.add_middleware(Gate, settings=settings)
     app.add_middleware(RequestLog, metrics=metrics)
     _add_error_handlers(app)
 

@@ -1,0 +1,216 @@
+"""The same server on a Ray cluster: a front that receives HTTP, and replicas that each have the models.
+
+Ray Serve places the replicas, counts their requests, and starts and stops them. Requests of one conversation go to
+the replica that has computed its beginning: Ray calls that a multiplexed model. Here its id is the conversation's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from optimum_llava_ov.serving.app import Lifecycle, build_app
+from optimum_llava_ov.serving.errors import try_again
+from optimum_llava_ov.serving.metrics import Metrics
+from optimum_llava_ov.serving.middleware import Bodies, Gate, RequestLog
+from optimum_llava_ov.serving.run import load_models
+from optimum_llava_ov.serving.settings import Settings
+from optimum_llava_ov.system.cluster import connect
+
+
+NAME = "llava-ov"
+CONVERSATIONS = 1000  # that a replica is known for
+_SCOPE = ("type", "method", "path", "raw_path", "query_string", "headers", "http_version", "scheme")
+
+
+class Replica:
+    """Run the application of the server in an actor, without a socket."""
+
+    def __init__(self, bundles: Mapping[str, str], settings: Settings, options: Mapping[str, Any]):
+        self._models = load_models(bundles, settings, **options)
+        self._lifecycle = Lifecycle(self._models)
+        self._app = build_app(self._models, settings, self._lifecycle, behind_front=True)
+
+    @serve.multiplexed(max_num_models_per_replica=CONVERSATIONS)
+    async def remember(self, conversation: str) -> str:
+        """Tell Ray that this replica knows a conversation."""
+        return conversation
+
+    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
+        """Answer a request with the messages of ASGI."""
+        conversation = serve.get_multiplexed_model_id()
+        if conversation:
+            await self.remember(conversation)
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        bodies = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if bodies:
+                return bodies.pop()
+            await asyncio.Event().wait()  # until this task is cancelled
+            raise AssertionError
+
+        task = asyncio.ensure_future(self._app(scope, receive, messages.put))
+        task.add_done_callback(lambda _: messages.put_nowait(None))
+        try:
+            while (message := await messages.get()) is not None:
+                yield message
+            await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def check_health(self) -> None:
+        """Raise an error if the replica must be started again."""
+        if self._lifecycle.status() == "failed":
+            raise RuntimeError("A model could not be loaded again.")
+
+
+class Front:
+    """Pass requests on to replicas, as an ASGI application.
+
+    Args:
+        replicas: Handle of the deployment of [`Replica`].
+    """
+
+    def __init__(self, replicas: DeploymentHandle):
+        self._replicas = replicas
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        body = (await receive()).get("body", b"")
+        handle = self._replicas.options(stream=True, multiplexed_model_id=conversation_id(body))
+        response = handle.answer.remote({name: scope[name] for name in _SCOPE if name in scope}, body)
+        passing = asyncio.ensure_future(_pass_on(response, scope, receive, send))
+        gone = asyncio.ensure_future(_wait_until_gone(receive))
+        try:
+            await asyncio.wait({passing, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if passing.done():
+                passing.result()
+        finally:
+            if not passing.done():
+                response.cancel()
+            passing.cancel()
+            gone.cancel()
+            await asyncio.gather(passing, gone, return_exceptions=True)
+
+
+async def _pass_on(response: Any, scope: Scope, receive: Receive, send: Send) -> None:
+    started = False
+    try:
+        async for message in response:
+            started = True
+            await send(message)
+    except (RayError, RayServeException):
+        error = try_again("The replica that computed this answer has failed. Try again.")
+        if started:  # an event of the stream, which then ends
+            event = f"data: {json.dumps(error.body())}\n\n".encode()
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+        else:
+            await error.response()(scope, receive, send)
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def conversation_id(body: bytes) -> str:
+    """Return the same text for all requests of one conversation: a hash of its beginning. "" if there is none."""
+    try:
+        messages = json.loads(body)["messages"]
+        first = next(index for index, message in enumerate(messages) if message["role"] == "user")
+        beginning = json.dumps(messages[: first + 1])
+    except (ValueError, LookupError, TypeError, StopIteration):
+        return ""
+    return hashlib.sha256(beginning.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class FrontDeployment:
+    """Receive HTTP in a deployment of Ray Serve.
+
+    Args:
+        replicas: Handle of the deployment of [`Replica`].
+    """
+
+    def __init__(self, replicas: DeploymentHandle, settings: Settings):
+        self._replicas = replicas
+        self._settings = settings
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Return the application. Ray calls it in the actor."""
+        app = Bodies(Front(self._replicas), self._settings)
+        return RequestLog(Gate(app, self._settings), Metrics({}))
+
+
+def build_deployment(
+    bundles: Mapping[str, str],
+    settings: Settings,
+    options: Mapping[str, Any],
+    replicas: tuple[int, int] = (1, 1),
+    cpus: float = 1,
+) -> serve.Application:
+    """Build the application for `serve.run`. Running it again updates the replicas one after the other.
+
+    Args:
+        options: Other arguments of [`load_models`].
+        replicas: Minimum and maximum number of replicas. Waiting requests decide how many there are.
+        cpus: Number of processors of each replica.
+    """
+    scaling: dict[str, Any] = {"num_replicas": replicas[0]}
+    if replicas[0] != replicas[1]:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": replicas[0],
+                "max_replicas": replicas[1],
+                "target_ongoing_requests": settings.max_running,
+            }
+        }
+    models = serve.deployment(
+        name="models",
+        ray_actor_options={"num_cpus": cpus},
+        max_ongoing_requests=settings.max_running + settings.max_queue,
+        graceful_shutdown_timeout_s=settings.timeout,
+        **scaling,
+    )(Replica).bind(bundles, settings, options)
+
+    front = serve.deployment(name="front", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+    return front(serve.ingress()(FrontDeployment)).bind(models, settings)
+
+
+def run_on_ray(application: serve.Application, address: str, host: str = "127.0.0.1", port: int = 8000) -> bool:
+    """Put the application on a cluster, in place of an earlier one.
+
+    Args:
+        address: Address of the cluster; "auto" for the one of this machine, which is started if there is none.
+
+    Returns:
+        Whether the cluster ends with this process.
+    """
+    is_ours = connect(address)
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(application, name=NAME, route_prefix="/")
+    return is_ours
+
+
+def wait_for_end() -> None:
+    """Wait for SIGTERM or Ctrl-C, then complete the requests and end."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    ended.wait()
+    serve.shutdown()
+    ray.shutdown()
