@@ -152,10 +152,9 @@ def caption_parts(job: Job, parts: Iterator[tuple[int, list[Item]]]) -> Iterator
             part = job.part(number)
             part.begin()
             begun[number] = part, len(items)
+            left = [replace(item, place=(number, index)) for index, item in enumerate(items) if index not in part.rows]
             _complete(begun, number)
-            for index, item in enumerate(items):
-                if index not in part.rows:
-                    yield replace(item, place=(number, index))
+            yield from left
 
     captioner = job.captioner
     seen = decode_ahead(

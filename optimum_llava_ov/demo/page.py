@@ -445,7 +445,7 @@ class Demo:
             gr.Info("Your session expired. This is a new conversation.")
         yield from self._show(visitor, pending)
         kept = pending.answer.kept or self.visitors.find(request.session_hash) is not visitor
-        yield visitor.messages(), question_box(None if kept else question), _kept(visitor)
+        yield visitor.messages(), gr.skip() if kept else gr.MultimodalTextbox(value=question), _kept(visitor)
 
     def retry(
         self, temperature: float, top_p: float, tokens: int, device: str, saved: Any, request: gr.Request
@@ -464,7 +464,7 @@ class Demo:
             yield gr.skip() if found is None else found.messages(), gr.skip(), gr.skip()
             return
         yield from self._show(visitor, pending)
-        yield visitor.messages(), question_box(), _kept(visitor)
+        yield visitor.messages(), gr.skip(), _kept(visitor)
 
     def undo(self, device: str, saved: Any, request: gr.Request) -> tuple:
         """Remove the last question from the conversation and put it into the question box."""
@@ -704,12 +704,16 @@ def build_page(
         shown = [chat, question, saved]
         answers = {"concurrency_limit": demo.limits.answers, "concurrency_id": "answers", "show_progress": "hidden"}
         private = {"api_visibility": "private"}
-        question.submit(demo.ask, [question, *settings, saved], shown, **private, **answers)
-        chat.retry(demo.retry, [*settings, saved], shown, **private, **answers)
+        asked = question.submit(demo.ask, [question, *settings, saved], shown, **private, **answers)
+        retried = chat.retry(demo.retry, [*settings, saved], shown, **private, **answers)
         chat.undo(demo.undo, [settings[-1], saved], shown, queue=False, **private)
-        chat.example_select(fill_in, None, question, show_progress="hidden", **private).then(
+        chosen = chat.example_select(fill_in, None, question, show_progress="hidden", **private).then(
             demo.ask, [question, *settings, saved], shown, **private, **answers
         )
+        for event in (asked, retried, chosen):
+            # Afterwards, because the browser applies the last value again when an event ends. With the stop button
+            # gone before that, it would undo what another button has done.
+            event.then(question_box, None, question, queue=False, show_progress="hidden", **private)
         clear.click(demo.clear, None, shown, queue=False, **private)
         chat.clear(demo.clear, None, shown, queue=False, **private)
         copy.click(None, js=COPY, queue=False, **private)
