@@ -30,6 +30,7 @@ from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.pipeline import main_export
 from optimum_llava_ov.export.recipes import needs_data, recipe_for_part, recipe_of
 from optimum_llava_ov.hub.push import push_bundle
+from optimum_llava_ov.kernels.extension import AUTO, MATMUL_KERNEL
 from optimum_llava_ov.options import check_options, names_of
 from optimum_llava_ov.runtime.language_model import PA
 from optimum_llava_ov.runtime.modeling import ATTENTION_BACKEND, OVLlavaModel
@@ -83,7 +84,9 @@ class OVModelForLlava(OVLlavaModel):
             adapters: Folders or model ids of LoRA adapters or projectors to merge into an original checkpoint.
             kwargs: Arguments of [`OVModelForVisualCausalLM.from_pretrained`]: `device`, `ov_config`, `compile`,
                 `cache_dir`, `token`, `revision`, `subfolder`, `local_files_only`, ... `ov_config` may also have
-                GenAI's `ATTENTION_BACKEND`: `"PA"` (paged attention, the default on CPU) or `"SDPA"`.
+                GenAI's `ATTENTION_BACKEND`: `"PA"` (paged attention, the default on CPU) or `"SDPA"`; and
+                `MATMUL_KERNEL`: what multiplies compressed weights: `"avx2"` (this package's), `"openvino"`, or
+                `"auto"` (the faster one on this processor).
 
         Raises:
             [`BundleError`]: `model_id` is not a LLaVA of this class, or one of its files is missing or damaged.
@@ -101,6 +104,7 @@ class OVModelForLlava(OVLlavaModel):
         if kwargs.get("compile_only") and kwargs.get("ov_config"):  # Optimum passes all of it to OpenVINO
             kwargs["ov_config"] = {**kwargs["ov_config"]}
             kwargs["attention_backend"] = kwargs["ov_config"].pop(ATTENTION_BACKEND, PA)
+            kwargs["matmul_kernel"] = kwargs["ov_config"].pop(MATMUL_KERNEL, AUTO)
         with naming_damage(folder):
             # Skip Optimum's method of this name: without a network it looks for the folder in the Hub's cache
             return super(OVBaseModel, cls).from_pretrained(folder, *args, **kwargs)

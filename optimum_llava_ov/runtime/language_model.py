@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import openvino
@@ -12,6 +13,7 @@ from optimum.intel.openvino.modeling_visual_language import OVModelWithEmbedForC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.layout import PARTS, weights_file
+from optimum_llava_ov.kernels.extension import AUTO, uses_extension, with_compressed_matmuls
 from optimum_llava_ov.runtime.cache import DecoderCache
 from optimum_llava_ov.runtime.decoder import Decoder
 from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
@@ -34,15 +36,19 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
 
     Args:
         attention_backend: `"PA"` (paged attention) or `"SDPA"` (the attention of the bundle's graph).
+        matmul_kernel: What multiplies compressed weights. See [`uses_extension`].
     """
 
     _cache: DecoderCache | None = None
     _embedding_table: EmbeddingTable | None = None
 
-    def __init__(self, *args, attention_backend: str = PA, **kwargs):
+    def __init__(self, *args, attention_backend: str = PA, matmul_kernel: str = AUTO, **kwargs):
         if attention_backend not in (PA, SDPA):
             raise ValueError(f"ATTENTION_BACKEND is {attention_backend!r}. Expected {PA!r} or {SDPA!r}.")
         self._attention_backend = attention_backend
+        self._uses_extension = uses_extension(
+            matmul_kernel, kwargs.get("device", "CPU"), kwargs.get("ov_config") or {}
+        )
         self._compile_lock = threading.RLock()
         super().__init__(*args, **kwargs)
         if self._compile_only:  # Optimum has compiled the loaded graph, whose results are rounded differently
@@ -55,7 +61,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         """Compile the graph and run it once.
 
         OpenVINO packs the weights when a graph first runs. That takes seconds, which belong to loading. `read_once`
-        halves the memory that it needs.
+        halves the memory that it needs. This package's kernel reads the weights as they are.
         """
         with self._compile_lock:
             if self.request is not None:
@@ -67,7 +73,8 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
                     self.text_emb_model, lambda ids: self.text_emb_request(ids)[0]
                 )
             logger.info("Packing the weights of the language model ...")
-            with read_once(weights_file(self.model_save_dir, "language_model")):
+            file = weights_file(self.model_save_dir, "language_model")
+            with nullcontext() if self._uses_extension else read_once(file):
                 self.forward(torch.zeros(1, 1, self.config.text_config.hidden_size), logits_to_keep=1)
             self.cache.reset()
 
@@ -93,6 +100,8 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         return StatefulDecoder(self._compiled(with_logit_positions(graph, axis=1)))
 
     def _compiled(self, graph: openvino.Model) -> openvino.CompiledModel:
+        if self._uses_extension:
+            graph = with_compressed_matmuls(graph)
         return self._compile_model(graph, self._device, {**self.ov_config}, self.model_save_dir)
 
     def new_cache(self) -> DecoderCache:

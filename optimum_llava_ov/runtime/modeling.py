@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.layout import weights_file
+from optimum_llava_ov.kernels.extension import AUTO, MATMUL_KERNEL
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.image_layout import ImageLayout, images_per_sequence, widths_and_heights
 from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
@@ -87,6 +88,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         self._quantization_config = kwargs.get("quantization_config")
         ov_config = {**(kwargs.pop("ov_config", None) or {})}
         attention_backend = kwargs.pop("attention_backend", None) or ov_config.pop(ATTENTION_BACKEND, PA)
+        matmul_kernel = kwargs.pop("matmul_kernel", None) or ov_config.pop(MATMUL_KERNEL, AUTO)
         super().__init__(
             language_model,
             text_embeddings,
@@ -109,6 +111,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             compile=self._compile_only,
             compile_only=self._compile_only,
             attention_backend=attention_backend,
+            matmul_kernel=matmul_kernel,
         )
         if compile and not self._compile_only:
             self.compile()

@@ -1,0 +1,393 @@
+// Multiply activations with compressed weights, on processors with AVX2.
+//
+// OpenVINO's own kernel for AVX2 unpacks weights to float and multiplies in float. This one rounds the activations of
+// each group to 8 bits, and multiplies bytes: four times as many for each instruction. It reads the weights as they are
+// in the bundle, so nothing is packed, and the weights stay mapped.
+//
+// OpenVINO loads this library as an extension. `extension.py` builds the operation into a graph. The library has no
+// link to OpenVINO or oneTBB: it finds both in the process, where `extension.py` has made their symbols visible.
+
+#include <immintrin.h>
+#include <tbb/blocked_range.h>
+#include <tbb/parallel_for.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "openvino/core/extension.hpp"
+#include "openvino/core/op_extension.hpp"
+#include "openvino/op/op.hpp"
+
+namespace {
+
+constexpr int64_t TILE = 8;               // tokens that share what is loaded of a row of weights
+constexpr int64_t ROWS = 64;              // rows of weights of a task
+constexpr float LARGEST = 127;
+constexpr int64_t TILE_BYTES = 16 * 1024;  // of activations, so that they stay in the first cache
+
+// What the kernel knows of the weights. Sizes in numbers, not bytes.
+struct Weights {
+    const uint8_t* values;       // (rows, columns), packed
+    const uint8_t* scales;       // (rows, groups), float16
+    const uint8_t* zero_points;  // (rows, groups), packed as the values; null for signed values, which have none
+    int64_t rows, columns;
+    int64_t group;       // columns that share a scale
+    int64_t step;        // columns of a group of activations; divides `group`
+    int64_t steps() const { return columns / step; }
+};
+
+// Activations in 8 bits. Tokens are in tiles: for each tile, for each step, for each token of the tile, `step` values.
+struct Activations {
+    std::vector<int8_t> values;
+    std::vector<float> scales;  // (tiles, steps, TILE)
+    std::vector<float> sums;    // (tiles, steps, TILE): the sum of the values, with their scale
+};
+
+inline float sum(__m256 v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// Round a step of one token to [-LARGEST, LARGEST].
+template <class Step>
+void quantize(const float* x, int8_t* values, float* scale, float* scaled_sum) {
+    const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 largest = _mm256_setzero_ps(), not_finite = _mm256_setzero_ps();
+    for (int64_t i = 0; i < Step::step; i += 8) {
+        const __m256 v = _mm256_loadu_ps(x + i);
+        largest = _mm256_max_ps(largest, _mm256_and_ps(v, no_sign));
+        not_finite = _mm256_fmadd_ps(v, _mm256_setzero_ps(), not_finite);  // NaN if one is not finite
+    }
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, largest);
+    const float maximum = *std::max_element(lanes, lanes + 8);
+    const __m256 inverse = _mm256_set1_ps(maximum > 0 ? LARGEST / maximum : 0.0f);
+    alignas(32) int32_t rounded[8];
+    int32_t total = 0;
+    for (int64_t i = 0; i < Step::step; i += 8) {
+        const __m256i v = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(rounded), v);
+        for (int64_t j = 0; j < 8; ++j) {
+            values[Step::place(i + j)] = static_cast<int8_t>(rounded[j]);
+            total += rounded[j];
+        }
+    }
+    *scale = maximum / LARGEST + sum(not_finite);
+    *scaled_sum = *scale * static_cast<float>(total);
+}
+
+template <class Step>
+Activations quantized(const float* x, int64_t tokens, const Weights& weights) {
+    const int64_t tiles = (tokens + TILE - 1) / TILE, steps = weights.steps();
+    Activations a;
+    a.values.resize(tokens * weights.columns);
+    a.scales.resize(tiles * steps * TILE);
+    a.sums.resize(tiles * steps * TILE);
+    const auto one_token = [&](int64_t token) {
+        const int64_t tile = token / TILE, in_tile = token % TILE, width = std::min(TILE, tokens - tile * TILE);
+        for (int64_t s = 0; s < steps; ++s) {
+            const int64_t at = (tile * steps + s) * TILE + in_tile;
+            quantize<Step>(x + token * weights.columns + s * Step::step,
+                           a.values.data() + tile * TILE * weights.columns + (s * width + in_tile) * Step::step,
+                           &a.scales[at], &a.sums[at]);
+        }
+    };
+    if (tokens == 1) {
+        one_token(0);
+    } else {
+        tbb::parallel_for(tbb::blocked_range<int64_t>(0, tokens), [&](const tbb::blocked_range<int64_t>& range) {
+            for (int64_t token = range.begin(); token < range.end(); ++token) one_token(token);
+        });
+    }
+    return a;
+}
+
+// Scale, and scale times zero point, of each step of the rows of a task.
+struct Scales {
+    std::vector<float> scales, shifts;
+};
+
+float half(const uint8_t* p) {
+    uint16_t bits;
+    std::copy(p, p + 2, reinterpret_cast<uint8_t*>(&bits));
+    return _cvtsh_ss(bits);
+}
+
+// Four bytes are eight zero points, the first in the low half
+__m256 eight_zero_points(const uint8_t* p) {
+    int32_t bytes;
+    std::copy(p, p + 4, reinterpret_cast<uint8_t*>(&bytes));
+    const __m128i low = _mm_and_si128(_mm_cvtsi32_si128(bytes), _mm_set1_epi8(15));
+    const __m128i high = _mm_and_si128(_mm_cvtsi32_si128(bytes >> 4), _mm_set1_epi8(15));
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
+}
+
+template <class Step>
+Scales scales_of(const Weights& w, int64_t first, int64_t last) {
+    const int64_t steps = w.steps(), groups = w.columns / w.group, repeats = w.group / w.step;
+    Scales result;
+    result.scales.resize((last - first) * steps);
+    result.shifts.resize((last - first) * steps);
+    float *scales = result.scales.data(), *shifts = result.shifts.data();
+    for (int64_t row = first; row < last; ++row) {
+        int64_t group = 0;
+        if (Step::bits == 4 && repeats == 1 && row * groups % 2 == 0) {
+            for (; group + 8 <= groups; group += 8, scales += 8, shifts += 8) {
+                const int64_t at = row * groups + group;
+                const __m256 scale =
+                    _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + 2 * at)));
+                const __m256 zero = w.zero_points ? eight_zero_points(w.zero_points + at / 2)
+                                                  : _mm256_set1_ps(Step::signed_zero);
+                _mm256_storeu_ps(scales, scale);
+                _mm256_storeu_ps(shifts, _mm256_mul_ps(scale, zero));
+            }
+        }
+        for (; group < groups; ++group) {
+            const int64_t at = row * groups + group;
+            float zero = Step::signed_zero;
+            if (w.zero_points)
+                zero = Step::bits == 4 ? w.zero_points[at / 2] >> (at % 2 * 4) & 15 : w.zero_points[at] - Step::unsigned_offset;
+            const float scale = half(w.scales + 2 * at);
+            for (int64_t i = 0; i < repeats; ++i) {
+                *scales++ = scale;
+                *shifts++ = scale * zero;
+            }
+        }
+    }
+    return result;
+}
+
+// A step: what is known of the columns of a row of weights that are multiplied together. `multiply` adds their products
+// with the activations of `tokens` tokens to the sums of each token, scaled.
+
+// 4 bits, in units of 64 columns: 32 bytes, whose low halves are the even columns. The sum of 128 columns, which are
+// eight products of 15 * 127 in each 16-bit lane, is below 2^15.
+template <int units>
+struct FourBits {
+    static constexpr int bits = 4;
+    static constexpr int64_t step = units * 64, bytes = step / 2;
+    static constexpr float signed_zero = 8, unsigned_offset = 0;  // signed values become unsigned ones: 8 more
+
+    static int64_t place(int64_t i) { return i / 64 * 64 + i % 2 * 32 + i % 64 / 2; }
+
+    template <int tokens>
+    static inline void multiply(const uint8_t* w, bool is_signed, const int8_t* x, __m256 scale, const float* x_scales,
+                                __m256 (&sums)[tokens]) {
+        const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+        const __m256i flip = _mm256_set1_epi8(is_signed ? static_cast<char>(0x88) : 0);
+        __m256i low[units], high[units];
+        for (int u = 0; u < units; ++u) {
+            const __m256i packed =
+                _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + u), flip);
+            low[u] = _mm256_and_si256(packed, mask);
+            high[u] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
+        }
+#pragma GCC unroll 8
+        for (int token = 0; token < tokens; ++token) {
+            const __m256i* values = reinterpret_cast<const __m256i*>(x + token * step);
+            __m256i s = _mm256_setzero_si256();
+            for (int u = 0; u < units; ++u) {
+                s = _mm256_add_epi16(s, _mm256_maddubs_epi16(low[u], _mm256_loadu_si256(values + 2 * u)));
+                s = _mm256_add_epi16(s, _mm256_maddubs_epi16(high[u], _mm256_loadu_si256(values + 2 * u + 1)));
+            }
+            const __m256 both = _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scales + token));
+            sums[token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(s, ones)), both, sums[token]);
+        }
+    }
+};
+
+// 4 bits, 32 columns: for groups that are not a multiple of 64
+struct FourBitsNarrow {
+    static constexpr int bits = 4;
+    static constexpr int64_t step = 32, bytes = 16;
+    static constexpr float signed_zero = 8, unsigned_offset = 0;
+
+    static int64_t place(int64_t i) { return i % 2 * 16 + i / 2; }
+
+    template <int tokens>
+    static inline void multiply(const uint8_t* w, bool is_signed, const int8_t* x, __m256 scale, const float* x_scales,
+                                __m256 (&sums)[tokens]) {
+        const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+        const __m128i flip = _mm_set1_epi8(is_signed ? static_cast<char>(0x88) : 0);
+        const __m128i packed = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)), flip);
+        const __m256i values = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), mask);
+#pragma GCC unroll 8
+        for (int token = 0; token < tokens; ++token) {
+            const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + token * step));
+            const __m256i s = _mm256_madd_epi16(_mm256_maddubs_epi16(values, v), ones);
+            const __m256 both = _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scales + token));
+            sums[token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), both, sums[token]);
+        }
+    }
+};
+
+// 8 bits. The sign of a weight goes to the activation, because one side of the instruction is unsigned. Two products of
+// 128 * 127 in each 16-bit lane are below 2^15.
+template <int units>
+struct EightBits {
+    static constexpr int bits = 8;
+    static constexpr int64_t step = units * 32, bytes = step;
+    static constexpr float signed_zero = 0, unsigned_offset = 128;  // unsigned values become signed ones: 128 less
+
+    static int64_t place(int64_t i) { return i; }
+
+    template <int tokens>
+    static inline void multiply(const uint8_t* w, bool is_signed, const int8_t* x, __m256 scale, const float* x_scales,
+                                __m256 (&sums)[tokens]) {
+        const __m256i ones = _mm256_set1_epi16(1);
+        const __m256i flip = _mm256_set1_epi8(is_signed ? 0 : static_cast<char>(0x80));
+        __m256i s[tokens];
+#pragma GCC unroll 8
+        for (int token = 0; token < tokens; ++token) s[token] = _mm256_setzero_si256();
+        for (int u = 0; u < units; ++u) {
+            const __m256i values =
+                _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + u), flip);
+            const __m256i absolute = _mm256_abs_epi8(values);
+#pragma GCC unroll 8
+            for (int token = 0; token < tokens; ++token) {
+                const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + token * step) + u);
+                const __m256i pairs = _mm256_maddubs_epi16(absolute, _mm256_sign_epi8(v, values));
+                s[token] = _mm256_add_epi32(s[token], _mm256_madd_epi16(pairs, ones));
+            }
+        }
+#pragma GCC unroll 8
+        for (int token = 0; token < tokens; ++token) {
+            const __m256 both = _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scales + token));
+            sums[token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[token]), both, sums[token]);
+        }
+    }
+};
+
+// Multiply rows [first, last) with one tile of tokens, and write or add the products of steps [from, to).
+template <class Step, int tokens, bool is_signed>
+void multiply_tile(const Weights& w, const Scales& scales, const Activations& a, int64_t tile,
+                   int64_t first, int64_t last, int64_t from, int64_t to, float* y) {
+    const int64_t steps = w.steps();
+    const int8_t* x = a.values.data() + tile * TILE * w.columns;
+    const float* x_scales = a.scales.data() + tile * steps * TILE;
+    const float* x_sums = a.sums.data() + tile * steps * TILE;
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t* values = w.values + row * steps * Step::bytes;
+        const float* row_scales = scales.scales.data() + (row - first) * steps;
+        const float* row_shifts = scales.shifts.data() + (row - first) * steps;
+        __m256 sums[tokens], shift = _mm256_setzero_ps();
+        for (int token = 0; token < tokens; ++token) sums[token] = _mm256_setzero_ps();
+        for (int64_t s = from; s < to; ++s) {
+            Step::template multiply<tokens>(values + s * Step::bytes, is_signed, x + s * tokens * Step::step,
+                                            _mm256_broadcast_ss(row_scales + s), x_scales + s * TILE, sums);
+            if (!(is_signed && Step::bits == 8))
+                shift = _mm256_fmadd_ps(_mm256_broadcast_ss(row_shifts + s), _mm256_loadu_ps(x_sums + s * TILE), shift);
+        }
+        alignas(32) float shifts[8];
+        _mm256_store_ps(shifts, shift);
+        for (int token = 0; token < tokens; ++token) {
+            float* out = y + (tile * TILE + token) * w.rows + row;
+            *out = (from ? *out : 0.0f) + sum(sums[token]) - shifts[token];
+        }
+    }
+}
+
+template <class Step>
+using MultiplyTile = void (*)(const Weights&, const Scales&, const Activations&, int64_t, int64_t,
+                              int64_t, int64_t, int64_t, float*);
+
+// One function for each number of tokens in a tile
+template <class Step, bool is_signed, int... tokens>
+constexpr std::array<MultiplyTile<Step>, TILE> by_tokens(std::integer_sequence<int, tokens...>) {
+    return {multiply_tile<Step, tokens + 1, is_signed>...};
+}
+
+template <class Step>
+void multiply(const Weights& w, const float* x, int64_t tokens, float* y) {
+    static constexpr auto of_signed = by_tokens<Step, true>(std::make_integer_sequence<int, TILE>());
+    static constexpr auto of_unsigned = by_tokens<Step, false>(std::make_integer_sequence<int, TILE>());
+    const auto& of = w.zero_points ? of_unsigned : of_signed;
+    const auto a = quantized<Step>(x, tokens, w);
+    const int64_t steps = w.steps(), tiles = (tokens + TILE - 1) / TILE, tasks = (w.rows + ROWS - 1) / ROWS;
+    tbb::parallel_for(tbb::blocked_range<int64_t>(0, tasks), [&](const tbb::blocked_range<int64_t>& range) {
+        for (int64_t task = range.begin(); task < range.end(); ++task) {
+            const int64_t first = task * ROWS, last = std::min(first + ROWS, w.rows);
+            const Scales scales = scales_of<Step>(w, first, last);
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t width = std::min<int64_t>(TILE, tokens - tile * TILE);
+                const int64_t step_bytes = width * Step::step ;
+                const int64_t at_once = std::max<int64_t>(TILE_BYTES / step_bytes, 1);
+                for (int64_t from = 0; from < steps; from += at_once)
+                    of[width - 1](w, scales, a, tile, first, last, from, std::min(from + at_once, steps), y);
+            }
+        }
+    });
+}
+
+// x (..., columns) float32, values (rows, bytes) uint8, scales (rows, 2 * groups) uint8: the bytes of float16 and, if
+// values are not signed, zero points (bytes) uint8 -> (..., rows) float32
+class CompressedMatMul : public ov::op::Op {
+public:
+    OPENVINO_OP("CompressedMatMul", "optimum_llava_ov");
+
+    CompressedMatMul() = default;
+    CompressedMatMul(const ov::OutputVector& inputs, int64_t bits, int64_t group)
+        : Op(inputs), m_bits(bits), m_group(group) {
+        constructor_validate_and_infer_types();
+    }
+
+    void validate_and_infer_types() override {
+        ov::PartialShape shape = get_input_partial_shape(0);
+        shape[shape.size() - 1] = get_input_partial_shape(1)[0];
+        set_output_type(0, ov::element::f32, shape);
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        return std::make_shared<CompressedMatMul>(inputs, m_bits, m_group);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("bits", m_bits);
+        visitor.on_attribute("group_size", m_group);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        ov::Shape shape = inputs[0].get_shape();
+        Weights w;
+        w.values = static_cast<const uint8_t*>(inputs[1].data());
+        w.scales = static_cast<const uint8_t*>(inputs[2].data());
+        w.zero_points = inputs.size() > 3 ? static_cast<const uint8_t*>(inputs[3].data()) : nullptr;
+        w.rows = static_cast<int64_t>(inputs[1].get_shape()[0]);
+        w.columns = static_cast<int64_t>(shape.back());
+        w.group = m_group;
+        shape.back() = inputs[1].get_shape()[0];
+        outputs[0].set_shape(shape);
+        const float* x = inputs[0].data<float>();
+        float* y = outputs[0].data<float>();
+        const int64_t tokens = static_cast<int64_t>(inputs[0].get_size()) / w.columns;
+        if (!tokens) return true;
+        const auto run = [&](auto step) {
+            w.step = decltype(step)::step;
+            multiply<decltype(step)>(w, x, tokens, y);
+        };
+        if (m_bits == 8) {
+            m_group % 128 ? run(EightBits<1>{}) : run(EightBits<4>{});
+        } else if (m_group % 64) {
+            run(FourBitsNarrow{});
+        } else {
+            m_group % 128 ? run(FourBits<1>{}) : run(FourBits<2>{});
+        }
+        return true;
+    }
+
+private:
+    int64_t m_bits = 4, m_group = 128;
+};
+
+}  // namespace
+
+OPENVINO_CREATE_EXTENSIONS(
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<CompressedMatMul>>()}));
