@@ -17,6 +17,7 @@ from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlava
 from optimum_llava_ov.kernels.extension import is_faster, why_not, with_compressed_matmuls
+from optimum_llava_ov.loading import choose_engine, located
 
 
 pytestmark = pytest.mark.skipif(
@@ -155,6 +156,10 @@ class TestModel:
         assert not torch.equal(logits, exact)
         log_p, log_q = exact.log_softmax(-1), logits.log_softmax(-1)
         assert (log_p.exp() * (log_p - log_q)).sum(-1).mean() < 1e-2
+
+    def test_engine(self, shapes_int4):
+        """The commands take the engine that is faster."""
+        assert choose_engine(located(shapes_int4)) == ("openvino" if is_faster() else "genai")
 
     def test_unknown_kernel(self, shapes_int4):
         with pytest.raises(ValueError, match="MATMUL_KERNEL is 'fast'. Expected one of 'auto', 'openvino', 'avx2'"):

@@ -12,6 +12,7 @@ import psutil
 import torch
 from huggingface_hub import constants
 
+from optimum_llava_ov.kernels.extension import AVX2, OPENVINO, is_faster, lacks_fast_kernel, why_not
 from optimum_llava_ov.system.machine import describe_cpu
 
 
@@ -26,6 +27,9 @@ class Computer:
     Attributes:
         cpu (`dict`): Name, features, cores and system.
         precision (`str`): What the processor computes in by default, as OpenVINO chooses: "bf16", "f16" or "f32".
+        matmul_kernel (`str`): What `OVModelForLlava` multiplies compressed weights with: "avx2" (this package's)
+            or "openvino".
+        missing_kernel (`str` or `None`): Why this package's kernel cannot run, if it would be faster here.
         devices (`dict[str, str]`): OpenVINO's devices, with their full names.
         memory, free_memory (`int`): Bytes of memory that this process may use, and those that are free.
         disks (`dict[str, int]`): Free bytes, by folder: the current one, and the cache of the Hub.
@@ -34,6 +38,8 @@ class Computer:
 
     cpu: dict
     precision: str
+    matmul_kernel: str
+    missing_kernel: str | None
     devices: dict[str, str]
     memory: int
     free_memory: int
@@ -51,6 +57,8 @@ def describe_computer() -> Computer:
     return Computer(
         cpu=describe_cpu(),
         precision=precision,
+        matmul_kernel=AVX2 if is_faster() else OPENVINO,
+        missing_kernel=why_not() if lacks_fast_kernel() else None,
         devices={name: core.get_property(name, "FULL_DEVICE_NAME") for name in core.available_devices},
         memory=memory,
         free_memory=free_memory,

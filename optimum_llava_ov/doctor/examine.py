@@ -60,6 +60,14 @@ def examine(model: str | None = None) -> Diagnosis:
             Problem(f"torch and OpenVINO do not work: {error}", "Fix the packages above, then run doctor again.")
         )
         return diagnosis
+    if computer.missing_kernel is not None:
+        diagnosis.problems.append(
+            Problem(
+                f"Compressed models run at half of the speed that is possible: {computer.missing_kernel}.",
+                "Install the package's wheel for Linux; or a C++ compiler, and then the package again.",
+                stops=False,
+            )
+        )
     if model is not None:
         diagnosis.problems += _examine_model(diagnosis, model, computer)
     return diagnosis
@@ -138,7 +146,7 @@ def _computer(computer: Computer) -> list[str]:
     disks = [f"disk: {readable_size(free)} free for {folder}" for folder, free in computer.disks.items()]
     return [
         f"processor: {cpu['name']}, {cpu['cores']} cores ({', '.join(cpu['features'])}); computes in "
-        f"{computer.precision} by default",
+        f"{computer.precision} by default, compressed weights with the {computer.matmul_kernel} kernel",
         "devices: " + ", ".join(f"{name} ({full})" for name, full in computer.devices.items()),
         f"memory: {readable_size(computer.free_memory)} free of {readable_size(computer.memory)}, read at "
         f"{readable_size(computer.memory_bandwidth)} per second",

@@ -65,7 +65,13 @@ def uses_extension(kernel: str, device: str, ov_config: dict[str, str]) -> bool:
 
 def is_faster() -> bool:
     """Return whether this package's kernel can run, and OpenVINO has no kernel for this processor that is as fast."""
-    return why_not() is None and not any("vnni" in name or name.startswith("amx") for name in cpu_features())
+    return lacks_fast_kernel() and why_not() is None
+
+
+def lacks_fast_kernel() -> bool:
+    """Return whether the processor has AVX2, but nothing that OpenVINO multiplies bytes with."""
+    features = cpu_features()
+    return "avx2" in features and not any("vnni" in name or name.startswith("amx") for name in features)
 
 
 @functools.cache
