@@ -95,12 +95,19 @@ def _start_server(address: str, owner: int) -> None:
     from filelock import FileLock
 
     with FileLock(f"{address}.lock"):
-        if not os.path.exists(address):
+        if not _is_served(address):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address)
             command = [sys.executable, __file__, "--serve", address, str(owner)]
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
             )
             assert process.stdout.readline() == b"ready\n"
+
+
+def _is_served(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection:
+        return not connection.connect_ex(address)
 
 
 def client(address: str, arguments: list[str]) -> None:
@@ -122,14 +129,9 @@ def client(address: str, arguments: list[str]) -> None:
 
 def serve(address: str, owner: int) -> list[str]:
     """Serve until the owner ends. Returns in the process of a program only, with the arguments of the program."""
-    import gc
-    import importlib
     import shutil
 
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
+    _import(LIBRARIES)
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -147,6 +149,10 @@ def serve(address: str, owner: int) -> list[str]:
                     os._exit(0)
                 connection, _ = listener.accept()
                 request, files = _receive(connection)
+                if not request:  # the client is no more
+                    for file in (connection.detach(), *files):
+                        os.close(file)
+                    continue
                 env = json.loads(request)["env"]
                 shared = json.dumps({name: env[name] for name in sorted(env) if not _is_own(name)})
                 channel = environments.pop(shared, None)
@@ -176,26 +182,20 @@ def _is_own(name: str) -> bool:
 
 def _serve_environment(env: dict[str, str], channel: socket.socket) -> list[str]:
     """Fork programs of one environment, until the server closes the channel and no program is left."""
-    import gc
-    import importlib
-
     os.environ.clear()
     os.environ.update(env)
-    for name in HOSTS:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
+    _import(HOSTS)
 
     selector = selectors.DefaultSelector()
     selector.register(channel, selectors.EVENT_READ)
     while selector.get_map():
         for key, _ in selector.select():
             if key.fileobj is channel:
-                request, (number, *files) = _receive(channel)
+                request, files = _receive(channel)
                 if not request:
                     selector.unregister(channel)
                     continue
-                connection = socket.socket(fileno=number)
+                connection = socket.socket(fileno=files.pop(0))
                 pid = os.fork()
                 if not pid:
                     for file in (selector, channel, connection):
@@ -203,7 +203,8 @@ def _serve_environment(env: dict[str, str], channel: socket.socket) -> list[str]
                     return _become(json.loads(request), files)
                 for file in files:
                     os.close(file)
-                connection.sendall(pid.to_bytes(8, "big"))
+                with contextlib.suppress(OSError):
+                    connection.sendall(pid.to_bytes(8, "big"))
                 ended = os.pidfd_open(pid)
                 selector.register(ended, selectors.EVENT_READ, (pid, ended, connection))
                 selector.register(connection, selectors.EVENT_READ, (pid, None, connection))
@@ -217,9 +218,22 @@ def _serve_environment(env: dict[str, str], channel: socket.socket) -> list[str]
                 os.close(ended)
                 if connection in selector.get_map():
                     selector.unregister(connection)
-                    connection.sendall(status.to_bytes(8, "big", signed=True))
+                    with contextlib.suppress(OSError):
+                        connection.sendall(status.to_bytes(8, "big", signed=True))
                 connection.close()
     os._exit(0)
+
+
+def _import(names: tuple[str, ...]) -> None:
+    """Import what stays for good, so that no garbage collection needs to look at it."""
+    import gc
+    import importlib
+
+    gc.disable()
+    for name in names:
+        importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
 
 
 def _send(connection: socket.socket, content: bytes, files: list[int]) -> None:
@@ -228,10 +242,13 @@ def _send(connection: socket.socket, content: bytes, files: list[int]) -> None:
 
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """Content and files; no content if the other side ended before all was sent."""
     size, files, *_ = socket.recv_fds(connection, 8, 4)
     content = b""
     while len(content) < int.from_bytes(size, "big"):
-        content += connection.recv(1 << 16)
+        if not (part := connection.recv(1 << 16)):
+            return b"", files
+        content += part
     return content, files
 
 
