@@ -13,6 +13,7 @@ import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -33,6 +34,13 @@ _STRIP = 1024 * 1024  # pixels to convert at a time
 _BYTES_PER_PIXEL = 5  # limit of the memory for decoding, per pixel of `ImageLimits.max_pixels`
 _MAX_SCANS = 100  # of a JPEG. 1 to 10 are usual. Each takes the time of a whole image, even if it is empty.
 _START_OF_SCAN = b"\xff\xda"
+
+# Of an image processor
+_SETTINGS = (
+    *("crop_size", "do_center_crop", "do_pad", "do_resize", "image_grid_pinpoints", "image_mean", "pad_to_square"),
+    *("resample", "size"),
+)
+_SIDES = ("height", "width", "shortest_edge", "longest_edge")
 
 _one_at_a_time = threading.RLock()
 
@@ -137,6 +145,18 @@ def fit_to_model(image: Image.Image, image_processor: Any) -> Image.Image:
         return image
     image = image.resize([int(edge * side / min(image.size)) for side in image.size], image_processor.resample)
     return _crop_center(image, image_processor.crop_size, edge) if image_processor.do_center_crop else image
+
+
+def settings_of(image_processor: Any) -> SimpleNamespace:
+    """Return what [`fit_to_model`] reads of an image processor, for a process that does not import transformers."""
+    settings = {name: getattr(image_processor, name) for name in _SETTINGS if hasattr(image_processor, name)}
+    for name in ("size", "crop_size"):
+        if settings.get(name):
+            settings[name] = {side: settings[name].get(side) for side in _SIDES}
+    for name in ("pad_to_square", "image_grid_pinpoints"):  # that they are there is what counts
+        if name in settings:
+            settings[name] = True
+    return SimpleNamespace(**settings)
 
 
 def check_number_of_images(number: int, limits: ImageLimits = DEFAULT_LIMITS) -> None:

@@ -41,7 +41,21 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMI
 
 
 # These begin first, so that no process still works when the others have nothing left to do
-LONGEST = ("test_snippets", "test_campaign", "test_names_of_the_hosts_can_be_imported_first")
+LONGEST = (
+    "test_snippets",
+    "test_campaign",
+    "test_names_of_the_hosts_can_be_imported_first",
+    "test_engines",
+    "test_it_gives_what_it_shows",
+    "test_merging_keeps_more_than_pooling",
+    "test_notebook",
+    "test_stopped_at_every_call",
+    "test_words_arrive_one_by_one_and_stop",
+)
+
+
+def pytest_configure() -> None:
+    gc.disable()  # while tests are imported: what the imports leave stays for good
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -182,6 +196,7 @@ def frozen_heap():
 
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

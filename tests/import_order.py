@@ -60,7 +60,9 @@ WAITED_FOR = {
 def main(everything: bool) -> int:
     for name in PREPARED:
         importlib.import_module(name)
-    gc.freeze()  # else the garbage collection of each process looks through all of it, and copies it
+    # Else the garbage collection of each process looks through all of it, and copies it
+    gc.freeze()
+    gc.disable()
     modules = _modules(everything)
 
     first = _try_all("ours first", modules)

@@ -96,7 +96,7 @@ def server(shapes_bundle, website, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def chromium():
     with sync_playwright() as playwright:
         program = next(
             filter(None, map(shutil.which, BROWSERS)), None
@@ -106,6 +106,14 @@ def browser():
         browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS, REBINDING])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser. Its pages are closed after the test, because open ones draw and take time from others."""
+    yield chromium
+    for context in chromium.contexts:
+        context.close()
 
 
 class Page:
@@ -448,7 +456,7 @@ def test_an_image_in_tiles(browser, export_once, tmp_path):
 def test_words_arrive_one_by_one_and_stop(browser, bundles, tmp_path):
     """A random model talks without end."""
     options = ("--context-window", 100_000, "--max-new-tokens", 20_000, "--parallel-answers", 1, "--max-queue", 1)
-    server = Server(bundles["linear_fp16_sharded"], tmp_path / "log", *options, fresh=True)
+    server = Server(bundles["linear_fp16_sharded"], tmp_path / "log", *options)
     try:
         page = Page(browser, server)
         page.send("Write a short poem about the sea.")

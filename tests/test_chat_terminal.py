@@ -125,7 +125,9 @@ def shapes(shapes_bundle):
 
 def test_conversation_at_a_terminal(start, shapes_bundle, website, tmp_path):
     console = start(
-        "optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--stats", cwd=tmp_path
+        *("optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", "--stats"),
+        cwd=tmp_path,
+        fresh=False,
     )
     console.expect("> ")
     console.ask("What colour is the circle?", "The circle is red.")
@@ -239,8 +241,7 @@ def test_one_question(shapes_bundle):
     """Only the answer, and nothing is read: the input is a terminal in which nobody types."""
     ours, theirs = pty.openpty()
     options = ("--image", PICTURES / "a.png", "-p", "What colour is the circle?")
-    program = [Path(sys.executable).parent / "optimum-cli", "llava-ov", "chat", shapes_bundle, *options]
-    result = subprocess.run(program, stdin=theirs, capture_output=True, text=True, timeout=120, check=True)
+    result = run("optimum-cli", "llava-ov", "chat", shapes_bundle, *options, stdin=theirs, timeout=120)
     assert result.stdout == "The circle is red.\n"
     os.close(ours)
     os.close(theirs)

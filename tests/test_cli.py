@@ -306,10 +306,10 @@ def interrupted(process):
     return process.returncode, errors
 
 
-def start(*command, fresh=False, **kwargs):
+def start(*command, **kwargs):
     command = [str(Path(sys.executable).parent / "optimum-cli"), *map(str, command)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command if fresh else programs.quick(command), text=True, **pipes, **kwargs)
+    return subprocess.Popen(programs.quick(command), text=True, **pipes, **kwargs)
 
 
 class TestInterrupt:
@@ -318,7 +318,7 @@ class TestInterrupt:
     def test_export(self, shapes_bundle, tmp_path):
         bundle = shutil.copytree(shapes_bundle, tmp_path / "bundle")
         before = {file.name: file.read_bytes() for file in bundle.iterdir()}
-        process = start("export", "openvino", "--model", CHECKPOINT, bundle, fresh=True)
+        process = start("export", "openvino", "--model", CHECKPOINT, bundle)
         while "The bundle needs" not in process.stderr.readline():
             assert process.poll() is None
         status, errors = interrupted(process)

@@ -29,22 +29,31 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def env(shared_folder):
+    """Offline, with a cache of the Hub, in which the commands find what they name."""
+    cache = shared_folder / "documentation-hub"
+    shapes, vicuna = EXAMPLES / "shapes", Golden("llava15_vicuna").folder
+    with FileLock(cache.with_suffix(".lock")):
+        if not cache.exists():
+            for names in (
+                {
+                    "liuhaotian/LLaVA-Lightning-MPT-7B-preview": shapes / "checkpoint",
+                    "openai/clip-vit-large-patch14": shapes / "clip",
+                },
+                {
+                    "liuhaotian/llava-v1.5-7b": vicuna / "checkpoint",
+                    "openai/clip-vit-large-patch14-336": vicuna / "clip",
+                },
+            ):
+                fill_hub_cache(cache, names)
+    return {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Where a reader who follows the document is."""
     (tmp_path / "examples").symlink_to(EXAMPLES)
-    shapes = EXAMPLES / "shapes"
-    names = {
-        "liuhaotian/LLaVA-Lightning-MPT-7B-preview": shapes / "checkpoint",
-        "openai/clip-vit-large-patch14": shapes / "clip",
-    }
-    fill_hub_cache(tmp_path / "hub", names)
-    vicuna = Golden("llava15_vicuna").folder
-    names = {
-        "liuhaotian/llava-v1.5-7b": vicuna / "checkpoint",
-        "openai/clip-vit-large-patch14-336": vicuna / "clip",
-    }
-    fill_hub_cache(tmp_path / "hub", names)
     # What somebody has trained, and its base model
     for golden, source, name in (
         ("lora", "checkpoint", "checkpoints/task-lora"),
@@ -60,10 +69,10 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def shell(folder, shared_folder, quick_path):
+def shell(folder, shared_folder, env, quick_path):
     """Runs lines of a shell. An export that several pages show is made once."""
 
-    def do(line, env):
+    def do(line):
         output = folder / line.split()[-1]
         made = shared_folder / "documentation" / hashlib.sha256(line.encode()).hexdigest()
         with FileLock(made.with_suffix(".lock")):
@@ -79,16 +88,15 @@ def shell(folder, shared_folder, quick_path):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_snippets(document, folder, shell):
+def test_snippets(document, folder, env, shell):
     blocks = BLOCK.findall(document.read_text())
     assert {language for language, _ in blocks} <= {"bash", "python"}, "only these are run"
-    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
     for language, code in blocks:
         if language == "python":
             run(sys.executable, "-c", code, env=env, cwd=folder)
         else:
             for line in code.replace("\\\n", " ").splitlines():
-                shell(line, env)
+                shell(line)
 
 
 def test_examples_of_the_help(folder, shell):
@@ -97,7 +105,7 @@ def test_examples_of_the_help(folder, shell):
     lines = [line.strip() for line in shown.splitlines() if line.startswith("  optimum-cli ")]
     assert [line.split()[2] for line in lines] == ["doctor", "openvino", "chat", "eval", "bench", "push"]
     for line in lines:
-        shell(line, {"HF_HUB_OFFLINE": "1"})
+        shell(line)
 
 
 def test_links_lead_somewhere():

@@ -16,7 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from optimum_llava_ov import ImageError
-from optimum_llava_ov.images import fit_to_model, open_image, see_image
+from optimum_llava_ov.images import fit_to_model, open_image, see_image, settings_of
 from optimum_llava_ov.samples.files import Sample
 
 
@@ -51,6 +51,7 @@ class TestFit:
             fitted = fit_to_model(image, processor)
             assert np.array_equal(pixel_values(fitted, processor), pixel_values(image, processor)), image.size
             assert np.array_equal(fit_to_model(fitted, processor), fitted)
+            assert np.array_equal(fit_to_model(image, settings_of(processor)), fitted)
 
     @pytest.mark.parametrize("name", ["CLIP", "pad"])
     @pytest.mark.parametrize("size", [(4032, 3024), (50, 5000), (5000, 50), (1, 100)])

@@ -516,7 +516,7 @@ class TestProgram:
         assert httpx.get(program.url).status_code == 404  # there is no page, because browsers send no key
         client = openai.OpenAI(base_url=f"{program.url}/v1", api_key="secret-key", max_retries=0)
         stream = client.chat.completions.create(
-            **ask(model="shapes-ov", max_tokens=1000, n=8, stream=True), extra_body={"ignore_eos": True}
+            **ask(model="shapes-ov", max_tokens=500, n=4, stream=True), extra_body={"ignore_eos": True}
         )
         next(stream)
         program.process.terminate()
@@ -524,8 +524,8 @@ class TestProgram:
         while program.is_ready():  # new connections are refused
             assert time.monotonic() < deadline
         reasons = [chunk.choices[0].finish_reason for chunk in stream]
-        assert reasons.count("length") == 8
-        assert len(reasons) > 4000
+        assert reasons.count("length") == 4
+        assert len(reasons) > 1000
         program.process.wait(30)
 
     @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from optimum_llava_ov.captions.items import Item
 from optimum_llava_ov.errors import ImageError
-from optimum_llava_ov.images import ImageLimits, see_image
+from optimum_llava_ov.images import ImageLimits, see_image, settings_of
 
 
 Seen = Image.Image | Exception
@@ -79,7 +79,7 @@ _worker: dict[str, Any] = {}
 def _new_pool(workers: int, image_processor: Any, limits: ImageLimits) -> ProcessPoolExecutor:
     # Not forked: OpenVINO and torch have threads
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, _begin_worker, (image_processor, limits))
+    return ProcessPoolExecutor(workers, context, _begin_worker, (settings_of(image_processor), limits))
 
 
 def _begin_worker(image_processor: Any, limits: ImageLimits) -> None:
