@@ -9,6 +9,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from playwright.sync_api import expect
+from test_chat_demo import browser  # noqa: F401  a fixture
 
 
 pytestmark = pytest.mark.slow
@@ -80,3 +82,16 @@ def test_links_lead_somewhere(site):
             assert (site / target).exists(), f"{name}: {link}"
             if address.fragment and target in pages:
                 assert unquote(address.fragment) in pages[target].ids, f"{name}: {link}"
+
+
+@pytest.mark.browser
+def test_search_in_a_folder(site, browser):  # noqa: F811
+    """Opened without a server. Browsers load no JSON and start no worker there."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    failed = []
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    page.get_by_role("textbox", name="Search").click()
+    page.keyboard.type("CUDA")
+    expect(page.locator("a.md-search-result__link[href*='faq.html']").first).to_be_visible(timeout=30_000)
+    assert failed == []
