@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
 REPOSITORY = "/".join(filter(None, (os.environ.get("GITHUB_SERVER_URL"), os.environ.get("GITHUB_REPOSITORY"))))
-COLUMNS = "100"  # of the help of a command
+COLUMNS = "82"  # of the help of a command: what fits on a page without scrolling
 
 
 def on_config(config):
@@ -62,6 +62,11 @@ def on_page_markdown(markdown, page, config, files):
     return LINK.sub(corrected, markdown)
 
 
+def on_page_content(html, page, config, files):
+    """Remove the brackets around names in docstrings, which mark a reference in the documentation of transformers."""
+    return re.sub(r"\[(<code>[^<]*</code>)\]", r"\1", html)
+
+
 def commands() -> str:
     """Return the help of all commands, from their parsers."""
     os.environ["COLUMNS"] = COLUMNS
@@ -71,7 +76,7 @@ def commands() -> str:
     LlavaOVCommand(parser.add_subparsers())
     sections = [
         "# Commands",
-        "The options of `optimum-cli export openvino` that apply to LLaVA are in the [README](index.md#export). "
+        "The [first page](../README.md#export) has the options of `optimum-cli export openvino` that apply to LLaVA. "
         "All commands end [in the same way](errors.md#how-a-command-ends).",
     ]
     for info in LlavaOVCommand.SUBCOMMANDS:

@@ -217,7 +217,7 @@ class TestResume:
             run_job(replace(job, rows_per_part=7))
         (tmp_path / "other.jsonl").mkdir()
         (tmp_path / "other.jsonl" / "thesis.txt").touch()
-        with pytest.raises(ValueError, match="something else"):
+        with pytest.raises(ValueError, match="files that are not captions"):
             run_job(replace(job, output=tmp_path / "other.jsonl"))
 
     def test_shards_by_hand(self, images, captioner, expected, tmp_path):

@@ -278,6 +278,22 @@ class TestExitStatus:
             import no_such_module  # noqa: F401
         assert capsys.readouterr().err.startswith("Traceback")
 
+    def test_broken_package(self, tmp_path):
+        """transformers hides the error of torchvision, and names a module of its own instead."""
+        (tmp_path / "torchvision-0.1.dist-info").mkdir()
+        (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
+        (tmp_path / "torchvision").mkdir()
+        error = "operator torchvision::nms does not exist"
+        (tmp_path / "torchvision" / "__init__.py").write_text(f"raise RuntimeError({error!r})")
+        result = run(
+            "optimum-cli", "llava-ov", "chat", CHECKPOINT, "-p", "Hello", check=False, fresh=True,
+            env={"PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1] == (
+            f"error: A package does not import: {error}. To see which one, and how to fix it: optimum-cli llava-ov doctor"
+        )
+
     def test_debug(self, capsys, monkeypatch):
         monkeypatch.setenv("OPTIMUM_LLAVA_OV_DEBUG", "1")
         errors = self.end(FileNotFoundError(2, "No such file or directory", "x"), capsys)[1]

@@ -1,5 +1,6 @@
 """`optimum-cli llava-ov chat` in a terminal with colours: what is on the screen, by a terminal emulator."""
 
+import re
 import shutil
 
 import pyte
@@ -85,6 +86,46 @@ def test_a_conversation(emulator, shapes_bundle, tmp_path):
     assert console.process.wait(timeout=60) == 0
     assert "+What colour is the circle?" in (tmp_path / "history").read_text()
     assert (tmp_path / "history").stat().st_mode & 0o077 == 0
+
+
+class Kitty(Console):
+    """A terminal with the graphics of Kitty. It tells who asks."""
+
+    ANSWERS = ((r"\x1b_Gi=(\d+),[^;]*a=q[^;]*;AAAA\x1b\\", "\x1b_Gi={};OK\x1b\\"), (r"\x1b\[6n", "\x1b[1;1R"))
+
+    def receive(self, data):
+        for question, answer in self.ANSWERS:
+            for asked in re.finditer(question, data.decode(errors="replace")):
+                self.type(answer.format(*asked.groups()))
+        return super().receive(data)
+
+
+class Sixel(Kitty):
+    """A terminal with Sixel graphics, such as iTerm2."""
+
+    ANSWERS = ((r"\x1b\[c", "\x1b[?62;4c"), (r"\x1b\[6n", "\x1b[1;1R"))
+
+
+PNG = r"iVBORw0KGgo"  # its first bytes in base64
+
+
+@pytest.mark.flaky(reruns=2)  # textual-image waits a tenth of a second for an answer
+@pytest.mark.parametrize(
+    ("terminal", "graphics"),
+    [(Kitty, rf"\x1b_Gi=\d+,m=\d,f=100,q=2;{PNG}"), (Sixel, r'\x1bP0;0;0q"1;1;\d+;\d+')],
+    ids=["Kitty", "Sixel"],
+)
+def test_graphics_of_the_terminal(terminal, graphics, shapes_bundle, monkeypatch):
+    """The image of the question is sent as an image, and not drawn with characters."""
+    monkeypatch.setenv("OPTIMUM_LLAVA_OV_HISTORY", "")
+    options = {"env": {"TERM": "xterm-256color"}, "fresh": False}
+    console = terminal("optimum-cli", "llava-ov", "chat", shapes_bundle, "--image", PICTURES / "a.png", **options)
+    try:
+        screen = console.wait(lambda screen: re.search(graphics, screen), "an image")
+        assert "▀" not in screen
+    finally:
+        console.process.kill()
+        console.process.wait()
 
 
 def test_no_colour(emulator, shapes_bundle):

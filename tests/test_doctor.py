@@ -44,6 +44,9 @@ class TestPackages:
         result = run("optimum-cli", "llava-ov", "doctor", shapes_bundle)
         assert result.stdout.splitlines()[0].startswith(f"optimum-llava-ov {version('optimum-llava-ov')}, Python ")
         assert re.search(rf"^transformers +{re.escape(version('transformers'))} +\S+$", result.stdout, re.MULTILINE)
+        names = re.findall(r"^(\S+) +\S+ +\S+ +for \[", result.stdout, re.MULTILINE)
+        assert "openvino-genai" in names
+        assert len(names) == len(set(names))  # one line, also if several extras need it
         assert f"{shapes_bundle}: a bundle with a language model of type mpt" in result.stdout
         assert result.stdout.endswith("\nNothing is wrong.\n")
 

@@ -118,7 +118,7 @@ def test_model_server_page():
     """The folder it shows is a bundle, and what it gives to Kubernetes is well-formed."""
     page = (ROOT / "docs" / "model_server.md").read_text()
     assert sorted(re.findall(r"^        [├└]── (\S+)$", page, re.MULTILINE)) == sorted(FILES)
-    manifest = page[page.index("    apiVersion: apps/v1") : page.index("Written to `llava-mpt.yaml`")]
+    manifest = page[page.index("    apiVersion: apps/v1") : page.index("Write this to `llava-mpt.yaml`")]
     deployment, service = yaml.safe_load_all(textwrap.dedent(manifest))
     template = deployment["spec"]["template"]
     assert (

@@ -379,7 +379,7 @@ class TestConversation:
     def test_a_name_that_does_not_exist(self, tmp_path):
         output, result = self.export(tmp_path, "--model-kwargs", '{"conversation": "vicuna"}')
         assert result.returncode == 1
-        assert "There is no conversation 'vicuna'. Expected one of: vicuna_v1," in result.stderr
+        assert "The conversation 'vicuna' does not exist. Expected one of: vicuna_v1," in result.stderr
         assert "Traceback" not in result.stderr
         assert not output.exists()
 

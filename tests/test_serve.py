@@ -531,7 +531,7 @@ class TestProgram:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "There is no model"),
+            ([], "No model was given"),
             (["--model", "a"], "NAME=BUNDLE"),
             (["--model=a=x", "--model=a=y"], "Two models"),
             (["x", "--max-running", "0"], "--max-running"),

@@ -1,5 +1,6 @@
 """The documentation as a site: built strictly, without a broken link, and without anything from other servers."""
 
+import ast
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from playwright.sync_api import expect
+from test_chat_demo import browser  # noqa: F401  a fixture
 
 
 pytestmark = pytest.mark.slow
@@ -57,6 +60,8 @@ def test_every_page_is_there(site):
         "changelog.html": "Unreleased",
     }.items():
         assert words in re.sub(r"<[^>]+>", "", (site / page).read_text())
+    assert 'href="index.html#export"' in (site / "commands.html").read_text()
+    assert "[<code>" not in (site / "api.html").read_text()
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
@@ -80,3 +85,41 @@ def test_links_lead_somewhere(site):
             assert (site / target).exists(), f"{name}: {link}"
             if address.fragment and target in pages:
                 assert unquote(address.fragment) in pages[target].ids, f"{name}: {link}"
+
+
+@pytest.mark.browser
+def test_search_in_a_folder(site, browser):  # noqa: F811
+    """Opened without a server. Browsers load no JSON and start no worker there."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    failed = []
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    page.get_by_role("textbox", name="Search").click()
+    page.keyboard.type("CUDA")
+    expect(page.locator("a.md-search-result__link[href*='faq.html']").first).to_be_visible(timeout=30_000)
+    assert failed == []
+
+
+OTHERS = {  # messages of other libraries
+    "operator torchvision::nms does not exist",
+    "Cannot find empty port in range",
+    "address already in use",
+}
+
+
+def test_errors_of_the_faq_are_those_of_the_code():
+    """So that who searches for a message finds it. Values are `...`."""
+    code = " ".join(message for file in (ROOT / "optimum_llava_ov").rglob("*.py") for message in _texts(file))
+    for heading in re.findall(r"^#### (.*)$", (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE):
+        for message in re.findall(r"`([^`]*)`", heading):
+            for part in filter(None, (part.strip(" ().") for part in message.split("..."))):
+                assert part in code or part in OTHERS, part
+
+
+def _texts(file):
+    """Yield the texts in a module: what is between two values."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else " ... " for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value

@@ -123,7 +123,10 @@ def run_job(job: Job) -> Summary:
         with lock.acquire(timeout=0):
             return _run(job)
     except Timeout:
-        raise ValueError(f"Another process captions shard {job.shard} into {job.output}.") from None
+        raise ValueError(
+            f"Another process captions shard {job.shard} into {job.output}. Wait until it ends, or choose another "
+            "shard."
+        ) from None
 
 
 def _run(job: Job) -> Summary:

@@ -116,7 +116,7 @@ def open_output(folder: Path, job: dict[str, Any]) -> None:
     file = folder / JOB
     if not file.exists():
         if any(folder.iterdir()):
-            raise ValueError(f"{folder} has files of something else. Choose a new folder for --output.")
+            raise ValueError(f"{folder} contains files that are not captions. Choose a new folder for --output.")
         replace_text(file, json.dumps(job, indent=2, ensure_ascii=False) + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
@@ -124,8 +124,8 @@ def open_output(folder: Path, job: dict[str, Any]) -> None:
     if different:
         name = different[0]
         raise ValueError(
-            f"{folder} was begun with {name} {before.get(name)!r}, and now it is {job.get(name)!r}. Use the same "
-            "options to continue, or another folder for --output."
+            f"{folder} was begun with {name} {before.get(name)!r}, but this command has {job.get(name)!r}. Use the "
+            "same options to continue, or another folder for --output."
         )
 
 

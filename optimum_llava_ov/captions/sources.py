@@ -158,7 +158,7 @@ class Source:
         names = KEY_COLUMNS if self.key_column is None else (self.key_column,)
         value = next((row[name] for name in names if row.get(name) is not None), None)
         if value is None and self.key_column is not None:
-            raise ValueError(f"Row {number} has no {self.key_column}, the column of the keys.")
+            raise ValueError(f"Row {number} has no value in the column {self.key_column}, which --key-column names.")
         return str(value) if value is not None else path if isinstance(path, str) else f"{number:09}"
 
     def _prompt(self, row: dict[str, Any], file: Path) -> str | None:

@@ -37,11 +37,12 @@ class ChatSession:
     Sessions of one model share its weights and run in parallel. Each has its own cache. A session answers one question
     at a time.
 
-    Example:
-        chat = model.chat(processor)
-        for piece in chat.send("What is in this image?", images=[image]):
-            print(piece, end="")
-        print(chat.send("And what should I be careful about?").result())
+    ```python
+    chat = model.chat(processor)
+    for piece in chat.send("What is in this image?", images=[image]):
+        print(piece, end="")
+    print(chat.send("And what should I be careful about?").result())
+    ```
 
     Args:
         engine: Runs the model.

@@ -97,6 +97,8 @@ class Terminal:
     def run(self) -> None:
         """Run until `/quit` or the end of the input."""
         self.greet()
+        for image in self.images:  # of the command line
+            self.preview(image)
         while (text := self._read()) is not None:
             word, _, argument = text.partition(" ")
             if word in LEAVE:

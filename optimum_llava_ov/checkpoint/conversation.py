@@ -138,7 +138,7 @@ def conversation_named(name: str) -> Conversation:
         `ValueError`: there is no such style.
     """
     if name not in CONVERSATIONS:
-        raise ValueError(f"There is no conversation {name!r}. Expected one of: {', '.join(CONVERSATIONS)}.")
+        raise ValueError(f"The conversation {name!r} does not exist. Expected one of: {', '.join(CONVERSATIONS)}.")
     return CONVERSATIONS[name]
 
 

@@ -45,7 +45,7 @@ class ImageTokens:
             )
         if self.method not in METHODS:
             raise UnsupportedCheckpointError(
-                f"There is no image_token_method {self.method!r}. Expected one of {', '.join(METHODS)}."
+                f"The image_token_method {self.method!r} does not exist. Expected one of {', '.join(METHODS)}."
             )
         if self.method == POOL and math.isqrt(self.count) ** 2 != self.count:
             squares = (str(side**2) for side in range(math.isqrt(num_patches), 0, -1))

@@ -58,7 +58,7 @@ class CaptionCommand(EngineCommand):
             "seed.",
         )
         parser.add_argument("--top-p", type=float, default=1.0, help="Top-p for sampling (default: %(default)s).")
-        parser.add_argument("--json-schema", type=Path, help="File with a JSON schema that each caption has.")
+        parser.add_argument("--json-schema", type=Path, help="File with a JSON schema that each caption must match.")
         parser.add_argument(
             "--running", type=int, default=16, help="Number of images in the batch (default: %(default)s)."
         )
@@ -66,7 +66,10 @@ class CaptionCommand(EngineCommand):
             "--workers", type=int, default=1, help="Number of processes that decode images (default: %(default)s)."
         )
         parser.add_argument(
-            "--rows-per-part", type=int, default=1000, help="Number of images of a file (default: %(default)s)."
+            "--rows-per-part",
+            type=int,
+            default=1000,
+            help="Number of images in each file of the output (default: %(default)s).",
         )
         parser.add_argument(
             "--num-shards", type=int, default=1, help="Split the job by hand into this number of shards."

@@ -67,9 +67,16 @@ def user_sentence(error: Exception) -> str | None:
             return str(error) or type(error).__name__
         files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{error.strerror}: {files}" if files else error.strerror
-    if isinstance(error, ImportError) and error.name is None:  # its message says what to install
-        return str(error)
+    if isinstance(error, ImportError) and error.name is None:
+        # The message of this package says what to install, that of transformers only which of its modules failed
+        return str(error) if error.__cause__ is None or _is_raised_here(error) else _broken_package(error)
     return None
+
+
+def _broken_package(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"A package does not import: {error}. To see which one, and how to fix it: optimum-cli llava-ov doctor"
 
 
 def _is_raised_here(error: Exception) -> bool:

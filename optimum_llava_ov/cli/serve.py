@@ -21,7 +21,9 @@ class ServeCommand(EngineCommand):
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("bundle", nargs="?", help="Folder or model id of a bundle. Requests use its last name.")
+        parser.add_argument(
+            "bundle", nargs="?", help="Folder or model id of a bundle. Requests name it by the last part of this name."
+        )
         parser.add_argument(
             "--model",
             action="append",
@@ -40,7 +42,7 @@ class ServeCommand(EngineCommand):
         parser.add_argument(
             "--api-key-file",
             type=Path,
-            help=f"File with API keys, one a line. Default: the environment variable {API_KEY}, or no key.",
+            help=f"File with one API key in each line. Default: the environment variable {API_KEY}, or no key.",
         )
         parser.add_argument(
             "--max-running",
@@ -191,7 +193,7 @@ def bundles_by_name(bundle: str | None, models: list[str]) -> dict[str, str]:
             raise ValueError(f"Two models have the name {name!r}. Give each its own name.")
         bundles[name] = folder
     if not bundles:
-        raise ValueError("There is no model. Give the folder or id of a bundle, or --model NAME=BUNDLE.")
+        raise ValueError("No model was given. Give the folder or id of a bundle, or --model NAME=BUNDLE.")
     return bundles
 
 
@@ -206,7 +208,7 @@ def read_api_keys(file: Path | None) -> tuple[str, ...]:
         return ()
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not keys:
-        raise ValueError(f"{file or API_KEY} has no API key. Expected one a line.")
+        raise ValueError(f"{file or API_KEY} has no API key. Expected one key in each line.")
     return keys
 
 

@@ -44,7 +44,10 @@ CSS = """
 #chat .prose { white-space: normal; }
 #chat img { max-height: 260px; max-width: 100%; width: auto; object-fit: contain; }
 #chat .stats { margin-top: 0.4rem; font-size: 0.8rem; color: var(--body-text-color-subdued); }
-#chat .placeholder { text-align: center; }
+#chat .placeholder { text-align: center; padding: 0 1rem; }
+#chat .examples button { border: 1px solid var(--input-border-color); border-radius: 10px; padding: 0.6rem; }
+#question .submit-button { background: var(--primary-600); color: white; border-radius: 10px; padding: 0 0.9rem; }
+#question .submit-button:hover { background: var(--primary-700); }
 #foot, #foot p { font-size: 0.85rem; color: var(--body-text-color-subdued); text-align: center; }
 #tools { gap: 8px; flex-wrap: wrap; }
 #tools button { min-width: 90px; flex: 1 1 auto; }
@@ -52,6 +55,7 @@ CSS = """
 @media (max-width: 640px) {
     #title h1 { font-size: 1.2rem; }
     #chat { height: 58vh !important; }
+    #tools { display: grid !important; grid-template-columns: 1fr 1fr; }
 }
 """
 # Gradio's own button would copy the HTML
@@ -692,7 +696,7 @@ def build_page(
                 ),
                 gr.Dropdown(devices, value=devices[0], label="Device", info="Where answers are computed."),
             ]  # fmt: skip
-        with gr.Group(visible=bool(demo.limits.hosts)):
+        with gr.Group(visible=bool(demo.limits.hosts), elem_id="addresses"):
             address = gr.Textbox(
                 label="Image from",
                 info=", ".join(demo.limits.hosts),
@@ -787,6 +791,17 @@ def _theme() -> gr.themes.Base:
         block_info_text_color_dark="*neutral_300",
         input_placeholder_color="*neutral_600",
         input_placeholder_color_dark="*neutral_300",
+        # Without borders, a box, a button and the page are the same white
+        body_background_fill="*neutral_100",
+        block_border_width="1px",
+        block_border_color="*neutral_300",
+        block_border_color_dark="*neutral_700",
+        input_border_width="1px",
+        input_border_color="*neutral_400",
+        input_border_color_dark="*neutral_500",
+        button_border_width="1px",
+        button_secondary_border_color="*neutral_400",
+        button_secondary_border_color_dark="*neutral_500",
         block_label_text_color="*primary_700",
         block_title_text_color="*primary_700",
         block_label_text_color_dark="*neutral_100",

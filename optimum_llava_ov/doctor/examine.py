@@ -133,12 +133,16 @@ def report(diagnosis: Diagnosis) -> str:
 
 
 def _packages(diagnosis: Diagnosis) -> list[str]:
-    rows = [("package", "installed", "supported", "")]
+    extras: dict[tuple[str, str], list[str]] = {}  # of a package and the versions that they ask for
     for package in diagnosis.packages:
-        needed = f"for [{package.extra}]" if package.extra else ""
+        extras.setdefault((package.name, package.required), []).extend([package.extra] if package.extra else [])
+    rows = {("package", "installed", "supported", ""): None}
+    for package in diagnosis.packages:
+        names = extras[package.name, package.required]
+        needed = f"for [{','.join(names)}]" if package.extra else ""
         note = needed if package.is_supported else f"{needed} WRONG".strip()
-        rows.append((package.name, package.version or "-", package.required or "any", note))
-    return table_lines(rows, "<<<<")
+        rows[package.name, package.version or "-", package.required or "any", note] = None
+    return table_lines(list(rows), "<<<<")
 
 
 def _computer(computer: Computer) -> list[str]:

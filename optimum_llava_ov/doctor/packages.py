@@ -53,7 +53,7 @@ def read_packages() -> list[Package]:
     for requirement in map(Requirement, requires(DISTRIBUTION) or []):
         extra = match[1] if (match := re.search(r'extra == "(\w+)"', str(requirement.marker or ""))) else None
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra or ""})
-        if applies and extra not in DEVELOPMENT:
+        if applies and extra not in DEVELOPMENT and requirement.name != DISTRIBUTION:  # an extra may name other extras
             packages.append(Package(requirement.name, installed(requirement.name), str(requirement.specifier), extra))
     return sorted(packages, key=lambda package: (package.extra or "", package.name))
 
@@ -110,7 +110,7 @@ def _cuda_problems() -> Iterator[Problem]:
         yield Problem(
             f"torch {installed('torch')} was built for CUDA {cuda}, which takes gigabytes of disk, but there is no "
             "NVIDIA GPU.",
-            "pip install --force-reinstall --no-deps torch --index-url https://download.pytorch.org/whl/cpu",
+            "pip install --force-reinstall --no-deps torch torchvision --index-url https://download.pytorch.org/whl/cpu",
             stops=False,
         )
 

@@ -191,7 +191,8 @@ def _export(
             # Only the weights. OpenVINO would also round constants, such as the frequencies of rotary embeddings.
             others = [weight for weight in model.parameters() if weight.dtype != torch.float16]
             size = sum(2 * weight.numel() for weight in others)
-            _check_free(size, "Until the export ends, the weights in fp16 need", folder)
+            if size:
+                _check_free(size, "Until the export ends, the weights in fp16 need", folder)
             move_to_disk(others, folder, torch.float16)
             part_config = None
         newline = None if model.image_newline is None else model.image_newline.detach().float()

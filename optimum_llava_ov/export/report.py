@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import openvino
@@ -13,9 +14,10 @@ from optimum_llava_ov.units import readable_size
 
 
 def summarize(bundle: Path) -> str:
-    """Return the table of [`report`], and the lines of Python that load the bundle."""
+    """Return the table of [`report`], and how to run the bundle in a terminal and in Python."""
     return (
-        f"{report(bundle)}\n\nTo run it:\n    from optimum_llava_ov import OVModelForLlava\n"
+        f"{report(bundle)}\n\nTo run it:\n    optimum-cli llava-ov chat {shlex.quote(str(bundle))}\n"
+        f"In Python:\n    from optimum_llava_ov import OVModelForLlava\n"
         f'    model = OVModelForLlava.from_pretrained("{bundle}")'
     )
 

@@ -25,7 +25,7 @@ def build_projector(projector_type: str, vision_size: int, text_size: int) -> nn
     mlp = re.fullmatch(r"mlp(\d+)x_gelu", projector_type)
     if mlp is None:
         raise UnsupportedCheckpointError(
-            f"There is no projector {projector_type!r}. Expected identity, linear or mlp<N>x_gelu."
+            f"The projector type {projector_type!r} is not supported. Expected identity, linear or mlp<N>x_gelu."
         )
     layers: list[nn.Module] = [nn.Linear(vision_size, text_size)]
     for _ in range(int(mlp.group(1)) - 1):

@@ -189,10 +189,12 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
 
         Calls with different caches run in parallel. A call continues after the tokens that are in its cache.
 
-        Example:
-            cache = model.new_cache()
-            output = model.generate(**inputs, past_key_values=cache)
-            # The next call takes the whole conversation, and computes only its new tokens
+        The next call takes the whole conversation, and computes only its new tokens:
+
+        ```python
+        cache = model.new_cache()
+        output = model.generate(**inputs, past_key_values=cache)
+        ```
         """
         return self.language_model.new_cache()
 

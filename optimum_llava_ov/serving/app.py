@@ -115,7 +115,7 @@ def build_app(
         model = find(body.model)
         number = body.n * (1 if isinstance(body.prompt, str) else len(body.prompt))
         if not number:
-            raise ApiError("There is no prompt.", param="prompt")
+            raise ApiError("The request has no prompt.", param="prompt")
         return await answer(request, body, model, number, lambda: model.completion_jobs(body), CompletionForm)
 
     async def answer(

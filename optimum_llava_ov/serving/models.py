@@ -139,11 +139,14 @@ class ServedModel:
         if not isinstance(text, str):
             text = "\n".join(part.text for part in text if not isinstance(part, ImagePart))
         if new and message.role != "user":
-            raise ApiError(f"A message of {message.role} has images. Only messages of user may.", param="messages")
+            raise ApiError(
+                f"A message with the role {message.role} has images. Only the role user may have them.",
+                param="messages",
+            )
         images += new
         if message.role in ("system", "developer"):
             if index:
-                raise ApiError("A message of system must be the first one.", param="messages")
+                raise ApiError("A message with the role system must be the first message.", param="messages")
             return system_message(text)
         _unicode(text)
         return user_message(text, [i.image for i in new]) if message.role == "user" else assistant_message(text)

@@ -94,7 +94,7 @@ def read_config(file: Path) -> OriginalLlavaConfig:
         )
     if problems := family.problems(values):
         raise UnsupportedCheckpointError(
-            f"{file} asks for what optimum-llava-ov does not compute for a LLaVA with {family.family}, and a "
+            f"{file} has options that optimum-llava-ov does not support for a LLaVA with {family.family}, and a "
             f"conversion would give wrong text: {'; '.join(problems)}. Nothing was converted."
         )
     config = family.from_dict(values)
