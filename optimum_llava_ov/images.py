@@ -117,7 +117,8 @@ def open_image(source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} cannot be read: it is not one of {', '.join(FORMATS)}.") from error
     except Exception as error:  # decoders raise errors of any kind for a damaged file
-        raise ImageError(f"{name} cannot be read: {error or type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        raise ImageError(f"{name} cannot be read: {reason}") from error
 
 
 def fit_to_model(image: Image.Image, image_processor: Any) -> Image.Image:

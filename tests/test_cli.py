@@ -227,6 +227,16 @@ class TestExport:
             f"error: There is no folder {name!r}, and this name is not a model id of the Hub: expected `owner/name`."
         )
 
+    def test_a_bundle_that_is_not_in_the_cache(self, tmp_path):
+        """What to do is said, and not only that files are missing."""
+        env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+        result = run("optimum-cli", "llava-ov", "chat", "me/nowhere", "-p", "Hello", env=env, check=False)
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1] == (
+            "error: 'me/nowhere' is not in the cache, and the Hub is not asked (offline mode). Download it first: hf "
+            "download me/nowhere"
+        )
+
     def test_other_peoples_model_keeps_optimums_errors(self, optimum_cli, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
         with pytest.raises(ValueError, match="no_such_type"):

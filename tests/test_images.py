@@ -88,6 +88,10 @@ class TestFit:
 
 
 class TestOpen:
+    def test_a_file_that_is_not_there(self, tmp_path):
+        with pytest.raises(ImageError, match=r"missing\.png cannot be read: No such file or directory$"):
+            open_image(tmp_path / "missing.png")
+
     @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
     def test_formats(self, file_format, tmp_path):
         data = saved(noise(mode="P") if file_format == "GIF" else noise(), file_format)

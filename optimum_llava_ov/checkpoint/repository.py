@@ -280,7 +280,12 @@ class Repository:
             if (path := repository.get(filename)) is not None:
                 repository, folder = repository.pinned(path), path.parent
         if folder is None:
-            raise InvalidCheckpointError(f"{self.name!r} has none of the required files.")
+            if self.offline and not self.is_local:
+                raise InvalidCheckpointError(
+                    f"{self.name!r} is not in the cache, and the Hub is not asked (offline mode). Download it first: "
+                    f"hf download {self.name}"
+                )
+            raise InvalidCheckpointError(f"{self.name!r} has none of the required files. Check the name.")
         return folder
 
     def require(self, filename: str, why: str) -> Path:
