@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -303,159 +302,12 @@ constexpr std::array<MultiplyTile<Step>, TILE> by_tokens(std::integer_sequence<i
     return {multiply_tile<Step, tokens + 1, is_signed>...};
 }
 
-// Many tokens: rows are interleaved, so that each lane sums for one row. 16-bit sums of 32 columns are added, where the
-// code above adds 32-bit sums across lanes for each row, token and step. Interleaving pays from a few tiles on.
-constexpr int64_t WIDE_ROWS = 16, WIDE_TOKENS = 4, WIDE_COLUMNS = 512;
-
-void transpose(__m256i (&r)[8]) {
-    __m256i a[8], b[8];
-    for (int i = 0; i < 4; ++i) {
-        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; ++i) {
-        for (int j = 0; j < 2; ++j) {
-            b[4 * i + 2 * j] = _mm256_unpacklo_epi64(a[4 * i + j], a[4 * i + j + 2]);
-            b[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(a[4 * i + j], a[4 * i + j + 2]);
-        }
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
-        r[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
-    }
-}
-
-// Write steps [from, to) of WIDE_ROWS rows to `out`: (steps, 2, step / 4, 8 rows, 4 columns)
-template <class Step>
-void interleave(const Weights& w, int64_t row, int64_t from, int64_t to, __m256i* out) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i flip = _mm256_set1_epi8(w.zero_points ? 0 : static_cast<char>(0x88));
-    const int64_t row_bytes = w.columns / 2;
-    for (int64_t s = from; s < to; ++s) {
-        for (int64_t first = row; first < row + WIDE_ROWS; first += 8) {
-            for (int64_t at = s * Step::bytes; at < (s + 1) * Step::bytes; at += 32, out += 16) {
-                __m256i low[8], high[8];
-                for (int r = 0; r < 8; ++r) {
-                    const uint8_t* values = w.values + (first + r) * row_bytes + at;
-                    const __m256i packed =
-                        _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), flip);
-                    low[r] = _mm256_and_si256(packed, mask);
-                    high[r] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
-                }
-                transpose(low);
-                transpose(high);
-                for (int r = 0; r < 8; ++r) {
-                    _mm256_store_si256(out + r, low[r]);
-                    _mm256_store_si256(out + 8 + r, high[r]);
-                }
-            }
-        }
-    }
-}
-
-// Multiply interleaved rows with `tokens` tokens of a tile that has `width`. `scales` and `shifts` are (steps, rows).
-template <class Step, int tokens>
-void multiply_wide(const __m256i* w, const float* scales, const float* shifts, const int8_t* x, int64_t width,
-                   const float* x_scales, const float* x_sums, int64_t from, int64_t to, float* y, int64_t rows) {
-    constexpr int64_t quads = Step::step / 4;
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256 sums[2][tokens];
-    for (auto& half : sums)
-        for (auto& s : half) s = _mm256_setzero_ps();
-    for (int64_t s = from; s < to; ++s, w += 2 * quads) {
-        const int8_t* values = x + s * width * Step::step;
-        __m256i totals[2][tokens];
-        for (auto& half : totals)
-            for (auto& total : half) total = _mm256_setzero_si256();
-        for (int64_t quad = 0; quad < quads; quad += 8) {
-            __m256i first[tokens], second[tokens];
-#pragma GCC unroll 4
-            for (int token = 0; token < tokens; ++token) first[token] = second[token] = _mm256_setzero_si256();
-#pragma GCC unroll 8
-            for (int64_t i = quad; i < quad + 8; ++i) {
-                const __m256i w0 = _mm256_load_si256(w + i), w1 = _mm256_load_si256(w + quads + i);
-#pragma GCC unroll 4
-                for (int token = 0; token < tokens; ++token) {
-                    int32_t four;
-                    std::memcpy(&four, values + token * Step::step + 4 * i, 4);
-                    const __m256i v = _mm256_set1_epi32(four);
-                    first[token] = _mm256_add_epi16(first[token], _mm256_maddubs_epi16(w0, v));
-                    second[token] = _mm256_add_epi16(second[token], _mm256_maddubs_epi16(w1, v));
-                }
-            }
-#pragma GCC unroll 4
-            for (int token = 0; token < tokens; ++token) {
-                totals[0][token] = _mm256_add_epi32(totals[0][token], _mm256_madd_epi16(first[token], ones));
-                totals[1][token] = _mm256_add_epi32(totals[1][token], _mm256_madd_epi16(second[token], ones));
-            }
-        }
-        for (int half = 0; half < 2; ++half) {
-            const __m256 scale = _mm256_loadu_ps(scales + s * WIDE_ROWS + 8 * half);
-            const __m256 shift = _mm256_loadu_ps(shifts + s * WIDE_ROWS + 8 * half);
-#pragma GCC unroll 4
-            for (int token = 0; token < tokens; ++token) {
-                const __m256 both = _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scales + s * TILE + token));
-                sums[half][token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(totals[half][token]), both, sums[half][token]);
-                sums[half][token] =
-                    _mm256_fnmadd_ps(shift, _mm256_broadcast_ss(x_sums + s * TILE + token), sums[half][token]);
-            }
-        }
-    }
-    for (int half = 0; half < 2; ++half) {
-        for (int token = 0; token < tokens; ++token) {
-            float* out = y + token * rows + 8 * half;
-            _mm256_storeu_ps(out, from ? _mm256_add_ps(_mm256_loadu_ps(out), sums[half][token]) : sums[half][token]);
-        }
-    }
-}
-
-template <class Step>
-using MultiplyWide = void (*)(const __m256i*, const float*, const float*, const int8_t*, int64_t, const float*,
-                              const float*, int64_t, int64_t, float*, int64_t);
-
-template <class Step>
-void multiply_many(const Weights& w, const Activations& a, int64_t tokens, float* y) {
-    static constexpr std::array<MultiplyWide<Step>, WIDE_TOKENS> by_tokens = {
-        multiply_wide<Step, 1>, multiply_wide<Step, 2>, multiply_wide<Step, 3>, multiply_wide<Step, 4>};
-    const int64_t steps = w.steps(), at_once = WIDE_COLUMNS / Step::step;
-    tbb::parallel_for(tbb::blocked_range<int64_t>(0, w.rows / WIDE_ROWS), [&](const tbb::blocked_range<int64_t>& range) {
-        alignas(32) __m256i interleaved[WIDE_ROWS * WIDE_COLUMNS / 32];
-        std::vector<float> by_row(2 * WIDE_ROWS * steps);
-        float *scales = by_row.data(), *shifts = scales + WIDE_ROWS * steps;
-        for (int64_t row = range.begin() * WIDE_ROWS; row < range.end() * WIDE_ROWS; row += WIDE_ROWS) {
-            const Scales of_rows = scales_of<Step>(w, row, row + WIDE_ROWS);
-            for (int64_t s = 0; s < steps; ++s) {
-                for (int64_t r = 0; r < WIDE_ROWS; ++r) {
-                    scales[s * WIDE_ROWS + r] = of_rows.scales[r * steps + s];
-                    shifts[s * WIDE_ROWS + r] = of_rows.shifts[r * steps + s];
-                }
-            }
-            for (int64_t from = 0; from < steps; from += at_once) {
-                const int64_t to = std::min(from + at_once, steps);
-                interleave<Step>(w, row, from, to, interleaved);
-                for (int64_t token = 0; token < tokens; token += WIDE_TOKENS) {
-                    const int64_t tile = token / TILE, in_tile = token % TILE;
-                    const int64_t width = std::min(TILE, tokens - tile * TILE);
-                    const int64_t at = tile * steps * TILE + in_tile;
-                    by_tokens[std::min(WIDE_TOKENS, width - in_tile) - 1](
-                        interleaved, scales, shifts,
-                        a.values.data() + tile * TILE * w.columns + in_tile * Step::step, width, a.scales.data() + at,
-                        a.sums.data() + at, from, to, y + token * w.rows + row, w.rows);
-                }
-            }
-        }
-    });
-}
-
 template <class Step>
 void multiply(const Weights& w, const float* x, int64_t tokens, float* y) {
     static constexpr auto of_signed = by_tokens<Step, true>(std::make_integer_sequence<int, TILE>());
     static constexpr auto of_unsigned = by_tokens<Step, false>(std::make_integer_sequence<int, TILE>());
     const auto& of = w.zero_points ? of_unsigned : of_signed;
     const auto a = quantized<Step>(x, tokens, w);
-    if constexpr (Step::bits == 4 && Step::step % 64 == 0) {
-        if (tokens >= 2 * TILE && w.rows % WIDE_ROWS == 0) return multiply_many<Step>(w, a, tokens, y);
-    }
     const int64_t steps = w.steps(), tiles = (tokens + TILE - 1) / TILE, tasks = (w.rows + ROWS - 1) / ROWS;
     tbb::parallel_for(tbb::blocked_range<int64_t>(0, tasks), [&](const tbb::blocked_range<int64_t>& range) {
         for (int64_t task = range.begin(); task < range.end(); ++task) {
