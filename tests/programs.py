@@ -243,10 +243,10 @@ def _send(connection: socket.socket, content: bytes, files: list[int]) -> None:
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     """Content and files; no content if the other side ended before all was sent."""
-    size, files, *_ = socket.recv_fds(connection, 8, 4)
-    content = b""
-    while len(content) < int.from_bytes(size, "big"):
-        if not (part := connection.recv(1 << 16)):
+    header, files, *_ = socket.recv_fds(connection, 8, 4)
+    size, content = int.from_bytes(header, "big"), b""
+    while len(content) < size:
+        if not (part := connection.recv(size - len(content))):  # the next request may follow
             return b"", files
         content += part
     return content, files
