@@ -112,7 +112,7 @@ def test_private_names(package, module, name):
 def test_private_names_need_an_upper_bound(package):
     """What may move without notice must not come with an update of the library."""
     bound = re.search(
-        rf'^ +"{package}(>=[^"]*)",$|= \["{package}(>=[^"]*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+        rf'^ +"{package}(>=[^";]*)",$|= \["{package}(>=[^";]*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
     )
     assert bound is not None, f"pyproject.toml has no bounds for {package}"
     assert re.fullmatch(r">=[\d.]+,<[\d.]+", bound[1] or bound[2])
