@@ -171,12 +171,11 @@ class TestResume:
             return sum(begun) + sum(pq.read_metadata(file).num_rows for file in output.glob("*.parquet"))
 
         for rows in (1, 6):
-            process = subprocess.Popen(programs.quick(command), stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # itself, so that it ends when it is killed
             while rows_so_far() < rows and process.poll() is None:
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        time.sleep(0.5)  # until the program has ended, too
         assert rows_so_far() >= 6
         result = run(*command)
         assert "images/s" in result.stderr
