@@ -14,7 +14,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import programs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
