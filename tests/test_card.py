@@ -346,7 +346,7 @@ class TestEdits:
         ("old", "new"),
         [
             ("## Legal\n", "## My own words\n\nHello.\n\n## Legal\n"),
-            ("Do not\n  let it decide about people.", "Be kind."),
+            ("Do not let\n  it decide about people.", "Be kind."),
             ("## How it was made", "## How I made it"),
             ("tags:\n", "thumbnail: https://example.com/a.png\ntags:\n"),
             ("- llava-mpt\n", "- llava-mpt\n- shapes\n"),
