@@ -41,6 +41,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
 
     _cache: DecoderCache | None = None
     _embedding_table: EmbeddingTable | None = None
+    _packs_weights = True  # whether OpenVINO copies the weights when the graph first runs
 
     def __init__(self, *args, attention_backend: str = PA, matmul_kernel: str = AUTO, **kwargs):
         if attention_backend not in (PA, SDPA):
@@ -74,7 +75,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
                 )
             logger.info("Packing the weights of the language model ...")
             file = weights_file(self.model_save_dir, "language_model")
-            with nullcontext() if self._uses_extension else read_once(file):
+            with read_once(file) if self._packs_weights else nullcontext():
                 self.forward(torch.zeros(1, 1, self.config.text_config.hidden_size), logits_to_keep=1)
             self.cache.reset()
 
@@ -100,8 +101,10 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         return StatefulDecoder(self._compiled(with_logit_positions(graph, axis=1)))
 
     def _compiled(self, graph: openvino.Model) -> openvino.CompiledModel:
+        self._packs_weights = True
         if self._uses_extension:
-            graph = with_compressed_matmuls(graph)
+            bundled, graph = graph, with_compressed_matmuls(graph)
+            self._packs_weights = graph is bundled
         return self._compile_model(graph, self._device, {**self.ov_config}, self.model_save_dir)
 
     def new_cache(self) -> DecoderCache:
