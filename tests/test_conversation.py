@@ -160,7 +160,7 @@ def test_stops(tokenizer, yi_tokenizer):
 
 def test_name_of_a_conversation():
     assert conversation_named("vicuna_v1").name == "vicuna_v1"
-    with pytest.raises(ValueError, match="no conversation 'vicuna'.*vicuna_v1, llava_v1"):
+    with pytest.raises(ValueError, match="conversation 'vicuna' does not exist.*vicuna_v1, llava_v1"):
         conversation_named("vicuna")
 
 

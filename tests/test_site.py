@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from playwright.sync_api import expect
-from test_chat_demo import browser  # noqa: F401  a fixture
+from test_chat_demo import browser, chromium  # noqa: F401  fixtures
 
 
 pytestmark = pytest.mark.slow
