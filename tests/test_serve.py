@@ -365,15 +365,15 @@ class TestErrors:
     def test_bodies(self, engine):
         with served(engine, max_body_bytes=100_000) as url:
             endpoint = f"{url}/v1/chat/completions"
-            is_openai_error(httpx.post(endpoint, content=b" " * 100_001), 413)
-            is_openai_error(httpx.post(endpoint, content=iter([b" " * 60_000] * 2)), 413)
+            is_openai_error(httpx.post(endpoint, content=b" " * 100_001, timeout=60), 413)
+            is_openai_error(httpx.post(endpoint, content=iter([b" " * 60_000] * 2), timeout=60), 413)
         with served(engine, body_timeout=0.3) as url:
             address = ("127.0.0.1", int(url.rpartition(":")[2]))
             with socket.create_connection(address) as slow:
                 slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
                 assert slow.recv(1000).startswith(b"HTTP/1.1 408")
         with served(engine, max_bodies_bytes=100_000) as url:
-            is_openai_error(httpx.post(f"{url}/v1/chat/completions", content=b" " * 100_001), 429)
+            is_openai_error(httpx.post(f"{url}/v1/chat/completions", content=b" " * 100_001, timeout=60), 429)
 
     def test_keys(self, engine):
         with served(engine, keys=("first", "second")) as url:
