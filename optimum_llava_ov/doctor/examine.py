@@ -63,7 +63,7 @@ def examine(model: str | None = None) -> Diagnosis:
     if computer.missing_kernel is not None:
         diagnosis.problems.append(
             Problem(
-                f"Compressed models run at half of the speed that is possible: {computer.missing_kernel}.",
+                f"Compressed models run slower than they could: {computer.missing_kernel}.",
                 "Install the package's wheel for Linux; or a C++ compiler, and then the package again.",
                 stops=False,
             )
