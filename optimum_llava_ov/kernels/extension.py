@@ -33,11 +33,9 @@ _MULTIPLE = 32  # of the columns of a group: what the kernel multiplies at once
 
 
 class _Weights(NamedTuple):
-    values: openvino.Node  # (rows, columns) or (rows, groups, columns of a group)
-    scales: openvino.Node
-    zero_points: openvino.Node | None
+    constants: list[openvino.Node]  # values, scales and, if the values are unsigned, zero points
     rows: int
-    columns: int
+    bits: int
     group_size: int
 
 
@@ -89,7 +87,7 @@ def why_not() -> str | None:
 
 
 def _why_not_on(device: str) -> str | None:
-    return None if device.upper() in ("CPU", "AUTO") else f"it runs on CPU, and the device is {device}"
+    return None if device.upper() == "CPU" else f"it runs on CPU, and the device is {device}"
 
 
 @functools.cache
@@ -115,10 +113,9 @@ def with_compressed_matmuls(model: openvino.Model) -> openvino.Model:
         weights = _weights_of(node) if node.get_type_name() == "MatMul" else None
         if weights is None:
             continue
-        constants = [weights.values, weights.scales, *([weights.zero_points] if weights.zero_points else [])]
-        inputs = [node.input_value(0), *(_bytes(constant, weights.rows) for constant in constants)]
-        bits = _BITS[weights.values.get_output_element_type(0)]
-        product = _factory().create(_OPERATION, inputs, {"bits": bits, "group_size": weights.group_size})
+        inputs = [node.input_value(0), *(_bytes(constant, weights.rows) for constant in weights.constants)]
+        attributes = {"bits": weights.bits, "group_size": weights.group_size}
+        product = _factory().create(_OPERATION, inputs, attributes)
         product.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(product.output(0))
         count += 1
@@ -146,25 +143,19 @@ def _weights_of(matmul: openvino.Node) -> _Weights | None:
     if values is None or scales is None or shape.is_dynamic or len(shape) != 2:
         return None
     rows, columns = (size.get_length() for size in shape)
-    group_size = values.get_output_shape(0)[-1]
-    groups = columns // group_size
+    *outer, group_size = values.get_output_shape(0)
     kind = values.get_output_element_type(0)
     is_known = (
         kind in _BITS
         and (kind in _SIGNED) == (zero_points is None)
         and (zero_points is None or zero_points.get_output_element_type(0) == kind)
         and scales.get_output_element_type(0) == openvino.Type.f16
-        and all(
-            openvino.Shape(constant.get_output_shape(0))
-            in (openvino.Shape(of) for of in ([rows, groups, 1], [rows, 1]))
-            and np.prod(constant.get_output_shape(0)) == rows * groups
-            for constant in (scales, zero_points)
-            if constant is not None
-        )
-        and list(values.get_output_shape(0)) in ([rows, columns], [rows, groups, group_size])
+        and all(list(one.get_output_shape(0)) == [*outer, 1] for one in (scales, zero_points) if one is not None)
+        and [*outer, group_size] in ([rows, columns], [rows, columns // group_size, group_size])
         and group_size % _MULTIPLE == 0
     )
-    return _Weights(values, scales, zero_points, rows, columns, group_size) if is_known else None
+    constants = [one for one in (values, scales, zero_points) if one is not None]
+    return _Weights(constants, rows, _BITS[kind], group_size) if is_known else None
 
 
 def _without(node: openvino.Node, *types: str) -> openvino.Node:

@@ -36,8 +36,6 @@ struct Weights {
     const uint8_t* zero_points;  // (rows, groups), packed as the values; null for signed values, which have none
     int64_t rows, columns;
     int64_t group;       // columns that share a scale
-    int64_t step;        // columns of a group of activations; divides `group`
-    int64_t steps() const { return columns / step; }
 };
 
 // Activations in 8 bits. Tokens are in tiles: for each tile, for each step, for each token of the tile, `step` values.
@@ -83,7 +81,7 @@ void quantize(const float* x, int8_t* values, float* scale, float* scaled_sum) {
 
 template <class Step>
 Activations quantized(const float* x, int64_t tokens, const Weights& weights) {
-    const int64_t tiles = (tokens + TILE - 1) / TILE, steps = weights.steps();
+    const int64_t tiles = (tokens + TILE - 1) / TILE, steps = weights.columns / Step::step;
     Activations a;
     a.values.resize(tokens * weights.columns);
     a.scales.resize(tiles * steps * TILE);
@@ -129,7 +127,7 @@ __m256 eight_zero_points(const uint8_t* p) {
 
 template <class Step>
 Scales scales_of(const Weights& w, int64_t first, int64_t last) {
-    const int64_t steps = w.steps(), groups = w.columns / w.group, repeats = w.group / w.step;
+    const int64_t steps = w.columns / Step::step, groups = w.columns / w.group, repeats = w.group / Step::step;
     Scales result;
     result.scales.resize((last - first) * steps);
     result.shifts.resize((last - first) * steps);
@@ -267,7 +265,7 @@ struct EightBits {
 template <class Step, int tokens, bool is_signed>
 void multiply_tile(const Weights& w, const Scales& scales, const Activations& a, int64_t tile,
                    int64_t first, int64_t last, int64_t from, int64_t to, float* y) {
-    const int64_t steps = w.steps();
+    const int64_t steps = w.columns / Step::step;
     const int8_t* x = a.values.data() + tile * TILE * w.columns;
     const float* x_scales = a.scales.data() + tile * steps * TILE;
     const float* x_sums = a.sums.data() + tile * steps * TILE;
@@ -308,7 +306,7 @@ void multiply(const Weights& w, const float* x, int64_t tokens, float* y) {
     static constexpr auto of_unsigned = by_tokens<Step, false>(std::make_integer_sequence<int, TILE>());
     const auto& of = w.zero_points ? of_unsigned : of_signed;
     const auto a = quantized<Step>(x, tokens, w);
-    const int64_t steps = w.steps(), tiles = (tokens + TILE - 1) / TILE, tasks = (w.rows + ROWS - 1) / ROWS;
+    const int64_t steps = w.columns / Step::step, tiles = (tokens + TILE - 1) / TILE, tasks = (w.rows + ROWS - 1) / ROWS;
     tbb::parallel_for(tbb::blocked_range<int64_t>(0, tasks), [&](const tbb::blocked_range<int64_t>& range) {
         for (int64_t task = range.begin(); task < range.end(); ++task) {
             const int64_t first = task * ROWS, last = std::min(first + ROWS, w.rows);
@@ -369,10 +367,7 @@ public:
         float* y = outputs[0].data<float>();
         const int64_t tokens = static_cast<int64_t>(inputs[0].get_size()) / w.columns;
         if (!tokens) return true;
-        const auto run = [&](auto step) {
-            w.step = decltype(step)::step;
-            multiply<decltype(step)>(w, x, tokens, y);
-        };
+        const auto run = [&](auto step) { multiply<decltype(step)>(w, x, tokens, y); };
         if (m_bits == 8) {
             m_group % 128 ? run(EightBits<1>{}) : run(EightBits<4>{});
         } else if (m_group % 64) {

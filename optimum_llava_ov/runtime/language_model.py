@@ -41,7 +41,6 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
 
     _cache: DecoderCache | None = None
     _embedding_table: EmbeddingTable | None = None
-    _packs_weights = True  # whether OpenVINO copies the weights when the graph first runs
 
     def __init__(self, *args, attention_backend: str = PA, matmul_kernel: str = AUTO, **kwargs):
         if attention_backend not in (PA, SDPA):
@@ -101,11 +100,9 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
         return StatefulDecoder(self._compiled(with_logit_positions(graph, axis=1)))
 
     def _compiled(self, graph: openvino.Model) -> openvino.CompiledModel:
-        self._packs_weights = True
-        if self._uses_extension:
-            bundled, graph = graph, with_compressed_matmuls(graph)
-            self._packs_weights = graph is bundled
-        return self._compile_model(graph, self._device, {**self.ov_config}, self.model_save_dir)
+        executed = with_compressed_matmuls(graph) if self._uses_extension else graph
+        self._packs_weights = executed is graph  # copies them when the graph first runs
+        return self._compile_model(executed, self._device, {**self.ov_config}, self.model_save_dir)
 
     def new_cache(self) -> DecoderCache:
         """Return a new cache, for a batch that is computed in parallel with others. The weights are shared."""
