@@ -40,6 +40,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
+def computes_in_bf16():
+    """Return whether OpenVINO computes in bf16 on this processor unless it is told otherwise."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 # These begin first, so that no process still works when the others have nothing left to do
 LONGEST = (
     "test_snippets",

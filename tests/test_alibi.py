@@ -4,7 +4,7 @@ import numpy as np
 import openvino
 import pytest
 import torch
-from conftest import EXACT, Golden
+from conftest import EXACT, Golden, computes_in_bf16
 from openvino._offline_transformations import paged_attention_transformation
 
 from optimum_llava_ov import OVModelForLlavaMPT
@@ -98,7 +98,7 @@ def test_no_wall_at_max_seq_len(long_prompt, models, torch_models):
 
 
 @pytest.mark.skipif(
-    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    not computes_in_bf16(),
     reason="this processor does not compute in bf16: OpenVINO would compute in f32 and lose nothing",
 )
 def test_bf16_does_not_lose_positions(bundles, models, long_prompt):

@@ -367,6 +367,12 @@ class TestErrors:
             endpoint = f"{url}/v1/chat/completions"
             is_openai_error(httpx.post(endpoint, content=b" " * 100_001, timeout=60), 413)
             is_openai_error(httpx.post(endpoint, content=iter([b" " * 60_000] * 2), timeout=60), 413)
+            # A body whose end arrives together with what is too much
+            address = ("127.0.0.1", int(url.rpartition(":")[2]))
+            with socket.create_connection(address, timeout=20) as whole:
+                head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+                whole.sendall(head + b"186a1\r\n" + b" " * 100_001 + b"\r\n0\r\n\r\n")
+                assert whole.recv(1000).startswith(b"HTTP/1.1 413")
         with served(engine, body_timeout=0.3) as url:
             address = ("127.0.0.1", int(url.rpartition(":")[2]))
             with socket.create_connection(address) as slow:

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import EXACT, run
+from conftest import EXACT, computes_in_bf16, run
 from PIL import Image
 from test_anyres import TINY
 from test_tiles import GOLDEN
@@ -93,14 +93,17 @@ def test_eval_and_push(bundles, samples, tmp_path, optimum_cli):
     command = ["llava-ov", "eval", bundle, "--reference", GOLDEN.checkpoint, "--dataset", samples]
     assert optimum_cli(*command, "--max-new-tokens", 8)[0] == 0
     quality = json.loads((bundle / "eval.json").read_text())
-    assert (quality["num_samples"], quality["identical"], quality["top1_agreement"]) == (4, 1, 1)
-    assert quality["kl_mean"] < 1e-4
+    # Processors with bf16 compute in it, and the tokens of a model with random weights are about equally likely
+    same, divergence = (0.75, 1e-2) if computes_in_bf16() else (1, 1e-4)
+    assert quality["num_samples"] == 4
+    assert min(quality["identical"], quality["top1_agreement"]) >= same
+    assert quality["kl_mean"] < divergence
 
     status, published, _ = optimum_cli("llava-ov", "push", bundle, "me/llava-1.6", "--dry-run")
     assert status == 0
     assert "eval.json" in published
     card = (bundle / "README.md").read_text().replace("\N{MULTIPLICATION SIGN}", "x")
-    assert "| same greedy answer | 100.0% |" in card
+    assert f"| same greedy answer | {quality['identical']:.1%} |" in card
     assert "up to 4 tiles of 56 x 56 pixels, in a grid of 1 x 2, 2 x 1, 2 x 2, 3 x 1, 1 x 3 (columns x rows)" in card
     assert f"becomes up to {TINY.max_image_tokens} tokens: 16 for the whole image" in card
 

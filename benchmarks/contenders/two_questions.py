@@ -27,7 +27,11 @@ def main() -> None:
     else:
         contender.pipeline.generate(job.prompt, max_new_tokens=2, apply_chat_template=False)
     image = random_image(0, job.image_size)
-    first, second = (contender.answer(question, [image], job.new_tokens) for question in questions)
+    answers = []
+    for question in questions:
+        answers.append(contender.answer(question, [image], job.new_tokens))
+        print(f"first token after {answers[-1].first_token_seconds:.2f} s", file=sys.stderr, flush=True)
+    first, second = answers
     token_seconds = (first.seconds - first.first_token_seconds) / (job.new_tokens - 1)
     print(
         json.dumps(

@@ -43,7 +43,9 @@ def calibration_dataset(
     samples = random.Random(0).sample(samples, min(len(samples), num_samples or DEFAULT_NUM_SAMPLES))
     core = openvino.Core()
     layout = ImageLayout.of_bundle(AutoConfig.from_pretrained(folder))
-    table, encoder = (core.compile_model(folder / PARTS[part], "CPU") for part in SMALL_PARTS)
+    # In float32 on all processors. Otherwise those with bf16 would compute in it, and compress to other weights.
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    table, encoder = (core.compile_model(folder / PARTS[part], "CPU", exact) for part in SMALL_PARTS)
     return nncf.Dataset(
         [
             _inputs(sample, processor, table, encoder, layout)

@@ -177,7 +177,9 @@ class Bodies:
                 return ApiError("The client went away.", status=400)
             chunk = message.get("body", b"")
             if len(body) + len(chunk) > limit:
-                await _discard(receive, _DISCARDED * limit)
+                # Nothing comes after the last message: to wait for more would only end at the timeout
+                if message.get("more_body", False):
+                    await _discard(receive, _DISCARDED * limit)
                 return too_large
             if self._size + len(chunk) > self.settings.max_bodies_bytes:
                 return try_again("The server receives too many large requests. Try again later.", status=429)
