@@ -41,22 +41,32 @@ def compress_weights(model, config, dataset=None):
 
 
 @contextlib.contextmanager
-def compressing(keep, changed):
+def compressing(keep, changed, value=lambda constant: None):
     """Let NNCF save memory in this context.
 
     Args:
         keep: takes and returns each OpenVINO `Constant` that NNCF makes.
         changed: takes NNCF's function that compresses a weight, and returns the one to call instead.
+        value: takes each `Constant` whose weight NNCF reads, and returns an `openvino.Tensor` that it reads instead;
+            `None` if it should read the constant.
     """
     from nncf.quantization.algorithms.weight_compression import openvino_backend as backend
 
-    make_constant, compress_weight = originals = backend.create_ov_const_from_tensor, backend.compress_weight
+    names = "create_ov_const_from_tensor", "compress_weight", "get_const_value_as_ov_tensor"
+    make_constant, compress_weight, read = originals = [getattr(backend, name) for name in names]
+
+    def read_value(constant):
+        tensor = value(constant)
+        return read(constant) if tensor is None else tensor
+
     backend.create_ov_const_from_tensor = lambda *args, **kwargs: keep(make_constant(*args, **kwargs))
     backend.compress_weight = changed(compress_weight)
+    backend.get_const_value_as_ov_tensor = read_value
     try:
         yield
     finally:
-        backend.create_ov_const_from_tensor, backend.compress_weight = originals
+        for name, original in zip(names, originals, strict=True):
+            setattr(backend, name, original)
 
 
 @contextlib.contextmanager

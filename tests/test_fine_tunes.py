@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXACT, Golden, fill_hub_cache
-from openvino import Tensor
+from openvino import Core, Tensor
 from optimum.intel import OVConfig
 from transformers import AutoProcessor
 
@@ -27,6 +27,7 @@ from optimum_llava_ov.checkpoint.repository import Repository
 from optimum_llava_ov.checkpoint.tensors import map_tensors
 from optimum_llava_ov.evaluation.evaluate import evaluate
 from optimum_llava_ov.evaluation.record import load
+from optimum_llava_ov.export.pipeline import export_from_model
 
 
 LORA, PROJECTOR = Golden("lora"), Golden("projector_only")
@@ -72,6 +73,15 @@ def tensors_of(folder):
         for file in sorted(folder.glob("*.bin"))
         for name, tensor in map_tensors(file).items()
         if "inv_freq" not in name
+    }
+
+
+def constants_of(graph):
+    """Types and bytes of the constants that are named after weights."""
+    return {
+        op.get_friendly_name(): (op.get_element_type().get_type_name(), op.data.tobytes())
+        for op in Core().read_model(graph).get_ops()
+        if op.get_type_name() == "Constant" and "weight" in op.get_friendly_name()
     }
 
 
@@ -138,6 +148,46 @@ class TestEqualToTheOriginal:
     def test_torch(self, golden):
         """As the reference of an evaluation."""
         assert_equals_the_original(*load(golden.checkpoint), golden)
+
+
+class TestMergeDuringTheExport:
+    """LoRA is merged when NNCF reads a weight. The files are those of a model that was merged before."""
+
+    @pytest.mark.parametrize(
+        "recipe",
+        [
+            {"bits": 4, "sym": False, "group_size": 16, "ratio": 0.6},
+            {"bits": 8, "sym": False},
+            {"bits": 4, "sym": False, "group_size": 16, "ratio": 1.0, "all_layers": False, "backup_precision": "none"},
+            None,
+        ],
+        ids=["int4", "int8", "some layers", "no compression"],
+    )
+    def test_bits(self, folder, tmp_path, caplog, recipe):
+        checkpoint = folder()
+        options = {} if recipe is None else {"ov_config": OVConfig(quantization_config=recipe)}
+        model = OriginalLlavaForConditionalGeneration.from_pretrained(checkpoint)
+        export_from_model(model, before := tmp_path / "before", **options)
+        assert not caplog.text.count("while the weights are written")
+        with caplog.at_level(logging.INFO):
+            main_export(checkpoint, during := tmp_path / "during", **options)
+        assert caplog.text.count("while the weights are written") == 1
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert not torch.equal(model.language_model.get_parameter(name), tensors_of(tmp_path / "base")[name])
+        found, expected = (constants_of(bundle / "openvino_language_model.xml") for bundle in (during, before))
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if found[name] != expected[name]] == []
+
+    def test_a_sum_that_fp16_cannot_hold(self, folder, tmp_path):
+        checkpoint = folder()
+        tensors = map_tensors(file := next(checkpoint.glob("adapter_model.*")))
+        torch.save({name: 1e6 * tensor.float() for name, tensor in tensors.items()}, checkpoint / "adapter_model.bin")
+        if file.suffix == ".safetensors":
+            file.unlink()
+        recipe = OVConfig(quantization_config={"bits": 8, "sym": False})
+        with pytest.raises(InvalidCheckpointError, match=r"layers.0.*infinite"):
+            main_export(checkpoint, tmp_path / "bundle", ov_config=recipe)
+        assert not (tmp_path / "bundle").exists()
 
 
 class TestEvaluation:

@@ -164,6 +164,10 @@ class OriginalCheckpoint:
         """Return this checkpoint with a place for new weights, and a dtype for merged ones (see [`merge`])."""
         return replace(self, workspace=workspace, merge_dtype=merge_dtype)
 
+    def without_lora(self) -> OriginalCheckpoint:
+        """Return this checkpoint without the LoRA of its language model (see [`separate_lora`])."""
+        return replace(self, has_separate_lora=True)
+
     @cached_property
     def weight_files(self) -> list[Path]:
         """Paths of the language model's weights, which are downloaded first.

@@ -39,8 +39,16 @@ from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
 from optimum_llava_ov.export.configs import LlavaOpenVINOConfig
 from optimum_llava_ov.export.finite import check_finite
+from optimum_llava_ov.export.late_merge import LateMerge
 from optimum_llava_ov.export.names import name_after_module
-from optimum_llava_ov.export.recipes import INT8_RECIPE, bytes_per_weight, needs_data, recipe_for_part, recipe_of
+from optimum_llava_ov.export.recipes import (
+    INT8_RECIPE,
+    bytes_per_weight,
+    needs_data,
+    reads_each_weight,
+    recipe_for_part,
+    recipe_of,
+)
 from optimum_llava_ov.export.row_blocks import by_rows
 from optimum_llava_ov.export.spill import Spill
 from optimum_llava_ov.export.tokenizers import export_tokenizers
@@ -174,14 +182,14 @@ def _export(
         read_ahead([*checkpoint.vision_weight_files, *checkpoint.weight_files])
 
     with staged(output, tokenizers=convert_tokenizer) as folder:
+        late_merge = None
         if model is None:
-            merge_dtype = None
-            if checkpoint.lineage.steps:
-                size = sum(file.stat().st_size for file in checkpoint.weight_files)
-                _check_free(size, "Until the export ends, the merged weights need", folder)
-                merge_dtype = _merge_dtype(ov_config)
-            checkpoint = checkpoint.working_in(folder, merge_dtype)
-            model = OriginalLlavaForConditionalGeneration.from_checkpoint(checkpoint, dtype=_load_dtype(ov_config))
+            checkpoint = checkpoint.working_in(folder, _merge_dtype(ov_config) if checkpoint.lineage.steps else None)
+            if ov_config is None or (
+                recipe is not None and reads_each_weight(recipe_for_part(recipe, LANGUAGE_MODEL))
+            ):
+                model, late_merge = _load_without_lora(checkpoint)
+            model = model or _load(checkpoint, _load_dtype(ov_config), folder)
         processor = build_processor(checkpoint)
         if ov_config is None and sum(weight.numel() for weight in model.language_model.parameters()) >= ONE_BILLION:
             recipe = recipe_of({"quantization_configs": {LANGUAGE_MODEL: INT8_RECIPE}})
@@ -199,13 +207,41 @@ def _export(
         save_settings(checkpoint, processor, model.generation_config, newline, folder)
         if convert_tokenizer:
             export_tokenizers(processor, folder)  # before the parts, because it may fail
-        _export_parts(model, processor, folder, part_config, recipe, free if is_ours else None)
+        _export_parts(model, processor, folder, part_config, recipe, late_merge, free if is_ours else None)
         openvino_config(ov_config, recipe, build_config(checkpoint).converted_from).save_pretrained(folder)
         save_example(folder)
         write_card(folder, license_id, previous_card)
         # Close the mapped files
-        del model, checkpoint
+        del model, checkpoint, late_merge
         gc.collect()
+
+
+def _load(
+    checkpoint: OriginalCheckpoint, dtype: torch.dtype | None, folder: Path
+) -> OriginalLlavaForConditionalGeneration:
+    """Load a model. What a fine-tune changes is merged into its weights first."""
+    if checkpoint.lineage.steps:
+        size = sum(file.stat().st_size for file in checkpoint.weight_files)
+        _check_free(size, "Until the export ends, the merged weights need", folder)
+    return OriginalLlavaForConditionalGeneration.from_checkpoint(checkpoint, dtype=dtype)
+
+
+def _load_without_lora(
+    checkpoint: OriginalCheckpoint,
+) -> tuple[OriginalLlavaForConditionalGeneration | None, LateMerge | None]:
+    """Load a model without the LoRA of its language model, if it can be merged later."""
+    if checkpoint.has_separate_lora or not checkpoint.separate_lora:
+        return None, None
+    base = checkpoint.without_lora()
+    tensors = base.tensors()
+    if any(tensors[name].dtype != torch.float16 for name in checkpoint.separate_lora):
+        return None, None
+    model = OriginalLlavaForConditionalGeneration.from_checkpoint(base)
+    late_merge = LateMerge(tensors, checkpoint.separate_lora)
+    if not late_merge.is_possible(model.parameters()):
+        return None, None
+    logger.info("LoRA of %s tensors is merged while the weights are written.", len(checkpoint.separate_lora))
+    return model, late_merge
 
 
 def _sharing_weights(model: OriginalLlavaForConditionalGeneration) -> OriginalLlavaForConditionalGeneration:
@@ -294,6 +330,7 @@ def _export_parts(
     folder: Path,
     ov_config: OVConfig | None,
     recipe: OVPipelineQuantizationConfig | None,
+    late_merge: LateMerge | None,
     release: Callable[[torch.nn.Module], None] | None,
 ) -> None:
     """Trace, compress and write one part after the other.
@@ -301,6 +338,7 @@ def _export_parts(
     No part is written to disk uncompressed, and no two parts are in memory at the same time.
 
     Args:
+        late_merge: LoRA of the language model that its weights do not have yet.
         release: function that is called with each part after it is written.
     """
     config_class = TasksManager.get_exporter_config_constructor(
@@ -323,7 +361,14 @@ def _export_parts(
         weights = {name: weight for name, weight in model.named_parameters() if id(weight) in own}
         check = checker.submit(check_finite, weights)
         finish = partial(
-            _finish, check=check, config=part_recipe, dataset=dataset, spill=spill, name=name, progress=progress
+            _finish,
+            check=check,
+            config=part_recipe,
+            dataset=dataset,
+            spill=spill,
+            late_merge=late_merge if behavior == "language" else None,
+            name=name,
+            progress=progress,
         )
         with warnings.catch_warnings(), host.exporting(finish, spill.save):
             # Torch warns of sizes that become constants. Here, these are constant, or Optimum's patches keep them
@@ -353,16 +398,20 @@ def _finish(
     config: OVWeightQuantizationConfig | None,
     dataset: nncf.Dataset | None,
     spill: Spill,
+    late_merge: LateMerge | None,
     name: str,
     progress: tqdm,
 ) -> openvino.Model:
-    """Check, rename and compress a traced graph before it is written."""
+    """Check, rename, compress and merge a traced graph before it is written."""
     check.result()
     if name == LANGUAGE_MODEL:
         name_after_module(graph, "language_model")
     if config is not None:
         progress.set_description(f"Compressing {name}")
-        with host.compressing(spill.constant, by_rows):
+        read = {} if late_merge is None else {"value": late_merge.tensor}
+        with host.compressing(spill.constant, by_rows, **read):
             graph = compress(graph, config, dataset)
+    if late_merge is not None:
+        late_merge.replace_rest(graph, spill)
     progress.set_description(f"Writing {name}")
     return graph

@@ -9,6 +9,7 @@ from optimum.intel.openvino.configuration import (
     OVConfig,
     OVPipelineQuantizationConfig,
     OVQuantizationConfigBase,
+    OVQuantizationMethod,
     OVWeightQuantizationConfig,
 )
 
@@ -87,6 +88,14 @@ def recipe_for_part(recipe: OVPipelineQuantizationConfig, part: str) -> OVWeight
 def needs_data(config: OVWeightQuantizationConfig | None) -> bool:
     """Return whether the compression of a part is data-aware."""
     return config is not None and config.bits == 4 and config.dataset is not None
+
+
+def reads_each_weight(config: OVWeightQuantizationConfig | None) -> bool:
+    """Return whether a part is compressed weight by weight, without running it and without changing weights first."""
+    if config is None or needs_data(config):
+        return False
+    more = (config.scale_estimation, config.gptq, config.lora_correction)
+    return not any(more) and config.quant_method in (None, OVQuantizationMethod.DEFAULT)
 
 
 def bytes_per_weight(config: OVWeightQuantizationConfig) -> float:

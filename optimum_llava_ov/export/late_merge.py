@@ -1,0 +1,91 @@
+"""Merge LoRA into a weight when NNCF reads it, so that the merged weights are never on the disk.
+
+A merge before the export writes all weights once more, and reads them again: 13 GB each way at 7B. NNCF reads one
+weight after the other, up to twice, and a product of low rank is computed faster than a disk reads it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import openvino
+import torch
+from openvino import opset13
+
+from optimum_llava_ov.checkpoint.merge import LowRank
+from optimum_llava_ov.errors import BundleError
+from optimum_llava_ov.export.finite import check_finite
+from optimum_llava_ov.export.spill import Spill
+
+
+class LateMerge:
+    """Know the constants of a graph whose weights are to be merged, by their memory.
+
+    Only fp16 weights can be merged so. OpenVINO then uses the memory of the checkpoint's file, which also tells which
+    constant is which weight.
+
+    Args:
+        weights: tensors of the base by name.
+        updates: LoRA of each tensor that is changed, in the order in which it is added.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], updates: Mapping[str, Sequence[LowRank]]):
+        self._weights = {name: weights[name] for name in updates}
+        self._updates = updates
+        self._names = {_place(weight): name for name, weight in self._weights.items()}
+        self._merged: set[str] = set()
+        self._current: torch.Tensor | None = None
+
+    def is_possible(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Return whether all weights are fp16, and each is the memory of exactly one parameter of the model."""
+        places = Counter(map(_place, parameters))
+        return all(weight.dtype == torch.float16 and places[_place(weight)] == 1 for weight in self._weights.values())
+
+    def tensor(self, constant: openvino.op.Constant) -> openvino.Tensor | None:
+        """Return the merged weight of a constant; `None` if nothing is merged into it.
+
+        Raises:
+            [`InvalidCheckpointError`]: the merged weight has NaN or infinity.
+        """
+        name = self._name(constant)
+        if name is None:
+            return None
+        weight = self._weights[name]
+        for update in self._updates[name]:
+            weight = update.apply(weight, torch.float16)
+        if name not in self._merged:
+            check_finite({name: weight})
+            self._merged.add(name)
+        self._current = weight  # the result is a view
+        return openvino.Tensor(weight.numpy(), shared_memory=True)
+
+    def replace_rest(self, graph: openvino.Model, spill: Spill) -> None:
+        """Replace the constants that were not compressed.
+
+        Raises:
+            [`BundleError`]: a weight was not found in the graph.
+        """
+        for constant in graph.get_ops():
+            if constant.get_type_name() == "Constant" and (merged := self.tensor(constant)) is not None:
+                name = constant.get_friendly_name()
+                constant.set_friendly_name(f"{name}/base")
+                new = spill.constant(opset13.constant(merged.data, name=name))  # a copy
+                for user in constant.output(0).get_target_inputs():
+                    user.replace_source_output(new.output(0))
+        self._current = None
+        if missing := self._weights.keys() - self._merged:
+            raise BundleError(
+                f"OpenVINO {openvino.get_version()} has made a graph without the memory of the checkpoint's weights "
+                f"({', '.join(sorted(missing)[:5])}), so the adapter cannot be merged. Nothing was exported. Please "
+                "report this, and install another version of OpenVINO."
+            )
+
+    def _name(self, constant: openvino.op.Constant) -> str | None:
+        if constant.get_element_type() != openvino.Type.f16:
+            return None
+        return self._names.get((constant.data.ctypes.data, tuple(constant.shape)))
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape)
