@@ -41,6 +41,7 @@ class Job:
         new_tokens (`int`): Number of tokens to generate for each sequence.
         repeats (`int`): Number of answers after the first.
         image_size (`tuple[int, int]`): Width and height of the images, in pixels.
+        ov_config (`dict[str, str]`): Properties of OpenVINO, for contenders that use it.
         turns (`str`): Folder of [`contenders.turns`], if this contender takes turns with others.
     """
 
@@ -52,6 +53,7 @@ class Job:
     new_tokens: int = 32
     repeats: int = 2
     image_size: tuple[int, int] = (640, 480)
+    ov_config: dict[str, str] = dataclasses.field(default_factory=dict)
     turns: str | None = None
 
 

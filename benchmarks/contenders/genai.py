@@ -101,11 +101,12 @@ class _Clock(openvino_genai.StreamerBase):
 def load(job: Job) -> GenAIContender | ContinuousBatchingContender:
     backend = job.contender.removeprefix("genai-").upper()
     if job.batch == 1:
-        return GenAIContender(openvino_genai.VLMPipeline(job.paths["bundle"], "CPU", ATTENTION_BACKEND=backend))
+        properties = {"ATTENTION_BACKEND": backend, **job.ov_config}
+        return GenAIContender(openvino_genai.VLMPipeline(job.paths["bundle"], "CPU", **properties))
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = 1 << 30  # as in VLMPipeline: the whole prompt in one call
     return ContinuousBatchingContender(
-        openvino_genai.ContinuousBatchingPipeline(job.paths["bundle"], scheduler, "CPU")
+        openvino_genai.ContinuousBatchingPipeline(job.paths["bundle"], scheduler, "CPU", **job.ov_config)
     )
 
 

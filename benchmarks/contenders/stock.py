@@ -10,7 +10,7 @@ from contenders.transformers_style import TransformersContender
 
 
 def load(job: Job) -> TransformersContender:
-    model = OVModelForVisualCausalLM.from_pretrained(job.paths["bundle"])
+    model = OVModelForVisualCausalLM.from_pretrained(job.paths["bundle"], ov_config=job.ov_config)
     if type(model).__name__ != "_OVLlavaForCausalLM":
         raise RuntimeError(f"Found {type(model).__name__}. Expected optimum-intel's _OVLlavaForCausalLM.")
     return TransformersContender(
