@@ -244,6 +244,15 @@ class TestFamilies:
         assert """--model checkpoint --model-kwargs '{"conversation": "vicuna_v1"}' checkpoint-ov\n""" in card
         assert "--model-kwargs" not in (bundles[GOLDEN.name] / "README.md").read_text()
 
+    def test_the_command_names_a_vision_tower_that_was_chosen(self, bundles, tmp_path):
+        """Else the command does not find it, or finds another one."""
+        golden = VICUNA.folder
+        (tmp_path / "checkpoint").symlink_to(golden / "checkpoint")
+        shutil.copytree(golden / "clip", tmp_path / "tower")
+        main_export(tmp_path / "checkpoint", tmp_path / "ov", model_kwargs={"vision_tower": str(tmp_path / "tower")})
+        card = (tmp_path / "ov" / "README.md").read_text()
+        assert """--model-kwargs '{"vision_tower": "tower", "conversation": "vicuna_v1"}'""" in card
+
     def test_prompt(self, card, processors):
         assert "the conversation `vicuna_v1` of LLaVA" in card
         messages = [{"role": "user", "content": QUESTION}]
