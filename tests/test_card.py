@@ -139,8 +139,8 @@ class TestContent:
         assert "## Quality" not in (bundle / "README.md").read_text()
         evaluate(bundle)
         card = card_text(bundle, previous=(bundle / "README.md").read_text())
-        assert "64 questions were asked. The answer differs from that of the reference for 16 of them." in card
-        assert "90.0% of the answers are right to the letter; of the reference's answers, 95.0%." in card
+        assert "The model and its reference were asked 64 questions. 48 answers are the same, word for word." in card
+        assert "90.0% of the model's answers are exactly right, and 95.0% of the reference's." in card
         assert "| same most likely token | 97.0% |" in card
         assert "![Quality against size](eval.png)" in card
         results = metadata_of(card)["model-index"][0]["results"][0]

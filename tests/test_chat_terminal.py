@@ -132,7 +132,7 @@ def test_conversation_at_a_terminal(start, shapes_bundle, website, tmp_path):
     console.expect("> ")
     console.ask("What colour is the circle?", "The circle is red.")
     stats = console.ask("Where is the star?", "The star is at the top right.") + console.ask("", "> ")
-    assert re.search(r"prompt \d+ tokens, answer 6 tokens, first token \d+\.\d\d s, then \d+\.\d tokens/s", stats)
+    assert re.search(r"prompt \d+ tokens, answer 6 tokens, first token \d+\.\d\d s, then [\d,.]+ tokens/s", stats)
     console.ask('"""', ". ")
     console.ask("What is\nat the bottom?\n" + '"""', "green triangle")
     console.ask("/undo", "Removed: What is")
