@@ -206,7 +206,7 @@ def test_a_conversation_is_cleared_and_loaded(shapes, tmp_path):
         shapes, picture, "Where is the star?", f"/save {file}", "/clear", "/undo", f"/load {file}", "/undo"
     )
     assert "Started a new conversation.\nThere is no question to undo.\n" in shown
-    assert f"Loaded: {file} (1 questions)\nRemoved: Where is the star?" in shown
+    assert f"Loaded: {file} (1 question)\nRemoved: Where is the star?" in shown
     (tmp_path / "other.json").write_text("[1]")
     shown = type_in(
         shapes, picture, "Where is the star?", f"/load {tmp_path}/other.json", "/undo", "/load", "/load nowhere.json"

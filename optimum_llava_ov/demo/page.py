@@ -49,6 +49,10 @@ CSS = """
 #chat .examples button { border: 1px solid var(--input-border-color); border-radius: 10px; padding: 0.6rem; }
 #question .submit-button { background: var(--primary-600); color: white; border-radius: 10px; padding: 0 0.9rem; }
 #question .submit-button:hover { background: var(--primary-700); }
+#question .stop-button {
+    border: 1px solid var(--input-border-color); border-radius: 10px; padding: 0 0.9rem; width: auto;
+    background: var(--button-secondary-background-fill);
+}
 #foot, #foot p { font-size: 0.85rem; color: var(--body-text-color-subdued); text-align: center; }
 /* A white thumb on a white page */
 #settings input[type=range]::-webkit-slider-thumb { border: 1px solid var(--input-border-color); }
