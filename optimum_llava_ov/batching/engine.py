@@ -260,8 +260,12 @@ def _read(handle: Any) -> tuple[list[Step], bool, Exception | None]:
             for output in handle.read().values()
         ]
     if status == openvino_genai.GenerationStatus.IGNORED:
-        return steps, True, EngineFailureError(
-            "The request does not fit into the cache of the model. Make it shorter, or give a larger --cache-gb."
+        return (
+            steps,
+            True,
+            EngineFailureError(
+                "The request does not fit into the cache of the model. Make it shorter, or give a larger --cache-gb."
+            ),
         )
     return steps, status != openvino_genai.GenerationStatus.RUNNING, None
 
