@@ -264,7 +264,8 @@ def _read(handle: Any) -> tuple[list[Step], bool, Exception | None]:
             steps,
             True,
             EngineFailureError(
-                "The request does not fit into the cache of the model. Make it shorter, or give a larger --cache-gb."
+                "The request does not fit into the cache of the model. Make it shorter, or serve with a larger "
+                "--cache-gb."
             ),
         )
     return steps, status != openvino_genai.GenerationStatus.RUNNING, None
