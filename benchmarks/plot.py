@@ -19,6 +19,14 @@ STYLES = {
     "torch": ("#999999", "P"),
 }
 OTHER = ("#cc79a7", "X")
+# As in docs/performance.md
+NAMES = {
+    "ours": "OVModelForLlava",
+    "genai-sdpa": "GenAI SDPA",
+    "genai-pa": "GenAI PA",
+    "stock": "stock optimum-intel",
+    "notebook": "the OpenVINO notebook's pipeline",
+}
 PANELS = {"token_ms": "ms per token", "ttft": "seconds to first token"}
 
 
@@ -50,7 +58,14 @@ def _panel(axes: Axes, summaries: list[dict], measure: str) -> None:
             continue
         color, marker = STYLES.get(contender, OTHER)
         weight, order = (2.6, 4) if contender == "ours" else (1.6, 3)
-        axes.plot(*zip(*points), color=color, marker=marker, linewidth=weight, zorder=order, label=contender)
+        axes.plot(
+            *zip(*points),
+            color=color,
+            marker=marker,
+            linewidth=weight,
+            zorder=order,
+            label=NAMES.get(contender, contender),
+        )
         if failed := [
             entry["prompt_tokens"] for entry in entries if "error" in entry and entry["prompt_tokens"] > points[-1][0]
         ]:

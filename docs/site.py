@@ -57,7 +57,11 @@ def on_page_markdown(markdown, page, config, files):
             return f"{image}[{text}](index.md{anchor or ''})"
         if name == "CHANGELOG.md":
             return f"{image}[{text}](changelog.md{anchor or ''})"
-        return f"[{text}]({REPOSITORY}/blob/main/{name})" if REPOSITORY else f"{text} (`{name}` in the repository)"
+        if REPOSITORY:
+            return f"[{text}]({REPOSITORY}/blob/main/{name})"
+        # A text that is the name, or its end, needs no name after it
+        is_name = name.endswith(text.strip("`"))
+        return f"`{name}` in the repository" if is_name else f"{text} (`{name}` in the repository)"
 
     return LINK.sub(corrected, markdown)
 
@@ -82,5 +86,6 @@ def commands() -> str:
     for info in LlavaOVCommand.SUBCOMMANDS:
         command = ArgumentParser(f"optimum-cli llava-ov {info.name}")
         info.subcommand_class.parse_args(command)
-        sections.append(f"## {info.name}\n\n{info.help}\n\n```text\n{command.format_help().rstrip()}\n```")
+        shown = f"``` {{ .text .help }}\n{command.format_help().rstrip()}\n```"
+        sections.append(f"## {info.name}\n\n{info.help}\n\n{shown}")
     return "\n\n".join(sections) + "\n"

@@ -1,4 +1,4 @@
-"""Write sizes as people read them."""
+"""Write sizes and speeds as people read them."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def readable_size(size: float) -> str:
         return f"{size:.0f} {_UNITS[0]}"
     decimals = 2 if size < 9.995 else 1 if size < 99.95 else 0
     return f"{size:,.{decimals}f} {_UNITS[index]}"
+
+
+def readable_rate(rate: float) -> str:
+    """Return a number per second with as many digits as a measurement has: "7.63", "38.2" or "2,506"."""
+    decimals = 2 if rate < 9.995 else 1 if rate < 99.95 else 0
+    return f"{rate:,.{decimals}f}"

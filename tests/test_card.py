@@ -139,8 +139,8 @@ class TestContent:
         assert "## Quality" not in (bundle / "README.md").read_text()
         evaluate(bundle)
         card = card_text(bundle, previous=(bundle / "README.md").read_text())
-        assert "64 questions were asked. The answer differs from that of the reference for 16 of them." in card
-        assert "90.0% of the answers are right to the letter; of the reference's answers, 95.0%." in card
+        assert "The model and its reference were asked 64 questions. 48 answers are the same, word for word." in card
+        assert "90.0% of the model's answers are exactly right, and 95.0% of the reference's." in card
         assert "| same most likely token | 97.0% |" in card
         assert "![Quality against size](eval.png)" in card
         results = metadata_of(card)["model-index"][0]["results"][0]
@@ -243,6 +243,15 @@ class TestFamilies:
         """In a folder of another name, another one could be chosen."""
         assert """--model checkpoint --model-kwargs '{"conversation": "vicuna_v1"}' checkpoint-ov\n""" in card
         assert "--model-kwargs" not in (bundles[GOLDEN.name] / "README.md").read_text()
+
+    def test_the_command_names_a_vision_tower_that_was_chosen(self, bundles, tmp_path):
+        """Else the command does not find it, or finds another one."""
+        golden = VICUNA.folder
+        (tmp_path / "checkpoint").symlink_to(golden / "checkpoint")
+        shutil.copytree(golden / "clip", tmp_path / "tower")
+        main_export(tmp_path / "checkpoint", tmp_path / "ov", model_kwargs={"vision_tower": str(tmp_path / "tower")})
+        card = (tmp_path / "ov" / "README.md").read_text()
+        assert """--model-kwargs '{"vision_tower": "tower", "conversation": "vicuna_v1"}'""" in card
 
     def test_prompt(self, card, processors):
         assert "the conversation `vicuna_v1` of LLaVA" in card

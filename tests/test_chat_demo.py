@@ -171,7 +171,7 @@ def test_two_visitors_talk_about_their_own_pictures(browser, server):
     first.ask("What colour is the circle?", "The circle is red.")
     if folder := os.environ.get("SCREENSHOTS"):  # docs/demo.png, without the box that this server's options add
         first.page.evaluate("document.getElementById('addresses').style.display = 'none'")
-        first.page.set_viewport_size({"width": 1000, "height": 860})
+        first.page.set_viewport_size({"width": 1000, "height": 920})
         first.page.wait_for_timeout(700)
         first.page.screenshot(path=f"{folder}/demo.png")
     second.ask("How many shapes are there?", "There are two shapes.")

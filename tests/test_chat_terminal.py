@@ -132,7 +132,7 @@ def test_conversation_at_a_terminal(start, shapes_bundle, website, tmp_path):
     console.expect("> ")
     console.ask("What colour is the circle?", "The circle is red.")
     stats = console.ask("Where is the star?", "The star is at the top right.") + console.ask("", "> ")
-    assert re.search(r"prompt \d+ tokens, answer 6 tokens, first token \d+\.\d\d s, then \d+\.\d tokens/s", stats)
+    assert re.search(r"prompt \d+ tokens, answer 6 tokens, first token \d+\.\d\d s, then [\d,.]+ tokens/s", stats)
     console.ask('"""', ". ")
     console.ask("What is\nat the bottom?\n" + '"""', "green triangle")
     console.ask("/undo", "Removed: What is")
@@ -206,7 +206,7 @@ def test_a_conversation_is_cleared_and_loaded(shapes, tmp_path):
         shapes, picture, "Where is the star?", f"/save {file}", "/clear", "/undo", f"/load {file}", "/undo"
     )
     assert "Started a new conversation.\nThere is no question to undo.\n" in shown
-    assert f"Loaded: {file} (1 questions)\nRemoved: Where is the star?" in shown
+    assert f"Loaded: {file} (1 question)\nRemoved: Where is the star?" in shown
     (tmp_path / "other.json").write_text("[1]")
     shown = type_in(
         shapes, picture, "Where is the star?", f"/load {tmp_path}/other.json", "/undo", "/load", "/load nowhere.json"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -255,8 +256,10 @@ class TestReadme:
                 start = run_stock_in if "optimum_llava_ov" not in code else run_in
                 answers.append(start(code, env, tmp_path).splitlines()[-1])
             elif code.startswith("hf "):
-                run("hf", *code.split()[1:-3], PUBLISHED, *code.split()[-2:], env=env, cwd=tmp_path)
+                for line in code.splitlines():
+                    said = run(*shlex.split(line), env=env, cwd=tmp_path).stdout
                 assert {entry.name for entry in (tmp_path / "models" / "llava-mpt").iterdir()} >= set(FILES)
+                answers.append(said.strip())
             else:
                 assert code.split() == [
                     "optimum-cli",
@@ -266,7 +269,7 @@ class TestReadme:
                     SOURCE,
                     f"{SOURCE.split('/')[1]}-ov",
                 ]
-        assert len(answers) == 3
+        assert len(answers) == 4
         assert set(answers) == {"The circle is red."}
 
     def test_every_snippet_runs_for_other_families(self, hub, bundles, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from optimum_llava_ov.units import readable_size
+from optimum_llava_ov.units import readable_rate, readable_size
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,10 @@ from optimum_llava_ov.units import readable_size
 )
 def test_three_digits_and_a_unit(size, text):
     assert readable_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.514, "0.51"), (7.634, "7.63"), (9.996, "10.0"), (38.21, "38.2"), (2506.2, "2,506")]
+)
+def test_a_rate_has_no_more_digits_than_a_measurement(rate, text):
+    assert readable_rate(rate) == text

@@ -260,7 +260,14 @@ def _read(handle: Any) -> tuple[list[Step], bool, Exception | None]:
             for output in handle.read().values()
         ]
     if status == openvino_genai.GenerationStatus.IGNORED:
-        return steps, True, EngineFailureError("The request does not fit into the cache of the model.")
+        return (
+            steps,
+            True,
+            EngineFailureError(
+                "The request does not fit into the cache of the model. Make it shorter, or serve with a larger "
+                "--cache-gb."
+            ),
+        )
     return steps, status != openvino_genai.GenerationStatus.RUNNING, None
 
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from optimum_llava_ov.table import table_lines
-from optimum_llava_ov.units import readable_size
+from optimum_llava_ov.units import readable_rate, readable_size
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _table(benchmark: Benchmark) -> str:
                 f"{batch}{speed.prompt_tokens} tokens",
                 f"{speed.time_to_first_token:.2f} s",
                 f"{speed.ms_per_token:.1f} ms",
-                f"{speed.tokens_per_second:.1f}",
+                readable_rate(speed.tokens_per_second),
             )
             for speed in benchmark.speeds
         ),

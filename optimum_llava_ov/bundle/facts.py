@@ -23,7 +23,7 @@ from optimum_llava_ov.checkpoint.families import FAMILIES
 from optimum_llava_ov.checkpoint.options import read_json
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.models.image_layout import ImageLayout
-from optimum_llava_ov.units import readable_size
+from optimum_llava_ov.units import readable_rate, readable_size
 
 
 _TITLES = {
@@ -257,15 +257,16 @@ class BundleFacts:
         found = self.evaluation or {}
         samples = found["num_samples"]
         same = round(found["identical"] * samples)
-        changed = "none of them" if same == samples else f"{samples - same} of them"
+        changed = "All answers are" if same == samples else f"{same} answers are"
         sentences = [
-            f"{samples} questions were asked. The answer differs from that of the reference for {changed}.",
-            f"At {found['top1_agreement']:.1%} of the words and parts of words, both find the same one most likely.",
+            f"The model and its reference were asked {samples} questions. {changed} the same, word for word.",
+            f"At {found['top1_agreement']:.1%} of the tokens (words and parts of words), "
+            "both find the same next token most likely.",
         ]
         if found.get("accuracy") is not None:
             sentences.append(
-                f"{found['accuracy']:.1%} of the answers are right to the letter; of the reference's answers, "
-                f"{found['reference_accuracy']:.1%}."
+                f"{found['accuracy']:.1%} of the model's answers are exactly right, and "
+                f"{found['reference_accuracy']:.1%} of the reference's."
             )
         return sentences
 
@@ -284,7 +285,7 @@ class BundleFacts:
                 (
                     f"{speed['prompt_tokens']:,} tokens",
                     f"{speed['time_to_first_token']:.2f} s",
-                    f"{speed['tokens_per_second']:.1f}",
+                    readable_rate(speed["tokens_per_second"]),
                 )
                 for speed in found["speeds"]
             ],

@@ -59,7 +59,8 @@ def _set_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_kwargs(converted_from: dict[str, Any]) -> dict[str, Any]:
-    """Return the `--model-kwargs` of the export: parts of a fine-tune, tokenizer, tokens of an image, conversation.
+    """Return the `--model-kwargs` of the export: parts of a fine-tune, vision tower, tokenizer, tokens of an
+    image, conversation.
 
     The conversation is named where it could depend on the folder's name.
     """
@@ -71,6 +72,8 @@ def model_kwargs(converted_from: dict[str, Any]) -> dict[str, Any]:
         options["adapters"] = names[own + 1 :]
     if lora := converted_from.get("lora"):
         options["lora"] = lora
+    if converted_from.get("vision_tower_chosen"):
+        options["vision_tower"] = converted_from["vision_tower"]
     if converted_from.get("tokenizer"):
         options["tokenizer"] = converted_from["tokenizer"]
     if reduction := converted_from.get("image_tokens"):

@@ -80,6 +80,7 @@ def build_config(
             "vision_tower": _public_name(checkpoint.vision_repository),
             "unfreeze_mm_vision_tower": bool(config.unfreeze_mm_vision_tower),
             "vision_tower_revision": _revision(checkpoint.vision_repository),
+            **({"vision_tower_chosen": True} if checkpoint.has_chosen_tower else {}),
             "mm_projector_type": config.projector_type,
             "mm_vision_select_feature": config.select_feature,
             "mm_use_im_start_end": bool(config.mm_use_im_start_end),

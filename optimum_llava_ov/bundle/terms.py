@@ -34,13 +34,13 @@ _LICENSES = (
 )
 
 _LLAMA_1 = (
-    "The language model is made from LLaMA, the first version, which Meta licenses for **research that is not "
-    "commercial**."
+    "The language model is made from LLaMA, the first version, which Meta licenses for **non-commercial "
+    "research only**."
 )
 _LLAMA_2 = (
     "The language model is made from Llama 2. Llama 2 is licensed under the [LLAMA 2 Community "
-    "License](https://ai.meta.com/llama/license/), Copyright (c) Meta Platforms, Inc. All Rights Reserved. Whoever "
-    "shares this bundle passes on a copy of that agreement and this notice. Its acceptable use policy applies."
+    "License](https://ai.meta.com/llama/license/), Copyright (c) Meta Platforms, Inc. All Rights Reserved. If you "
+    "share this bundle, include a copy of that agreement and this notice. Its acceptable use policy applies."
 )
 # Every note whose name matches is in the card
 _NOTES = (
@@ -49,7 +49,7 @@ _NOTES = (
         r"lightning-mpt-7b",
         "The language model of LLaVA-Lightning-MPT-7B is fine-tuned from "
         "[MPT-7B-Chat](https://huggingface.co/mosaicml/mpt-7b-chat), which MosaicML licenses as cc-by-nc-sa-4.0: **no "
-        "commercial use**, and what is made from it is shared alike.",
+        "commercial use**, and models made from it must have the same license.",
     ),
     _Note("llama", r"delta-v[01]|vicuna-\d+b-v(0|1\.[13])|llava-(lightning-)?\d+b-v[01]", _LLAMA_1),
     _Note(
@@ -68,15 +68,15 @@ _NOTES = (
         "mistral",
         r"llava-?med",
         "The authors of LLaVA-Med intend it for **research only**. It is not for clinical care and not for clinical "
-        "decisions, and no deployment is in its scope.",
+        "decisions, and its authors exclude any deployed use.",
     ),
     _Note(
         "mistral", r"mistral|bakllava", "The language model is made from Mistral 7B, which has the license Apache-2.0."
     ),
 )
 _UNKNOWN_LLAMA = (
-    "The language model has the architecture of LLaMA. If it is made from the first LLaMA, Meta's license for "
-    "research that is not commercial applies. If it is made from Llama 2, the [LLAMA 2 Community "
+    "The language model has the architecture of LLaMA. If it is made from the first LLaMA, Meta's license allows "
+    "non-commercial research only. If it is made from Llama 2, the [LLAMA 2 Community "
     "License](https://ai.meta.com/llama/license/) applies. Find out which."
 )
 _DATA = (

@@ -124,7 +124,7 @@ def open_output(folder: Path, job: dict[str, Any]) -> None:
     if different:
         name = different[0]
         raise ValueError(
-            f"{folder} was begun with {name} {before.get(name)!r}, but this command has {job.get(name)!r}. Use the "
+            f"{folder} was started with {name} {before.get(name)!r}, but this command has {job.get(name)!r}. Use the "
             "same options to continue, or another folder for --output."
         )
 

@@ -242,8 +242,9 @@ def image_tensor(image: Image.Image, processor: Any) -> openvino.Tensor:
         tiling = tiling_of(processor)
         if 0 in tiling.patches(image.size):
             raise ImageError(
-                f"The image has {image.width} x {image.height} pixels. It is so long that its tiles have no patch of "
-                "it, which the genai engine does not accept. Crop it, or use the openvino engine."
+                f"The image has {image.width} x {image.height} pixels. It is so long and narrow that its "
+                "tiles would show nothing of it. The genai engine does not accept this. Crop it, or use the openvino "
+                "engine."
             )
         image = fit_to_genai(image, tiling)
         return openvino.Tensor(np.array(image.convert("RGB"))[None])

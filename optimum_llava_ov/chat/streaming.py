@@ -13,6 +13,8 @@ import torch
 from transformers import StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from optimum_llava_ov.units import readable_rate
+
 
 @dataclass
 class Stats:
@@ -42,7 +44,7 @@ class Stats:
         cached = "" if self.reused_tokens is None else f" ({self.reused_tokens} from the cache)"
         return (
             f"prompt {self.prompt_tokens} tokens{cached}, answer {self.new_tokens} tokens, "
-            f"first token {self.time_to_first_token:.2f} s, then {self.tokens_per_second:.1f} tokens/s"
+            f"first token {self.time_to_first_token:.2f} s, then {readable_rate(self.tokens_per_second)} tokens/s"
         )
 
 

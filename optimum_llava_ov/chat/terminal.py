@@ -167,7 +167,8 @@ class Terminal:
         self.chat.load(path)
         self.images = []
         questions = [message for message in self.chat.messages if message["role"] == "user"]
-        return self._say(f"Loaded: {path} ({len(questions)} questions)")
+        count = "1 question" if len(questions) == 1 else f"{len(questions)} questions"
+        return self._say(f"Loaded: {path} ({count})")
 
     def set(self, argument: str) -> None:
         """Show the settings, or change one. It holds for all later answers."""

@@ -62,6 +62,7 @@ class OriginalCheckpoint:
             needed: merged ones, and the tables with a row for `<image>`. If `None`, they are in memory.
         merge_dtype (`torch.dtype`, *optional*): dtype of merged weights, as for [`merge`].
         has_separate_lora (`bool`): whether LoRA of the language model is left out of its tensors.
+        has_chosen_tower (`bool`): whether the user has named another vision tower than the checkpoint does.
     """
 
     lineage: Lineage
@@ -74,6 +75,7 @@ class OriginalCheckpoint:
     workspace: Path | None = None
     merge_dtype: torch.dtype | None = None
     has_separate_lora: bool = False
+    has_chosen_tower: bool = False
 
     @property
     def repository(self) -> Repository:
@@ -156,6 +158,7 @@ class OriginalCheckpoint:
             image_processor,
             choice,
             has_separate_lora=lora == "separate" and bool(lineage.steps),
+            has_chosen_tower=vision_tower not in (None, config.mm_vision_tower),
         )
         checkpoint._check_own_tower()
         return checkpoint

@@ -47,10 +47,9 @@ def find_related(
 
     looks_like_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not looks_like_id:
-        tried = " and ".join(shown(str(folder)) for folder in candidates)
-        reason = (
-            f"{tried} is not a folder" if tried else f"{repository.name!r} is on the Hub, so it must name a model id"
-        )
+        tried = [shown(str(folder)) for folder in candidates]
+        not_there = f"{tried[0]} is not a folder" if len(tried) == 1 else f"neither {' nor '.join(tried)} is a folder"
+        reason = not_there if tried else f"{repository.name!r} is on the Hub, so it must name a model id"
         raise InvalidCheckpointError(f"{what} was not found: {reason}. {advice}")
 
     related = replace(repository, name=name, subfolder="", revision=revision, on_hub=True)

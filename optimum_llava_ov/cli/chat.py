@@ -224,14 +224,19 @@ class DemoCommand(EngineCommand):
 
         devices = list(dict.fromkeys([args.device, *available_devices()]))
         visitors = Visitors(factory_of, limits.sessions, limits.idle_seconds)
-        visitors.load(args.device)
+        with spinner(f"Loading {args.model}", sys.stderr.isatty()):
+            visitors.load(args.device)
         title = args.title or os.path.basename(os.path.normpath(args.model))  # noqa: PTH119  also of "."
         engine = engines[args.device]
         bundle = describe_bundle(engine.folder)
-        facts = f"{title} · {bundle.precision} · {engine.name} · {args.device} · license {bundle.license}"
+        facts = f"{title} · {bundle.precision} · engine {engine.name} · {args.device} · license {bundle.license}"
         demo = Demo(visitors, limits)
         with tempfile.TemporaryDirectory() as folder:
             save_example(Path(folder))
             sampling = (args.temperature, args.top_p, args.max_new_tokens)
             page = build_page(demo, title, devices, *sampling, facts, Path(folder) / EXAMPLE)
-            run_demo(page, demo, args.host, args.port, not args.no_browser)
+            run_demo(page, demo, args.host, args.port, not args.no_browser, _tell)
+
+
+def _tell(address: str) -> None:
+    print(f"The page is at {address.rstrip('/')}. Ctrl-C stops it.", flush=True)

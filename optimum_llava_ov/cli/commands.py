@@ -183,8 +183,9 @@ the way from a checkpoint to a published model:
   optimum-cli llava-ov bench shapes-int4-ov --prompt-tokens 100 --new-tokens 16
   optimum-cli llava-ov push shapes-int4-ov me/shapes-int4-ov --dry-run
 
---model is a folder or a model id of the Hub, such as liuhaotian/llava-v1.5-7b. COMMAND --help shows the options of a
-command. `chat` without -p is a conversation, `demo` a page in the browser."""
+The folder `examples` is part of the repository. --model takes any other folder, or a model id of the Hub, such as
+liuhaotian/llava-v1.5-7b. `chat` without -p is a conversation. `demo` is a page in the browser. To see the options of
+a command: optimum-cli llava-ov COMMAND --help"""
 
 
 class LlavaOVCommand(BaseOptimumCLICommand):
@@ -199,14 +200,14 @@ class LlavaOVCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
         for command in (
-            EvalCommand,
-            BenchCommand,
-            AdapterCommand,
-            PushCommand,
+            DoctorCommand,  # in the order in which people need them
             ChatCommand,
             DemoCommand,
+            EvalCommand,
+            BenchCommand,
+            PushCommand,
+            AdapterCommand,
             ServeCommand,
             CaptionCommand,
-            DoctorCommand,
         )
     )

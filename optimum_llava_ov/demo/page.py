@@ -29,6 +29,7 @@ from optimum_llava_ov.demo.guard import Guard, OpenPages, Uploads
 from optimum_llava_ov.demo.markup import answer_to_html, image_to_html
 from optimum_llava_ov.errors import ImageError
 from optimum_llava_ov.images import DEFAULT_LIMITS
+from optimum_llava_ov.units import readable_rate
 
 
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
@@ -48,7 +49,14 @@ CSS = """
 #chat .examples button { border: 1px solid var(--input-border-color); border-radius: 10px; padding: 0.6rem; }
 #question .submit-button { background: var(--primary-600); color: white; border-radius: 10px; padding: 0 0.9rem; }
 #question .submit-button:hover { background: var(--primary-700); }
+#question .stop-button {
+    border: 1px solid var(--input-border-color); border-radius: 10px; padding: 0 0.9rem; width: auto;
+    background: var(--button-secondary-background-fill);
+}
 #foot, #foot p { font-size: 0.85rem; color: var(--body-text-color-subdued); text-align: center; }
+/* A white thumb on a white page */
+#settings input[type=range]::-webkit-slider-thumb { border: 1px solid var(--input-border-color); }
+#settings input[type=range]::-moz-range-thumb { border: 1px solid var(--input-border-color); }
 #tools { gap: 8px; flex-wrap: wrap; }
 #tools button { min-width: 90px; flex: 1 1 auto; }
 #chat .icon-button-wrapper:has([aria-label="Share"], [aria-label="Download"]) { display: none; }
@@ -304,7 +312,7 @@ def _images(message: dict[str, Any]) -> list[str]:
 
 def _short(stats: Stats) -> str:
     """Return the number of tokens and the times of an answer, in a few words."""
-    rate = f" · {stats.tokens_per_second:.1f} tokens/s" if stats.tokens_per_second else ""
+    rate = f" · {readable_rate(stats.tokens_per_second)} tokens/s" if stats.tokens_per_second else ""
     return f"{stats.new_tokens} tokens · first after {stats.time_to_first_token:.2f} s{rate}"
 
 
@@ -685,10 +693,12 @@ def build_page(
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             settings = [
                 gr.Slider(
-                    0.0, 2.0, temperature, step=0.05, label="Temperature", info="0 for greedy decoding.",
+                    0.0, 2.0, temperature, step=0.05, label="Temperature",
+                    info="0: always the most likely word. Higher: more varied.",
                 ),
                 gr.Slider(
-                    0.05, 1.0, top_p, step=0.05, label="Top-p", info="Used if the temperature is above 0.",
+                    0.05, 1.0, top_p, step=0.05, label="Top-p",
+                    info="Lower: only likely words. Used if the temperature is above 0.",
                 ),
                 gr.Slider(
                     1, demo.limits.max_new_tokens, min(max_new_tokens, demo.limits.max_new_tokens), step=1,
@@ -744,15 +754,26 @@ def fill_in(example: gr.SelectData) -> dict[str, Any]:
     return {"text": example.value["text"], "files": [file["path"] for file in example.value.get("files") or []]}
 
 
-def run_demo(page: gr.Blocks, demo: Demo, host: str, port: int, open_browser: bool) -> None:
-    """Serve the page until Ctrl-C."""
-    page.launch(
+def run_demo(
+    page: gr.Blocks,
+    demo: Demo,
+    host: str,
+    port: int,
+    open_browser: bool,
+    tell: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve the page until Ctrl-C. `tell` gets the address of the page when it can be opened."""
+    _, address, _ = page.launch(
         server_name=host,
         server_port=port,
         inbrowser=open_browser,
         share=False,
+        quiet=True,  # Gradio would recommend a public link, which this page does not have
+        prevent_thread_lock=True,
         **_prepare(page, demo, host),
     )
+    tell(address)
+    page.block_thread()
 
 
 def mount_demo(app: FastAPI, page: gr.Blocks, demo: Demo) -> FastAPI:
@@ -802,10 +823,14 @@ def _theme() -> gr.themes.Base:
         button_border_width="1px",
         button_secondary_border_color="*neutral_400",
         button_secondary_border_color_dark="*neutral_500",
+        # The name of a setting is text. In a coloured box it would look like a button
+        block_title_background_fill="none",
+        block_title_background_fill_dark="none",
+        block_title_padding="0",
+        block_title_text_color="*body_text_color",
+        block_title_text_color_dark="*body_text_color",
         block_label_text_color="*primary_700",
-        block_title_text_color="*primary_700",
         block_label_text_color_dark="*neutral_100",
-        block_title_text_color_dark="*neutral_100",
     )
 
 

@@ -27,6 +27,7 @@ from optimum_llava_ov.units import readable_size
 BASE_MEMORY = 0.7e9  # bytes of Python, torch, OpenVINO and buffers
 COPIED = 1.05  # weights in the layout of the kernels, divided by the weights on disk
 LOAD_SECONDS_PER_BYTE = 3.5e-9
+TOKEN_SECONDS = 0.9e-3  # of Python and transformers between two tokens
 EXPORT_MEMORY, EXPORT_MEMORY_PER_WEIGHT = 1.1e9, 0.19  # bytes; the second only if weights are compressed
 EXPORT_SECONDS, EXPORT_SECONDS_PER_WEIGHT = 5, 15e-9
 FORMATS = ("fp16", "int8", "int4")
@@ -177,7 +178,7 @@ def _needs(
         disk=disk,
         memory=needed,
         load_seconds=1 + LOAD_SECONDS_PER_BYTE * disk,
-        token_seconds=language_model / bandwidth,
+        token_seconds=TOKEN_SECONDS + language_model / bandwidth,
         export_memory=None,
         export_seconds=None,
         fits=needed <= memory,

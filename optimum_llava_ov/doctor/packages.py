@@ -54,8 +54,14 @@ def read_packages() -> list[Package]:
         extra = match[1] if (match := re.search(r'extra == "(\w+)"', str(requirement.marker or ""))) else None
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra or ""})
         if applies and extra not in DEVELOPMENT and requirement.name != DISTRIBUTION:  # an extra may name other extras
-            packages.append(Package(requirement.name, installed(requirement.name), str(requirement.specifier), extra))
+            found, required = installed(requirement.name), _ordered(requirement.specifier)
+            packages.append(Package(requirement.name, found, required, extra))
     return sorted(packages, key=lambda package: (package.extra or "", package.name))
+
+
+def _ordered(specifiers: SpecifierSet) -> str:
+    """Return versions as people write them: the lowest first."""
+    return ",".join(sorted(map(str, specifiers), key=lambda text: not text.startswith((">", "~", "="))))
 
 
 def installed(name: str) -> str | None:

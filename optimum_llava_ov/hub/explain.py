@@ -29,7 +29,7 @@ def explained(api: HfApi, repo_id: str) -> Iterator[None]:
     except LocalTokenNotFoundError as error:
         raise HubError(_not_logged_in(repo_id)) from error
     except OfflineModeIsEnabled as error:
-        raise HubError("Nothing can be published while HF_HUB_OFFLINE is set. Unset it.") from error
+        raise HubError("Nothing can be published while HF_HUB_OFFLINE is set. Remove this variable.") from error
     except (HfHubHTTPError, httpx.TransportError, RuntimeError, ValueError, OSError) as error:
         cause = root_cause(error)
         if isinstance(cause, HfHubHTTPError):
