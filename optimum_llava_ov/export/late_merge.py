@@ -6,8 +6,10 @@ weight after the other, up to twice, and a product of low rank is computed faste
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import openvino
 import torch
@@ -36,6 +38,12 @@ class LateMerge:
         self._names = {_place(weight): name for name, weight in self._weights.items()}
         self._merged: set[str] = set()
         self._current: torch.Tensor | None = None
+        # While NNCF compresses a weight, the one that it will probably read next is merged: the one that followed this
+        # one in the layer before
+        self._steps: dict[str, tuple[str, int]] = {}
+        self._previous: str | None = None
+        self._next: tuple[str, Future[torch.Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1, "merge")
 
     def is_possible(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Return whether all weights are fp16, and each is the memory of exactly one parameter of the model."""
@@ -45,18 +53,20 @@ class LateMerge:
     def tensor(self, constant: openvino.op.Constant) -> openvino.Tensor | None:
         """Return the merged weight of a constant; `None` if nothing is merged into it.
 
+        It is valid until the next call.
+
         Raises:
             [`InvalidCheckpointError`]: the merged weight has NaN or infinity.
         """
         name = self._name(constant)
         if name is None:
             return None
-        weight = self._weights[name]
-        for update in self._updates[name]:
-            weight = update.apply(weight, torch.float16)
-        if name not in self._merged:
-            check_finite({name: weight})
-            self._merged.add(name)
+        ahead, self._next = self._next, None
+        is_ahead = ahead is not None and ahead[0] == name
+        weight = ahead[1].result() if ahead is not None and is_ahead else self._merge(name)
+        if (following := self._following(name)) is not None:
+            self._next = following, self._thread.submit(self._merge, following)
+        self._merged.add(name)
         self._current = weight  # the result is a view
         return openvino.Tensor(weight.numpy(), shared_memory=True)
 
@@ -67,13 +77,14 @@ class LateMerge:
             [`BundleError`]: a weight was not found in the graph.
         """
         for constant in graph.get_ops():
-            if constant.get_type_name() == "Constant" and (merged := self.tensor(constant)) is not None:
+            if _is_constant(constant) and (merged := self.tensor(constant)) is not None:
                 name = constant.get_friendly_name()
                 constant.set_friendly_name(f"{name}/base")
                 new = spill.constant(opset13.constant(merged.data, name=name))  # a copy
                 for user in constant.output(0).get_target_inputs():
                     user.replace_source_output(new.output(0))
-        self._current = None
+        self._current = self._next = None
+        self._thread.shutdown(cancel_futures=True)
         if missing := self._weights.keys() - self._merged:
             raise BundleError(
                 f"OpenVINO {openvino.get_version()} has made a graph without the memory of the checkpoint's weights "
@@ -81,10 +92,39 @@ class LateMerge:
                 "report this, and install another version of OpenVINO."
             )
 
+    def _following(self, name: str) -> str | None:
+        """Return the name of the weight that is probably read after this one, and learn from what was read before."""
+        kind, layer = _split(name)
+        if self._previous is not None:
+            previous_kind, previous_layer = _split(self._previous)
+            self._steps[previous_kind] = kind, layer - previous_layer
+        self._previous = name
+        next_kind, step = self._steps.get(kind, ("", 0))
+        following = next_kind.format(layer + step)
+        return following if following in self._weights else None
+
+    def _merge(self, name: str) -> torch.Tensor:
+        weight = self._weights[name]
+        for update in self._updates[name]:
+            weight = update.apply(weight, torch.float16)
+        if name not in self._merged:
+            check_finite({name: weight})
+        return weight
+
     def _name(self, constant: openvino.op.Constant) -> str | None:
         if constant.get_element_type() != openvino.Type.f16:
             return None
         return self._names.get((constant.data.ctypes.data, tuple(constant.shape)))
+
+
+def _is_constant(op: openvino.Node) -> bool:
+    return op.get_type_name() == "Constant"
+
+
+def _split(name: str) -> tuple[str, int]:
+    """Return the name of a weight with `{}` for the number of its layer, and this number."""
+    match = re.search(r"(?<=\.)\d+(?=\.)", name)
+    return (f"{name[: match.start()]}{{}}{name[match.end() :]}", int(match[0])) if match else (name, 0)
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
