@@ -48,7 +48,9 @@ class LateMerge:
     def is_possible(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Return whether all weights are fp16, and each is the memory of exactly one parameter of the model."""
         places = Counter(map(_place, parameters))
-        return all(weight.dtype == torch.float16 and places[_place(weight)] == 1 for weight in self._weights.values())
+        return len(self._names) == len(self._weights) and all(
+            weight.dtype == torch.float16 and places[_place(weight)] == 1 for weight in self._weights.values()
+        )
 
     def tensor(self, constant: openvino.op.Constant) -> openvino.Tensor | None:
         """Return the merged weight of a constant; `None` if nothing is merged into it.
