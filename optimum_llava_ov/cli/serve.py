@@ -135,7 +135,7 @@ class ServeCommand(EngineCommand):
         )
 
     def execute_on_device(self) -> None:
-        for package in ("fastapi", "uvicorn", "prometheus_client"):
+        for package in ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client"):
             check_installed(package, INSTALL)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         from optimum_llava_ov.images import ImageLimits
