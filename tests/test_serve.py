@@ -24,6 +24,7 @@ import programs
 import psutil
 import pytest
 import schemathesis
+import torch
 import uvicorn
 from conftest import EXACT, EXAMPLES, Once, run
 from hypothesis import HealthCheck, given, settings
@@ -227,6 +228,29 @@ class TestAnswers:
         assert all(token.logprob <= 0 for token in tokens)
         assert whole.usage.completion_tokens == len(tokens)
 
+    @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.9, "seed": 3}], ids=["greedy", "sampled"])
+    def test_logprobs_are_those_of_the_model(self, client, shapes_bundle, options):
+        """Compare with the logits of `forward`. Sampling does not change them."""
+        from transformers import AutoProcessor
+
+        from optimum_llava_ov import OVModelForLlava
+
+        model = OVModelForLlava.from_pretrained(shapes_bundle, ov_config=EXACT)
+        processor = AutoProcessor.from_pretrained(shapes_bundle)
+        reply = client.chat.completions.create(**ask(logprobs=True, max_tokens=12, **options)).choices[0]
+        given = reply.logprobs.content
+        inputs = question_inputs(processor, QUESTION, [Image.open(PICTURES / "a.png").convert("RGB")])
+        prompt = inputs["input_ids"]
+        answer = processor.tokenizer(reply.message.content, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        texts = [processor.tokenizer.decode([token]) for token in answer[0].tolist()]
+        assert [token.token for token in given][: len(texts)] == texts
+        ids = torch.cat([prompt, answer], dim=1)
+        logits = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+        likely = logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+        expected = likely.gather(-1, answer[0, :, None])[:, 0].tolist()
+        assert [token.logprob for token in given][: len(expected)] == pytest.approx(expected, abs=1e-3)
+        assert (answer[0] == likely.argmax(-1)).all() == (not options)  # sampled: another answer
+
     def test_conversation_of_several_turns(self, client):
         first = client.chat.completions.create(**ask()).choices[0].message.content
         messages = [
@@ -355,6 +379,15 @@ class TestErrors:
         response = httpx.get(f"{program.url}/v1/completions")
         is_openai_error(response, 405)
         assert response.headers["allow"] == "POST"
+
+    def test_other_likely_tokens(self, client):
+        """GenAI does not give them. The error says so."""
+        for create, wrong in (
+            (client.chat.completions.create, ask(logprobs=True, top_logprobs=1)),
+            (client.completions.create, {"model": "mpt", "prompt": "A", "logprobs": 1}),
+        ):
+            with pytest.raises(openai.BadRequestError, match="not those of other likely tokens"):
+                create(**wrong)
 
     def test_client_raises_its_own(self, client):
         with pytest.raises(openai.NotFoundError, match="gpt-5"):
