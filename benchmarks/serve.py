@@ -17,6 +17,7 @@ import asyncio
 import base64
 import io
 import itertools
+import json
 import socket
 import subprocess
 import sys
@@ -75,34 +76,39 @@ def body(image: Image.Image, question: str, new_tokens: int, stream: bool = Fals
 
 
 def over_http(url: str, images: list[Image.Image], question: str, new_tokens: int, places: int) -> float:
-    """Return the seconds for all images, with `places` of them at a time."""
+    """Return the seconds for all images, with `places` of them at a time, from a client that is connected."""
+    requests = [json.dumps(body(image, question, new_tokens)).encode() for image in images]
+    headers = {"Content-Type": "application/json"}
 
-    async def run() -> None:
+    async def run() -> float:
         slots = asyncio.Semaphore(places)
-        async with httpx.AsyncClient(timeout=None) as client:
+        async with httpx.AsyncClient(timeout=None, headers=headers) as client:
 
-            async def one(image: Image.Image) -> None:
+            async def one(request: bytes) -> None:
                 async with slots:
-                    reply = await client.post(f"{url}/v1/chat/completions", json=body(image, question, new_tokens))
+                    reply = await client.post(f"{url}/v1/chat/completions", content=request)
                     reply.raise_for_status()
 
-            await asyncio.gather(*map(one, images))
+            await client.get(f"{url}/health/ready")
+            began = time.perf_counter()
+            await asyncio.gather(*map(one, requests))
+            return time.perf_counter() - began
 
-    began = time.perf_counter()
-    asyncio.run(run())
-    return time.perf_counter() - began
+    return asyncio.run(run())
 
 
 def first_token_over_http(url: str, image: Image.Image, question: str) -> float:
-    request = body(image, question, 8, stream=True)
-    began = time.perf_counter()
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=request, timeout=None) as reply:
-        lines = (text for text in reply.iter_lines() if text.startswith("data: "))
-        next(lines)  # the role, which is sent before
-        next(lines)
-        seconds = time.perf_counter() - began
-        for _ in lines:
-            pass
+    request = json.dumps(body(image, question, 8, stream=True)).encode()
+    with httpx.Client(timeout=None, headers={"Content-Type": "application/json"}) as client:
+        client.get(f"{url}/health/ready")
+        began = time.perf_counter()
+        with client.stream("POST", f"{url}/v1/chat/completions", content=request) as reply:
+            lines = (text for text in reply.iter_lines() if text.startswith("data: "))
+            next(lines)  # the role, which is sent before
+            next(lines)
+            seconds = time.perf_counter() - began
+            for _ in lines:
+                pass
     return seconds
 
 
