@@ -191,7 +191,8 @@ class TestServer:
         assert text == whole.json()["choices"][0]["message"]["content"]
         is_openai_error(http.post(url, json=ask(model="other")), 404)
         own = http.post(url, json=ask(model="shapes"), headers={"x-request-id": "mine"})
-        assert own.headers["x-request-id"] == "mine"
+        assert own.headers.get_list("x-request-id") == ["mine"]
+        assert len(whole.headers.get_list("x-request-id")) == 1
 
     def test_conversations_stay_at_their_replica(self, deploy, http):
         url = deploy()

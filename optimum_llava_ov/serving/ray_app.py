@@ -127,12 +127,15 @@ def _passed_on(scope: Scope) -> dict[str, Any]:
 
 
 async def _pass_on(response: Any, seconds: float, scope: Scope, receive: Receive, send: Send) -> None:
-    started = False
+    started = complete = False
     try:
-        first = await asyncio.wait_for(anext(response), seconds)
+        message = await asyncio.wait_for(anext(response), seconds)
         started = True
-        await send(first)
-        async for message in response:
+        await send(message)
+        # Not until the response ends: when the client has all, Ray cancels it, and that is no error of the answer
+        while not complete:
+            message = await anext(response)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
     except asyncio.TimeoutError:
         response.cancel()
@@ -165,6 +168,20 @@ def conversation_id(body: bytes) -> str:
     return hashlib.sha256(beginning.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+def _without_request_id(app: ASGIApp) -> ASGIApp:
+    """Leave it to Ray to name the request in the answer. Its process that receives HTTP does so with the same id."""
+
+    async def named(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)[REQUEST_ID]
+            await send(message)
+
+        await app(scope, receive, send_without)
+
+    return named
+
+
 class FrontDeployment:
     """Receive HTTP in a deployment of Ray Serve.
 
@@ -179,7 +196,7 @@ class FrontDeployment:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application. Ray calls it in the actor."""
         app = Bodies(Front(self._replicas, self._settings.timeout + _MARGIN), self._settings)
-        return RequestLog(Gate(app, self._settings), Metrics({}))
+        return _without_request_id(RequestLog(Gate(app, self._settings), Metrics({})))
 
 
 def build_deployment(
@@ -217,6 +234,7 @@ def build_deployment(
 
     front = serve.deployment(
         name="front",
+        num_replicas=2,  # one of them receives requests while the other one is updated
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=settings.timeout,  # it passes on the answers that replicas complete
