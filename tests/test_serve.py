@@ -490,6 +490,19 @@ class TestPlaces:
             assert metric(url, "requests_running") == 0
 
 
+def test_requests_that_begin_together(engine):
+    prompt = build_prompt([user_message("Hello")], engine.processor, engine.config)
+    steps, ended = [], threading.Event()
+    with engine.hold():
+        engine.submit(
+            prompt.text, [], RequestOptions(5).generation_config(engine), steps.extend, lambda error: ended.set()
+        )
+        assert not ended.wait(0.5)
+        assert not steps
+    assert ended.wait(30)
+    assert steps
+
+
 def test_model_that_fails_is_loaded_again(engine):
     """GenAI's pipeline cannot go on after a step that failed. Here a schema that nobody has checked makes it fail."""
     prompt = build_prompt([user_message("Hello")], engine.processor, engine.config)
