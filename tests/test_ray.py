@@ -38,6 +38,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from optimum_llava_ov.captions.ray_job import run_ray_job  # noqa: E402
 from optimum_llava_ov.serving.ray_app import build_deployment, conversation_id, run_on_ray  # noqa: E402
+from optimum_llava_ov.system.cluster import limit_threads  # noqa: E402
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.genai]
@@ -284,6 +285,12 @@ class TestServer:
         ids = [conversation_id(json.dumps(ask(messages=messages)).encode()) for messages in (first, longer)]
         assert ids[0] == ids[1] != conversation_id(json.dumps(ask()).encode())
         assert conversation_id(b"{") == conversation_id(b"[]") == conversation_id(b"[" * 100_000) == ""
+
+
+def test_a_model_keeps_to_its_processors():
+    assert limit_threads("CPU", None, 3.5) == {"INFERENCE_NUM_THREADS": "3", "ENABLE_CPU_PINNING": "NO"}
+    assert limit_threads("CPU", {"INFERENCE_NUM_THREADS": "2"}, 0.5)["INFERENCE_NUM_THREADS"] == "2"
+    assert limit_threads("GPU", {"PERFORMANCE_HINT": "LATENCY"}, 3) == {"PERFORMANCE_HINT": "LATENCY"}
 
 
 def test_manifest():

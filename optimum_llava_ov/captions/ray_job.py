@@ -65,9 +65,11 @@ def run_ray_job(job: Job, address: str, models: int, cpus: float) -> Summary:
         fn_constructor_args=(_in_actor(job, cpus),),
         batch_size=1,
         num_cpus=cpus,
-        max_concurrency=PARTS,
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=min(models, len(parts)), enable_true_multi_threading=True
+            min_size=1,
+            max_size=min(models, len(parts)),
+            max_concurrent_calls_per_actor=PARTS,
+            enable_true_multi_threading=True,
         ),
     )
     with tqdm(total=len(parts), unit="part", desc="caption", dynamic_ncols=True) as bar:
