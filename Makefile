@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test test-fast test-ray coverage fuzz imports compat docs quality style clean
+.PHONY: install quickstart test test-fast test-ray test-load coverage fuzz imports compat docs quality style clean
 
 # torchvision comes with optimum-intel, and where it was built for another torch than the one installed (CUDA beside CPU), it
 # breaks transformers on import. Nothing here needs it: transformers then prepares pictures with PIL, as the original does.
@@ -44,6 +44,11 @@ test-fast: install
 test-ray: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "ray[data,serve]"
 	$(BIN)/python -m pytest tests/test_ray.py
+
+# The server under the load of Locust. It brings gevent and Flask, so `make test` leaves this test out.
+test-load: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt locust
+	$(BIN)/python -m pytest tests/test_load.py
 
 # What the tests in this process reach; programs that they start do not count. Fails if the share is below the one in pyproject.toml.
 coverage: install

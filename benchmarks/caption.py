@@ -94,7 +94,7 @@ def main() -> None:
     sizes = []
     for number, _ in enumerate(captioner.captions(questions)):
         if number % (args.rows // 10) == args.rows // 20:
-            sizes.append(_kilobytes("self", "status")["RssAnon"] / 1024)
+            sizes.append(_kilobytes("self", "status")["RssAnon"] / 1e6)
             print(f"  row {number:9,}: {sizes[-1]:.0f} MB")
     growth = sizes[-1] / sizes[0]
     line(f"memory after {args.rows:,} rows / at their beginning", growth, "at most 1.05", growth <= 1.05)

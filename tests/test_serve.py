@@ -24,6 +24,7 @@ import programs
 import psutil
 import pytest
 import schemathesis
+import torch
 import uvicorn
 from conftest import EXACT, EXAMPLES, Once, run
 from hypothesis import HealthCheck, given, settings
@@ -227,6 +228,29 @@ class TestAnswers:
         assert all(token.logprob <= 0 for token in tokens)
         assert whole.usage.completion_tokens == len(tokens)
 
+    @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.9, "seed": 3}], ids=["greedy", "sampled"])
+    def test_logprobs_are_those_of_the_model(self, client, shapes_bundle, options):
+        """Compare with the logits of `forward`. Sampling does not change them."""
+        from transformers import AutoProcessor
+
+        from optimum_llava_ov import OVModelForLlava
+
+        model = OVModelForLlava.from_pretrained(shapes_bundle, ov_config=EXACT)
+        processor = AutoProcessor.from_pretrained(shapes_bundle)
+        reply = client.chat.completions.create(**ask(logprobs=True, max_tokens=12, **options)).choices[0]
+        given = reply.logprobs.content
+        inputs = question_inputs(processor, QUESTION, [Image.open(PICTURES / "a.png").convert("RGB")])
+        prompt = inputs["input_ids"]
+        answer = processor.tokenizer(reply.message.content, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        texts = [processor.tokenizer.decode([token]) for token in answer[0].tolist()]
+        assert [token.token for token in given][: len(texts)] == texts
+        ids = torch.cat([prompt, answer], dim=1)
+        logits = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+        likely = logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+        expected = likely.gather(-1, answer[0, :, None])[:, 0].tolist()
+        assert [token.logprob for token in given][: len(expected)] == pytest.approx(expected, abs=1e-3)
+        assert (answer[0] == likely.argmax(-1)).all() == (not options)  # sampled: another answer
+
     def test_conversation_of_several_turns(self, client):
         first = client.chat.completions.create(**ask()).choices[0].message.content
         messages = [
@@ -356,6 +380,15 @@ class TestErrors:
         is_openai_error(response, 405)
         assert response.headers["allow"] == "POST"
 
+    def test_other_likely_tokens(self, client):
+        """GenAI does not give them. The error says so."""
+        for create, wrong in (
+            (client.chat.completions.create, ask(logprobs=True, top_logprobs=1)),
+            (client.completions.create, {"model": "mpt", "prompt": "A", "logprobs": 1}),
+        ):
+            with pytest.raises(openai.BadRequestError, match="not those of other likely tokens"):
+                create(**wrong)
+
     def test_client_raises_its_own(self, client):
         with pytest.raises(openai.NotFoundError, match="gpt-5"):
             client.chat.completions.create(**ask(model="gpt-5"))
@@ -461,6 +494,19 @@ class TestPlaces:
             lines = httpx.post(endpoint, json=long()).text.splitlines()
             assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "timeout"
             assert metric(url, "requests_running") == 0
+
+
+def test_requests_that_begin_together(engine):
+    prompt = build_prompt([user_message("Hello")], engine.processor, engine.config)
+    steps, ended = [], threading.Event()
+    with engine.hold():
+        engine.submit(
+            prompt.text, [], RequestOptions(5).generation_config(engine), steps.extend, lambda error: ended.set()
+        )
+        assert not ended.wait(0.5)
+        assert not steps
+    assert ended.wait(30)
+    assert steps
 
 
 def test_model_that_fails_is_loaded_again(engine):

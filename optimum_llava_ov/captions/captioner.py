@@ -211,7 +211,8 @@ class Captioner:
                     if question is None:
                         more = False
                         break
-                    running = self._begin(question, events)
+                    with self.engine.hold():
+                        running = self._begin(question, events)
                     order.append(running)
                     in_batch += running.caption is None
                 while order and (caption := order[0].caption) is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray.data
@@ -11,7 +13,10 @@ from tqdm import tqdm
 
 from optimum_llava_ov.captions.job import Job, Summary, caption_parts
 from optimum_llava_ov.captions.output import open_output
-from optimum_llava_ov.system.cluster import connect
+from optimum_llava_ov.system.cluster import connect, limit_threads
+
+
+PARTS = 2  # that an actor captions at the same time: the next one begins while the last images of one are completed
 
 
 class CaptionParts:
@@ -57,10 +62,15 @@ def run_ray_job(job: Job, address: str, models: int, cpus: float) -> Summary:
         return summary
     data = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         CaptionParts,
-        fn_constructor_args=(job,),
+        fn_constructor_args=(_in_actor(job, cpus),),
         batch_size=1,
         num_cpus=cpus,
-        concurrency=(1, min(models, len(parts))),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=min(models, len(parts)),
+            max_concurrent_calls_per_actor=PARTS,
+            enable_true_multi_threading=True,
+        ),
     )
     with tqdm(total=len(parts), unit="part", desc="caption", dynamic_ncols=True) as bar:
         for counts in data.iter_rows():
@@ -71,3 +81,9 @@ def run_ray_job(job: Job, address: str, models: int, cpus: float) -> Summary:
             bar.update()
             bar.set_postfix_str(f"{summary.images} images, {summary.errors} errors", refresh=False)
     return summary
+
+
+def _in_actor(job: Job, cpus: float) -> Job:
+    captioner = copy.copy(job.captioner)
+    captioner.ov_config = limit_threads(captioner.device, captioner.ov_config, cpus)
+    return replace(job, captioner=captioner)

@@ -135,7 +135,7 @@ class ServeCommand(EngineCommand):
         )
 
     def execute_on_device(self) -> None:
-        for package in ("fastapi", "uvicorn", "prometheus_client"):
+        for package in ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client"):
             check_installed(package, INSTALL)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         from optimum_llava_ov.images import ImageLimits
@@ -160,12 +160,11 @@ class ServeCommand(EngineCommand):
         if args.ray is not None:
             replicas = read_range(args.replicas)
             check_installed("ray", 'A cluster needs {}. Install it with: pip install "optimum-llava-ov[ray]"')
-            from optimum_llava_ov.serving.ray_app import build_deployment, run_on_ray, wait_for_end
+            from optimum_llava_ov.serving.ray_app import build_deployment, run_on_ray
 
             options = {"device": args.device, "ov_config": ov_config, "cache_gb": args.cache_gb}
             application = build_deployment(bundles, settings, options, replicas, args.ray_cpus)
-            if run_on_ray(application, args.ray, args.host, args.port):
-                wait_for_end()
+            run_on_ray(application, args.ray, args.host, args.port)
             return
         models = load_models(bundles, settings, args.device, ov_config, args.cache_gb)
         page = find_spec("gradio") is not None and not args.no_page and not settings.keys

@@ -11,6 +11,7 @@ import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -76,7 +77,13 @@ def build_app(
     metrics = Metrics(models)
     lifecycle = lifecycle or Lifecycle(models)
 
-    app = FastAPI(title="optimum-llava-ov", summary="LLaVA on OpenVINO", redoc_url=None)
+    # FastAPI's own /docs loads its scripts from a CDN. Without a validator, Swagger shows no badge of another server.
+    app = FastAPIOffline(
+        title="optimum-llava-ov",
+        summary="LLaVA on OpenVINO",
+        redoc_url=None,
+        swagger_ui_parameters={"validatorUrl": None},
+    )
     # The last one that is added is the first one that a request passes
     if not behind_front:
         app.add_middleware(Bodies, settings=settings)

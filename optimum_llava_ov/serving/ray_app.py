@@ -17,21 +17,25 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from optimum_llava_ov.serving.app import Lifecycle, build_app
-from optimum_llava_ov.serving.errors import try_again
+from optimum_llava_ov.serving.errors import ApiError, try_again
 from optimum_llava_ov.serving.metrics import Metrics
-from optimum_llava_ov.serving.middleware import Bodies, Gate, RequestLog
+from optimum_llava_ov.serving.middleware import REQUEST_ID, Bodies, Gate, RequestLog
 from optimum_llava_ov.serving.run import load_models
 from optimum_llava_ov.serving.settings import Settings
-from optimum_llava_ov.system.cluster import connect
+from optimum_llava_ov.system.cluster import connect, limit_threads
 
 
 NAME = "llava-ov"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPLICA = "x-replica"  # header that names the replica of an answer
 CONVERSATIONS = 1000  # that a replica is known for
+_MARGIN = 5  # seconds after which the front ends a request that a replica should have ended
 _SCOPE = ("type", "method", "path", "raw_path", "query_string", "headers", "http_version", "scheme")
 
 
@@ -66,6 +70,8 @@ class Replica:
         task.add_done_callback(lambda _: messages.put_nowait(None))
         try:
             while (message := await messages.get()) is not None:
+                if message["type"] == "http.response.start":
+                    MutableHeaders(scope=message)[REPLICA] = serve.get_replica_context().replica_id.unique_id
                 yield message
             await task
         finally:
@@ -83,18 +89,20 @@ class Front:
 
     Args:
         replicas: Handle of the deployment of [`Replica`].
+        seconds: Maximum time until an answer begins.
     """
 
-    def __init__(self, replicas: DeploymentHandle):
+    def __init__(self, replicas: DeploymentHandle, seconds: float):
         self._replicas = replicas
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         body = (await receive()).get("body", b"")
         handle = self._replicas.options(stream=True, multiplexed_model_id=conversation_id(body))
-        response = handle.answer.remote({name: scope[name] for name in _SCOPE if name in scope}, body)
-        passing = asyncio.ensure_future(_pass_on(response, scope, receive, send))
+        response = handle.answer.remote(_passed_on(scope), body)
+        passing = asyncio.ensure_future(_pass_on(response, self._seconds, scope, receive, send))
         gone = asyncio.ensure_future(_wait_until_gone(receive))
         try:
             await asyncio.wait({passing, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -108,12 +116,33 @@ class Front:
             await asyncio.gather(passing, gone, return_exceptions=True)
 
 
-async def _pass_on(response: Any, scope: Scope, receive: Receive, send: Send) -> None:
-    started = False
+def _passed_on(scope: Scope) -> dict[str, Any]:
+    """Return a request for a replica, whose log has the same id as that of the front."""
+    headers = [(name, value) for name, value in scope["headers"] if name != REQUEST_ID.encode()]
+    number = scope["state"]["log"]["request_id"].encode()
+    return {
+        **{name: scope[name] for name in _SCOPE if name in scope},
+        "headers": [*headers, (REQUEST_ID.encode(), number)],
+    }
+
+
+async def _pass_on(response: Any, seconds: float, scope: Scope, receive: Receive, send: Send) -> None:
+    started = complete = False
     try:
-        async for message in response:
-            started = True
+        message = await asyncio.wait_for(anext(response), seconds)
+        started = True
+        await send(message)
+        # Not until the response ends: when the client has all, Ray cancels it, and that is no error of the answer
+        while not complete:
+            message = await anext(response)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
+    except asyncio.TimeoutError:
+        response.cancel()
+        error = ApiError(f"No replica answered within {seconds:g} seconds. Try again later.", 504, code="timeout")
+        await error.response()(scope, receive, send)
+    except BackPressureError:
+        await try_again("Too many requests wait. Try again later.", status=429).response()(scope, receive, send)
     except (RayError, RayServeException):
         error = try_again("The replica that computed this answer has failed. Try again.")
         if started:  # an event of the stream, which then ends
@@ -134,9 +163,23 @@ def conversation_id(body: bytes) -> str:
         messages = json.loads(body)["messages"]
         first = next(index for index, message in enumerate(messages) if message["role"] == "user")
         beginning = json.dumps(messages[: first + 1])
-    except (ValueError, LookupError, TypeError, StopIteration):
+    except (ValueError, LookupError, TypeError, StopIteration, RecursionError):
         return ""
     return hashlib.sha256(beginning.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _without_request_id(app: ASGIApp) -> ASGIApp:
+    """Leave it to Ray to name the request in the answer. Its process that receives HTTP does so with the same id."""
+
+    async def named(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)[REQUEST_ID]
+            await send(message)
+
+        await app(scope, receive, send_without)
+
+    return named
 
 
 class FrontDeployment:
@@ -152,8 +195,8 @@ class FrontDeployment:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application. Ray calls it in the actor."""
-        app = Bodies(Front(self._replicas), self._settings)
-        return RequestLog(Gate(app, self._settings), Metrics({}))
+        app = Bodies(Front(self._replicas, self._settings.timeout + _MARGIN), self._settings)
+        return _without_request_id(RequestLog(Gate(app, self._settings), Metrics({})))
 
 
 def build_deployment(
@@ -179,38 +222,56 @@ def build_deployment(
                 "target_ongoing_requests": settings.max_running,
             }
         }
+    limited = limit_threads(options.get("device", "CPU"), options.get("ov_config"), cpus)
     models = serve.deployment(
         name="models",
         ray_actor_options={"num_cpus": cpus},
         max_ongoing_requests=settings.max_running + settings.max_queue,
+        max_queued_requests=settings.max_running + settings.max_queue,  # in the front, when all replicas are full
         graceful_shutdown_timeout_s=settings.timeout,
         **scaling,
-    )(Replica).bind(bundles, settings, options)
+    )(Replica).bind(bundles, settings, {**options, "ov_config": limited})
 
-    front = serve.deployment(name="front", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+    front = serve.deployment(
+        name="front",
+        num_replicas=2,  # one of them receives requests while the other one is updated
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=settings.timeout,  # it passes on the answers that replicas complete
+    )
     return front(serve.ingress()(FrontDeployment)).bind(models, settings)
 
 
-def run_on_ray(application: serve.Application, address: str, host: str = "127.0.0.1", port: int = 8000) -> bool:
+def run_on_ray(application: serve.Application, address: str, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Put the application on a cluster, in place of an earlier one.
 
     Args:
-        address: Address of the cluster; "auto" for the one of this machine, which is started if there is none.
-
-    Returns:
-        Whether the cluster ends with this process.
+        address: Address of the cluster; "auto" for the one of this machine, which is started if there is none. Then
+            the call ends with SIGTERM or Ctrl-C, after the requests are complete.
     """
+    ended = threading.Event()
     is_ours = connect(address)
+    if is_ours:
+        # Before clients can reach the server. Ray's own handler would end it at once.
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: ended.set())
     serve.start(http_options={"host": host, "port": port})
     serve.run(application, name=NAME, route_prefix="/")
-    return is_ours
+    if is_ours:
+        ended.wait()
+        _end()
 
 
-def wait_for_end() -> None:
-    """Wait for SIGTERM or Ctrl-C, then complete the requests and end."""
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    ended.wait()
+def _end() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends this process at once
+    # Replicas complete their requests before they end. `serve.shutdown` alone ends the processes between them and the
+    # clients.
+    while True:
+        try:
+            serve.delete(NAME)
+            break
+        except TimeoutError:  # after a minute
+            continue
     serve.shutdown()
     ray.shutdown()

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 MAX_CHOICES = 8
 # What clients send for OpenAI's own service, and what changes no answer
 _IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
 
+
+def _no_other_tokens(number: int) -> int:
+    if number:
+        raise PydanticCustomError(
+            "other_tokens",
+            "GenAI gives the probability of each token of the answer, and not those of other likely tokens. Use 0.",
+        )
+    return number
+
+
 Text = Annotated[str, Field(min_length=1)]
+NoOtherTokens = Annotated[int, Field(ge=0, json_schema_extra={"maximum": 0}), AfterValidator(_no_other_tokens)]
 Role = Literal["system", "developer", "user", "assistant"]
 
 
@@ -112,13 +124,13 @@ class ChatRequest(_Request):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = Field(False, description="Return the probabilities of the tokens of the answer.")
-    top_logprobs: int = Field(0, ge=0, le=0, description="Other likely tokens are not supported.")
+    top_logprobs: NoOtherTokens = Field(0, description="Other likely tokens are not supported.")
     response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(_Request):
     prompt: str | list[str] = Field(description="Texts, without the conversation's template. Images are not possible.")
-    logprobs: int | None = Field(None, ge=0, le=0, description="0 returns the probabilities of the answer's tokens.")
+    logprobs: NoOtherTokens | None = Field(None, description="0 returns the probabilities of the answer's tokens.")
     echo: Literal[False] = False
     best_of: int | None = Field(None, ge=1, le=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import ray
 
 
@@ -30,3 +32,21 @@ def connect(address: str) -> bool:
         ray.init(log_to_driver=False)
         return True
     return False
+
+
+def limit_threads(device: str, ov_config: Mapping[str, str] | None, cpus: float) -> dict[str, str]:
+    """Return properties with which a model uses the processors that Ray has given to its actor, and no others.
+
+    OpenVINO would use all processors of the machine, and pin its threads to the first ones, as each other actor does.
+
+    Args:
+        ov_config: The properties that were asked for. They are kept.
+        cpus: Number of processors of the actor.
+    """
+    if device != "CPU":
+        return {**(ov_config or {})}
+    return {
+        "INFERENCE_NUM_THREADS": str(max(1, int(cpus))),
+        "ENABLE_CPU_PINNING": "NO",
+        **(ov_config or {}),
+    }
