@@ -175,7 +175,7 @@ def test_engines_refuse_what_a_family_does_not_have(options, reason, tmp_path, m
 @pytest.mark.parametrize(("family", "is_square"), [("mpt", False), ("llama", True), ("mistral", True)])
 def test_all_contenders_get_square_images_if_the_checkpoint_pads(family, is_square):
     options = {"contenders": ["ours", "stock"], "batches": [2], "limit": [], "new_tokens": 4, "repeats": 1}
-    arguments = argparse.Namespace(family=family, **options)
+    arguments = argparse.Namespace(family=family, avx2=False, **options)
     jobs = list(engines.jobs(arguments, {"bundle": Path("bundle")}, {700: "<image>"}, 0))
     assert len(jobs) == 4
     assert {width == height for width, height in (job.image_size for job in jobs)} == {is_square}

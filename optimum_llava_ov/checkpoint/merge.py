@@ -7,6 +7,7 @@ here has the same bits. A model in float32 gets the exact sum instead.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,12 +116,15 @@ class LowRank:
             product = b @ a
             product = product.T if self.transposed else product
             return product.mul_(self.scale).add_(weight).to(dtype)
+        # A power of two, as alpha is twice the rank in most trainings, changes no bit but the exponent
+        is_exact = math.frexp(self.scale)[0] == 0.5
+        b = b * self.scale if is_exact else b
         result = torch.empty(weight.shape, dtype=dtype)
         block = torch.empty(_BLOCK, a.shape[1])
         for start in range(0, len(b), _BLOCK):
             rows = slice(start, start + _BLOCK)
             product = torch.matmul(b[rows], a, out=block[: len(b[rows])])
-            result[rows] = product.mul_(self.scale).add_(weight[rows])
+            result[rows] = (product if is_exact else product.mul_(self.scale)).add_(weight[rows])
         return result
 
 

@@ -21,6 +21,9 @@ from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.spill import Spill
 
 
+AHEAD = 3  # weights that are merged before NNCF asks for them; 90 MB each in the largest layers at 7B
+
+
 class LateMerge:
     """Know the constants of a graph whose weights are to be merged, by their memory.
 
@@ -38,11 +41,11 @@ class LateMerge:
         self._names = {_place(weight): name for name, weight in self._weights.items()}
         self._merged: set[str] = set()
         self._current: torch.Tensor | None = None
-        # While NNCF compresses a weight, the one that it will probably read next is merged: the one that followed this
+        # While NNCF compresses a weight, those are merged that it will probably read next: the ones that followed this
         # one in the layer before
         self._steps: dict[str, tuple[str, int]] = {}
         self._previous: str | None = None
-        self._next: tuple[str, Future[torch.Tensor]] | None = None
+        self._ahead: dict[str, Future[torch.Tensor]] = {}
         self._thread = ThreadPoolExecutor(1, "merge")
 
     def is_possible(self, parameters: Iterable[torch.Tensor]) -> bool:
@@ -63,11 +66,15 @@ class LateMerge:
         name = self._name(constant)
         if name is None:
             return None
-        ahead, self._next = self._next, None
-        is_ahead = ahead is not None and ahead[0] == name
-        weight = ahead[1].result() if ahead is not None and is_ahead else self._merge(name)
-        if (following := self._following(name)) is not None:
-            self._next = following, self._thread.submit(self._merge, following)
+        ahead = self._ahead.pop(name, None)
+        weight = self._merge(name) if ahead is None else ahead.result()
+        self._learn(name)
+        expected = self._following(name)
+        for unexpected in self._ahead.keys() - set(expected):
+            self._ahead.pop(unexpected).cancel()
+        for following in expected:
+            if following not in self._ahead:
+                self._ahead[following] = self._thread.submit(self._merge, following)
         self._merged.add(name)
         self._current = weight  # the result is a view
         return openvino.Tensor(weight.numpy(), shared_memory=True)
@@ -85,7 +92,8 @@ class LateMerge:
                 new = spill.constant(opset13.constant(merged.data, name=name))  # a copy
                 for user in constant.output(0).get_target_inputs():
                     user.replace_source_output(new.output(0))
-        self._current = self._next = None
+        self._current = None
+        self._ahead.clear()
         self._thread.shutdown(cancel_futures=True)
         if missing := self._weights.keys() - self._merged:
             raise BundleError(
@@ -94,16 +102,24 @@ class LateMerge:
                 "report this, and install another version of OpenVINO."
             )
 
-    def _following(self, name: str) -> str | None:
-        """Return the name of the weight that is probably read after this one, and learn from what was read before."""
-        kind, layer = _split(name)
+    def _learn(self, name: str) -> None:
+        """Learn which weight is read after the previous one."""
         if self._previous is not None:
-            previous_kind, previous_layer = _split(self._previous)
+            (previous_kind, previous_layer), (kind, layer) = _split(self._previous), _split(name)
             self._steps[previous_kind] = kind, layer - previous_layer
         self._previous = name
-        next_kind, step = self._steps.get(kind, ("", 0))
-        following = next_kind.format(layer + step)
-        return following if following in self._weights else None
+
+    def _following(self, name: str) -> list[str]:
+        """Return the names of the weights that are probably read after this one, up to [`AHEAD`]."""
+        kind, layer = _split(name)
+        names: list[str] = []
+        while len(names) < AHEAD and kind in self._steps:
+            kind, step = self._steps[kind]
+            layer += step
+            if (following := kind.format(layer)) not in self._weights:
+                break
+            names.append(following)
+        return names
 
     def _merge(self, name: str) -> torch.Tensor:
         weight = self._weights[name]
