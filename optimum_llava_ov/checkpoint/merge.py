@@ -24,7 +24,7 @@ from optimum_llava_ov.system.memory import empty_tensor
 
 MIN_BYTES = 1 << 20  # smaller tensors stay in memory
 _SHOWN = 8  # number of problems in a message
-_BLOCK = 256  # rows of a product that are computed at a time
+_BLOCK = 64  # rows of a product that are computed at a time
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Parts of a LLaVA that a language model does not have
 _MULTIMODAL = re.compile(r"(?:model|transformer)\.(?:(?:mm_projector|vision_tower\.vision_tower)\..+|image_newline)")
@@ -109,7 +109,8 @@ class LowRank:
         size = (self.b.shape[0], self.a.shape[1])
         return torch.Size(size[::-1] if self.transposed else size)
 
-    def apply(self, weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the result in `dtype`. `out` is memory for it, which saves the system's time for new memory."""
         assert weight is not None  # see `problem`
         a, b = self.a.float(), self.b.float()
         if self.transposed or not _is_equal_in_blocks(len(b), *a.shape):
@@ -119,12 +120,15 @@ class LowRank:
         # A power of two, as alpha is twice the rank in most trainings, changes no bit but the exponent
         is_exact = math.frexp(self.scale)[0] == 0.5
         b = b * self.scale if is_exact else b
-        result = torch.empty(weight.shape, dtype=dtype)
-        block = torch.empty(_BLOCK, a.shape[1])
+        result = torch.empty(weight.shape, dtype=dtype) if out is None else out.view(weight.shape)
+        # Two blocks of memory for all rows. An addition of fp16 to float32 would take new memory each time.
+        products, weights = torch.empty(2, _BLOCK, a.shape[1])
         for start in range(0, len(b), _BLOCK):
             rows = slice(start, start + _BLOCK)
-            product = torch.matmul(b[rows], a, out=block[: len(b[rows])])
-            result[rows] = (product if is_exact else product.mul_(self.scale)).add_(weight[rows])
+            length = len(b[rows])
+            product = torch.matmul(b[rows], a, out=products[:length])
+            product = product if is_exact else product.mul_(self.scale)
+            result[rows] = product.add_(weights[:length].copy_(weight[rows]))
         return result
 
 

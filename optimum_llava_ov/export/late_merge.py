@@ -21,7 +21,8 @@ from optimum_llava_ov.export.finite import check_finite
 from optimum_llava_ov.export.spill import Spill
 
 
-AHEAD = 3  # weights that are merged before NNCF asks for them; 90 MB each in the largest layers at 7B
+# Merged weights in memory, 90 MB each in the largest layers at 7B: before NNCF asks for them, and after
+AHEAD, KEPT = 3, 2
 
 
 class LateMerge:
@@ -40,13 +41,18 @@ class LateMerge:
         self._updates = updates
         self._names = {_place(weight): name for name, weight in self._weights.items()}
         self._merged: set[str] = set()
-        self._current: torch.Tensor | None = None
+        self._given: list[torch.Tensor] = []
+        self._free: dict[int, list[torch.Tensor]] = {}  # memory by its size
         # While NNCF compresses a weight, those are merged that it will probably read next: the ones that followed this
         # one in the layer before
         self._steps: dict[str, tuple[str, int]] = {}
         self._previous: str | None = None
         self._ahead: dict[str, Future[torch.Tensor]] = {}
-        self._thread = ThreadPoolExecutor(1, "merge")
+        self._num_threads = torch.get_num_threads()
+        # Each thread merges a weight alone. Threads that share one would wait for each other while NNCF computes.
+        self._pool = ThreadPoolExecutor(
+            min(self._num_threads, AHEAD), "merge", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def is_possible(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Return whether all weights are fp16, and each is the memory of exactly one parameter of the model."""
@@ -58,7 +64,7 @@ class LateMerge:
     def tensor(self, constant: openvino.op.Constant) -> openvino.Tensor | None:
         """Return the merged weight of a constant; `None` if nothing is merged into it.
 
-        It is valid until the next call.
+        It is valid until [`KEPT`] further calls.
 
         Raises:
             [`InvalidCheckpointError`]: the merged weight has NaN or infinity.
@@ -66,17 +72,20 @@ class LateMerge:
         name = self._name(constant)
         if name is None:
             return None
-        ahead = self._ahead.pop(name, None)
-        weight = self._merge(name) if ahead is None else ahead.result()
+        ahead = self._ahead.pop(name, None) or self._pool.submit(self._merge, name)
         self._learn(name)
         expected = self._following(name)
         for unexpected in self._ahead.keys() - set(expected):
             self._ahead.pop(unexpected).cancel()
         for following in expected:
             if following not in self._ahead:
-                self._ahead[following] = self._thread.submit(self._merge, following)
+                self._ahead[following] = self._pool.submit(self._merge, following)
+        weight = ahead.result()
         self._merged.add(name)
-        self._current = weight  # the result is a view
+        self._given.append(weight)
+        if len(self._given) > KEPT:
+            unused = self._given.pop(0)
+            self._free.setdefault(unused.numel(), []).append(unused)
         return openvino.Tensor(weight.numpy(), shared_memory=True)
 
     def replace_rest(self, graph: openvino.Model, spill: Spill) -> None:
@@ -92,15 +101,18 @@ class LateMerge:
                 new = spill.constant(opset13.constant(merged.data, name=name))  # a copy
                 for user in constant.output(0).get_target_inputs():
                     user.replace_source_output(new.output(0))
-        self._current = None
-        self._ahead.clear()
-        self._thread.shutdown(cancel_futures=True)
         if missing := self._weights.keys() - self._merged:
             raise BundleError(
                 f"OpenVINO {openvino.get_version()} has made a graph without the memory of the checkpoint's weights "
                 f"({', '.join(sorted(missing)[:5])}), so the adapter cannot be merged. Nothing was exported. Please "
                 "report this, and install another version of OpenVINO."
             )
+
+    def close(self) -> None:
+        """End the threads, and free the merged weights."""
+        self._pool.shutdown(cancel_futures=True)
+        self._ahead, self._given, self._free = {}, [], {}
+        torch.set_num_threads(self._num_threads)  # what the threads set also holds for MKL elsewhere
 
     def _learn(self, name: str) -> None:
         """Learn which weight is read after the previous one."""
@@ -123,8 +135,14 @@ class LateMerge:
 
     def _merge(self, name: str) -> torch.Tensor:
         weight = self._weights[name]
-        for update in self._updates[name]:
+        *first, last = self._updates[name]
+        for update in first:
             weight = update.apply(weight, torch.float16)
+        try:
+            memory = self._free[weight.numel()].pop()
+        except LookupError:
+            memory = torch.empty(weight.shape, dtype=torch.float16)
+        weight = last.apply(weight, torch.float16, out=memory)
         if name not in self._merged:
             check_finite({name: weight})
         return weight

@@ -8,6 +8,7 @@ import logging
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -406,12 +407,16 @@ def _finish(
     check.result()
     if name == LANGUAGE_MODEL:
         name_after_module(graph, "language_model")
-    if config is not None:
-        progress.set_description(f"Compressing {name}")
-        read = {} if late_merge is None else {"value": late_merge.tensor}
-        with host.compressing(spill.constant, by_rows, **read):
-            graph = compress(graph, config, dataset)
-    if late_merge is not None:
-        late_merge.replace_rest(graph, spill)
+    with ExitStack() as stack:
+        read = {}
+        if late_merge is not None:
+            stack.callback(late_merge.close)
+            read = {"value": late_merge.tensor}
+        if config is not None:
+            progress.set_description(f"Compressing {name}")
+            with host.compressing(spill.constant, by_rows, **read):
+                graph = compress(graph, config, dataset)
+        if late_merge is not None:
+            late_merge.replace_rest(graph, spill)
     progress.set_description(f"Writing {name}")
     return graph
