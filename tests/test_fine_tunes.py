@@ -178,6 +178,17 @@ class TestMergeDuringTheExport:
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []
 
+    def test_weights_in_bf16_are_merged_before(self, folder, tmp_path, caplog):
+        """They become fp16 on the disk, and whether it has room is checked first."""
+        checkpoint = folder()
+        for file in sorted((tmp_path / "base").glob("*.bin")):
+            tensors = {name: tensor.to(torch.bfloat16) for name, tensor in torch.load(file).items()}
+            torch.save(tensors, file)
+        with caplog.at_level(logging.INFO):
+            main_export(checkpoint, tmp_path / "bundle", ov_config=OVConfig(quantization_config={"bits": 8}))
+        assert "the merged weights need" in caplog.text
+        assert "while the weights are written" not in caplog.text
+
     def test_a_sum_that_fp16_cannot_hold(self, folder, tmp_path):
         checkpoint = folder()
         tensors = map_tensors(file := next(checkpoint.glob("adapter_model.*")))

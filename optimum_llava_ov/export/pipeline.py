@@ -35,6 +35,7 @@ from optimum_llava_ov.bundle.settings import build_config, build_processor, save
 from optimum_llava_ov.bundle.staging import prepare_output, staged
 from optimum_llava_ov.checkpoint.reader import OriginalCheckpoint, check_checkpoint_options
 from optimum_llava_ov.checkpoint.repository import HUB_OPTIONS, Repository
+from optimum_llava_ov.checkpoint.tensors import map_files
 from optimum_llava_ov.errors import BundleError
 from optimum_llava_ov.export.calibration import calibration_dataset
 from optimum_llava_ov.export.compression import compress
@@ -232,6 +233,9 @@ def _load_without_lora(
 ) -> tuple[OriginalLlavaForConditionalGeneration | None, LateMerge | None]:
     """Load a model without the LoRA of its language model, if it can be merged later."""
     if checkpoint.has_separate_lora or not checkpoint.separate_lora:
+        return None, None
+    # Those in bf16 are written to the disk in fp16 anyway, for which there must be room
+    if any(tensor.dtype == torch.bfloat16 for tensor in map_files(checkpoint.weight_files).values()):
         return None, None
     base = checkpoint.without_lora()
     tensors = base.tensors()
