@@ -7,7 +7,6 @@ here has the same bits. A model in float32 gets the exact sum instead.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,17 +116,13 @@ class LowRank:
             product = b @ a
             product = product.T if self.transposed else product
             return product.mul_(self.scale).add_(weight).to(dtype)
-        # A power of two, as alpha is twice the rank in most trainings, changes no bit but the exponent
-        is_exact = math.frexp(self.scale)[0] == 0.5
-        b = b * self.scale if is_exact else b
         result = torch.empty(weight.shape, dtype=dtype) if out is None else out.view(weight.shape)
         # Two blocks of memory for all rows. An addition of fp16 to float32 would take new memory each time.
         products, weights = torch.empty(2, _BLOCK, a.shape[1])
         for start in range(0, len(b), _BLOCK):
             rows = slice(start, start + _BLOCK)
             length = len(b[rows])
-            product = torch.matmul(b[rows], a, out=products[:length])
-            product = product if is_exact else product.mul_(self.scale)
+            product = torch.matmul(b[rows], a, out=products[:length]).mul_(self.scale)
             result[rows] = product.add_(weights[:length].copy_(weight[rows]))
         return result
 
