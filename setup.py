@@ -63,6 +63,7 @@ def extensions() -> list[Extension]:
                 "-mf16c",
                 "-fvisibility=hidden",
                 "-Wno-attributes",
+                "-Wno-ignored-attributes",
             ],
             extra_link_args=["-s"],
             language="c++",

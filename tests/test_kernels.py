@@ -34,7 +34,7 @@ MODES = [
     (nncf.CompressWeightsMode.INT8_ASYM, -1),
     (nncf.CompressWeightsMode.INT8_SYM, -1),
 ]
-TOKENS = [1, 2, 7, 8, 9, 40]
+TOKENS = [1, 2, 7, 8, 9, 40, 270]  # of each of two sequences
 
 
 def compressed(mode, group_size: int, rows: int = 150, columns: int = 384, seed: int = 0) -> openvino.Model:
@@ -60,24 +60,30 @@ def test_the_library_was_built():
 
 @pytest.mark.parametrize(("mode", "group_size"), MODES, ids=lambda value: getattr(value, "name", value))
 class TestProduct:
-    def test_integers_are_exact(self, mode, group_size):
-        """Whole numbers up to 127 are not rounded. So the result is that of OpenVINO's kernel, in float."""
-        model = compressed(mode, group_size)
+    @pytest.mark.parametrize("is_large", [False, True])
+    def test_integers_are_exact(self, mode, group_size, is_large):
+        """Whole numbers up to 127 are not rounded. So the result is that of OpenVINO's kernel, in float.
+
+        The kernel takes 1,024 columns at once. The larger matrices have one group more.
+        """
+        columns = 1024 + (group_size if group_size > 0 else 32) if is_large else 384
+        model = compressed(mode, group_size, columns=columns)
         kernel = with_compressed_matmuls(model)
         assert kinds(kernel).count("CompressedMatMul") == 1
         assert "MatMul" not in kinds(kernel)
         ours, theirs = (openvino.Core().compile_model(one, "CPU", EXACT) for one in (kernel, model))
         generator = np.random.default_rng(1)
         for tokens in TOKENS:
-            x = generator.integers(-127, 128, (2, tokens, 384)).astype(np.float32)
+            x = generator.integers(-127, 128, (2, tokens, columns)).astype(np.float32)
             x[..., ::32] = 127
             expected = theirs([x])[0]
             np.testing.assert_allclose(ours([x])[0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
-    def test_others_are_rounded(self, mode, group_size):
+    @pytest.mark.parametrize("tokens", [1, 13])
+    def test_others_are_rounded(self, mode, group_size, tokens):
         model = compressed(mode, group_size)
         kernel = with_compressed_matmuls(model)
-        x = np.random.default_rng(2).standard_normal((3, 13, 384)).astype(np.float32)
+        x = np.random.default_rng(2).standard_normal((3, tokens, 384)).astype(np.float32)
         ours, expected = run(kernel, x), run(model, x)
         assert 0 < np.sqrt(np.square(ours - expected).mean() / np.square(expected).mean()) < 0.01
 

@@ -14,7 +14,9 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,8 +26,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 8;               // tokens that share what is loaded of a row of weights
-constexpr int64_t ROWS = 64;              // rows of weights of a task
+constexpr int64_t ROWS = 96;  // rows of weights of a task
 constexpr float LARGEST = 127;
 constexpr int64_t TILE_BYTES = 16 * 1024;  // of activations, so that they stay in the first cache
 
@@ -35,14 +36,7 @@ struct Weights {
     const uint8_t* scales;       // (rows, groups), float16
     const uint8_t* zero_points;  // (rows, groups), packed as the values; null for signed values, which have none
     int64_t rows, columns;
-    int64_t group;       // columns that share a scale
-};
-
-// Activations in 8 bits. Tokens are in tiles: for each tile, for each step, for each token of the tile, `step` values.
-struct Activations {
-    std::vector<int8_t> values;
-    std::vector<float> scales;  // (tiles, steps, TILE)
-    std::vector<float> sums;    // (tiles, steps, TILE): the sum of the values, with their scale
+    int64_t bits, group;  // `group` columns share a scale
 };
 
 inline float sum(__m256 v) {
@@ -51,12 +45,14 @@ inline float sum(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-// Round a step of one token to [-LARGEST, LARGEST].
-template <class Step>
-void quantize(const float* x, int8_t* values, float* scale, float* scaled_sum) {
+// Otherwise GCC multiplies first and adds later, which needs more registers than there are.
+inline void keep_in_register(__m256i& v) { asm volatile("" : "+x"(v)); }
+
+// Round `columns` activations of one token, a multiple of 32, to [-LARGEST, LARGEST].
+void quantize(const float* x, int64_t columns, int8_t* values, float* scale, float* scaled_sum) {
     const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     __m256 largest = _mm256_setzero_ps(), not_finite = _mm256_setzero_ps();
-    for (int64_t i = 0; i < Step::step; i += 8) {
+    for (int64_t i = 0; i < columns; i += 8) {
         const __m256 v = _mm256_loadu_ps(x + i);
         largest = _mm256_max_ps(largest, _mm256_and_ps(v, no_sign));
         not_finite = _mm256_fmadd_ps(v, _mm256_setzero_ps(), not_finite);  // NaN if one is not finite
@@ -65,44 +61,31 @@ void quantize(const float* x, int8_t* values, float* scale, float* scaled_sum) {
     _mm256_store_ps(lanes, largest);
     const float maximum = *std::max_element(lanes, lanes + 8);
     const __m256 inverse = _mm256_set1_ps(maximum > 0 ? LARGEST / maximum : 0.0f);
-    alignas(32) int32_t rounded[8];
-    int32_t total = 0;
-    for (int64_t i = 0; i < Step::step; i += 8) {
-        const __m256i v = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(rounded), v);
-        for (int64_t j = 0; j < 8; ++j) {
-            values[Step::place(i + j)] = static_cast<int8_t>(rounded[j]);
-            total += rounded[j];
+    __m256i total = _mm256_setzero_si256();
+    for (int64_t i = 0; i < columns; i += 32) {
+        __m256i v[4];
+        for (int j = 0; j < 4; ++j) {
+            v[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), inverse));
+            total = _mm256_add_epi32(total, v[j]);
         }
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + i), _mm256_permutevar8x32_epi32(bytes, order));
     }
     *scale = maximum / LARGEST + sum(not_finite);
-    *scaled_sum = *scale * static_cast<float>(total);
+    *scaled_sum = *scale * sum(_mm256_cvtepi32_ps(total));
 }
 
-template <class Step>
-Activations quantized(const float* x, int64_t tokens, const Weights& weights) {
-    const int64_t tiles = (tokens + TILE - 1) / TILE, steps = weights.columns / Step::step;
-    Activations a;
-    a.values.resize(tokens * weights.columns);
-    a.scales.resize(tiles * steps * TILE);
-    a.sums.resize(tiles * steps * TILE);
-    const auto one_token = [&](int64_t token) {
-        const int64_t tile = token / TILE, in_tile = token % TILE, width = std::min(TILE, tokens - tile * TILE);
-        for (int64_t s = 0; s < steps; ++s) {
-            const int64_t at = (tile * steps + s) * TILE + in_tile;
-            quantize<Step>(x + token * weights.columns + s * Step::step,
-                           a.values.data() + tile * TILE * weights.columns + (s * width + in_tile) * Step::step,
-                           &a.scales[at], &a.sums[at]);
-        }
-    };
+// Do something for each token, in parallel.
+template <class Function>
+void for_each_token(int64_t tokens, const Function& function) {
     if (tokens == 1) {
-        one_token(0);
+        function(0);
     } else {
         tbb::parallel_for(tbb::blocked_range<int64_t>(0, tokens), [&](const tbb::blocked_range<int64_t>& range) {
-            for (int64_t token = range.begin(); token < range.end(); ++token) one_token(token);
+            for (int64_t token = range.begin(); token < range.end(); ++token) function(token);
         });
     }
-    return a;
 }
 
 // Scale, and scale times zero point, of each step of the rows of a task.
@@ -125,39 +108,71 @@ __m256 eight_zero_points(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
 }
 
-template <class Step>
-Scales scales_of(const Weights& w, int64_t first, int64_t last) {
-    const int64_t steps = w.columns / Step::step, groups = w.columns / w.group, repeats = w.group / Step::step;
+// The kernel multiplies unsigned values of 4 bits, and signed values of 8 bits. The others become these: 8 more, or 128
+// less.
+Scales scales_of(const Weights& w, int64_t first, int64_t last, int64_t step) {
+    const float offset = w.bits == 4 ? 0 : 128, zero = w.bits == 4 ? 8 : 0;
+    const int64_t steps = w.columns / step, groups = w.columns / w.group, repeats = w.group / step;
     Scales result;
     result.scales.resize((last - first) * steps);
     result.shifts.resize((last - first) * steps);
     float *scales = result.scales.data(), *shifts = result.shifts.data();
     for (int64_t row = first; row < last; ++row) {
         int64_t group = 0;
-        if (Step::bits == 4 && repeats == 1 && row * groups % 2 == 0) {
+        if (w.bits == 4 && repeats == 1 && row * groups % 2 == 0) {
             for (; group + 8 <= groups; group += 8, scales += 8, shifts += 8) {
                 const int64_t at = row * groups + group;
                 const __m256 scale =
                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + 2 * at)));
-                const __m256 zero = w.zero_points ? eight_zero_points(w.zero_points + at / 2)
-                                                  : _mm256_set1_ps(Step::signed_zero);
+                const __m256 zeros = w.zero_points ? eight_zero_points(w.zero_points + at / 2) : _mm256_set1_ps(zero);
                 _mm256_storeu_ps(scales, scale);
-                _mm256_storeu_ps(shifts, _mm256_mul_ps(scale, zero));
+                _mm256_storeu_ps(shifts, _mm256_mul_ps(scale, zeros));
             }
         }
         for (; group < groups; ++group) {
             const int64_t at = row * groups + group;
-            float zero = Step::signed_zero;
+            float of_group = zero;
             if (w.zero_points)
-                zero = Step::bits == 4 ? w.zero_points[at / 2] >> (at % 2 * 4) & 15 : w.zero_points[at] - Step::unsigned_offset;
+                of_group = w.bits == 4 ? w.zero_points[at / 2] >> (at % 2 * 4) & 15 : w.zero_points[at] - offset;
             const float scale = half(w.scales + 2 * at);
             for (int64_t i = 0; i < repeats; ++i) {
                 *scales++ = scale;
-                *shifts++ = scale * zero;
+                *shifts++ = scale * of_group;
             }
         }
     }
     return result;
+}
+
+// ---- Few tokens. Weights are unpacked in registers, for each row, and multiplied with up to TILE tokens. ----
+
+constexpr int64_t TILE = 4;
+
+// Activations in 8 bits. Tokens are in tiles: for each tile, for each step, for each token of the tile, `step` values.
+struct Activations {
+    std::vector<int8_t> values;
+    std::vector<float> scales;  // (tiles, steps, TILE)
+    std::vector<float> sums;    // (tiles, steps, TILE): the sum of the values, with their scale
+};
+
+template <class Step>
+Activations quantized(const float* x, int64_t tokens, const Weights& weights) {
+    const int64_t tiles = (tokens + TILE - 1) / TILE, steps = weights.columns / Step::step;
+    Activations a;
+    a.values.resize(tokens * weights.columns);
+    a.scales.resize(tiles * steps * TILE);
+    a.sums.resize(tiles * steps * TILE);
+    for_each_token(tokens, [&](int64_t token) {
+        const int64_t tile = token / TILE, in_tile = token % TILE, width = std::min(TILE, tokens - tile * TILE);
+        int8_t rounded[Step::step];
+        for (int64_t s = 0; s < steps; ++s) {
+            const int64_t at = (tile * steps + s) * TILE + in_tile;
+            quantize(x + token * weights.columns + s * Step::step, Step::step, rounded, &a.scales[at], &a.sums[at]);
+            int8_t* values = a.values.data() + tile * TILE * weights.columns + (s * width + in_tile) * Step::step;
+            for (int64_t i = 0; i < Step::step; ++i) values[Step::place(i)] = rounded[i];
+        }
+    });
+    return a;
 }
 
 // A step: what is known of the columns of a row of weights that are multiplied together. `multiply` adds their products
@@ -169,7 +184,6 @@ template <int units>
 struct FourBits {
     static constexpr int bits = 4;
     static constexpr int64_t step = units * 64, bytes = step / 2;
-    static constexpr float signed_zero = 8, unsigned_offset = 0;  // signed values become unsigned ones: 8 more
 
     static int64_t place(int64_t i) { return i / 64 * 64 + i % 2 * 32 + i % 64 / 2; }
 
@@ -185,7 +199,7 @@ struct FourBits {
             low[u] = _mm256_and_si256(packed, mask);
             high[u] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int token = 0; token < tokens; ++token) {
             const __m256i* values = reinterpret_cast<const __m256i*>(x + token * step);
             __m256i s = _mm256_setzero_si256();
@@ -194,6 +208,7 @@ struct FourBits {
                 s = _mm256_add_epi16(s, _mm256_maddubs_epi16(high[u], _mm256_loadu_si256(values + 2 * u + 1)));
             }
             const __m256 both = _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scales + token));
+            keep_in_register(s);
             sums[token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(s, ones)), both, sums[token]);
         }
     }
@@ -203,7 +218,6 @@ struct FourBits {
 struct FourBitsNarrow {
     static constexpr int bits = 4;
     static constexpr int64_t step = 32, bytes = 16;
-    static constexpr float signed_zero = 8, unsigned_offset = 0;
 
     static int64_t place(int64_t i) { return i % 2 * 16 + i / 2; }
 
@@ -214,7 +228,7 @@ struct FourBitsNarrow {
         const __m128i flip = _mm_set1_epi8(is_signed ? static_cast<char>(0x88) : 0);
         const __m128i packed = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)), flip);
         const __m256i values = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), mask);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int token = 0; token < tokens; ++token) {
             const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + token * step));
             const __m256i s = _mm256_madd_epi16(_mm256_maddubs_epi16(values, v), ones);
@@ -230,7 +244,6 @@ template <int units>
 struct EightBits {
     static constexpr int bits = 8;
     static constexpr int64_t step = units * 32, bytes = step;
-    static constexpr float signed_zero = 0, unsigned_offset = 128;  // unsigned values become signed ones: 128 less
 
     static int64_t place(int64_t i) { return i; }
 
@@ -240,20 +253,21 @@ struct EightBits {
         const __m256i ones = _mm256_set1_epi16(1);
         const __m256i flip = _mm256_set1_epi8(is_signed ? 0 : static_cast<char>(0x80));
         __m256i s[tokens];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int token = 0; token < tokens; ++token) s[token] = _mm256_setzero_si256();
         for (int u = 0; u < units; ++u) {
             const __m256i values =
                 _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + u), flip);
             const __m256i absolute = _mm256_abs_epi8(values);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int token = 0; token < tokens; ++token) {
                 const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + token * step) + u);
                 const __m256i pairs = _mm256_maddubs_epi16(absolute, _mm256_sign_epi8(v, values));
                 s[token] = _mm256_add_epi32(s[token], _mm256_madd_epi16(pairs, ones));
+                keep_in_register(s[token]);
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int token = 0; token < tokens; ++token) {
             const __m256 both = _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scales + token));
             sums[token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[token]), both, sums[token]);
@@ -273,16 +287,17 @@ void multiply_tile(const Weights& w, const Scales& scales, const Activations& a,
         const uint8_t* values = w.values + row * steps * Step::bytes;
         const float* row_scales = scales.scales.data() + (row - first) * steps;
         const float* row_shifts = scales.shifts.data() + (row - first) * steps;
-        __m256 sums[tokens], shift = _mm256_setzero_ps();
+        __m256 sums[tokens];
+        __m128 shift = _mm_setzero_ps();
         for (int token = 0; token < tokens; ++token) sums[token] = _mm256_setzero_ps();
         for (int64_t s = from; s < to; ++s) {
             Step::template multiply<tokens>(values + s * Step::bytes, is_signed, x + s * tokens * Step::step,
                                             _mm256_broadcast_ss(row_scales + s), x_scales + s * TILE, sums);
             if (!(is_signed && Step::bits == 8))
-                shift = _mm256_fmadd_ps(_mm256_broadcast_ss(row_shifts + s), _mm256_loadu_ps(x_sums + s * TILE), shift);
+                shift = _mm_fmadd_ps(_mm_broadcast_ss(row_shifts + s), _mm_loadu_ps(x_sums + s * TILE), shift);
         }
-        alignas(32) float shifts[8];
-        _mm256_store_ps(shifts, shift);
+        alignas(16) float shifts[TILE];
+        _mm_store_ps(shifts, shift);
         for (int token = 0; token < tokens; ++token) {
             float* out = y + (tile * TILE + token) * w.rows + row;
             *out = (from ? *out : 0.0f) + sum(sums[token]) - shifts[token];
@@ -301,23 +316,224 @@ constexpr std::array<MultiplyTile<Step>, TILE> by_tokens(std::integer_sequence<i
 }
 
 template <class Step>
-void multiply(const Weights& w, const float* x, int64_t tokens, float* y) {
+void multiply_few(const Weights& w, const float* x, int64_t tokens, float* y) {
     static constexpr auto of_signed = by_tokens<Step, true>(std::make_integer_sequence<int, TILE>());
     static constexpr auto of_unsigned = by_tokens<Step, false>(std::make_integer_sequence<int, TILE>());
     const auto& of = w.zero_points ? of_unsigned : of_signed;
     const auto a = quantized<Step>(x, tokens, w);
-    const int64_t steps = w.columns / Step::step, tiles = (tokens + TILE - 1) / TILE, tasks = (w.rows + ROWS - 1) / ROWS;
+    const int64_t steps = w.columns / Step::step, tiles = (tokens + TILE - 1) / TILE;
+    const int64_t tasks = (w.rows + ROWS - 1) / ROWS;
     tbb::parallel_for(tbb::blocked_range<int64_t>(0, tasks), [&](const tbb::blocked_range<int64_t>& range) {
         for (int64_t task = range.begin(); task < range.end(); ++task) {
             const int64_t first = task * ROWS, last = std::min(first + ROWS, w.rows);
-            const Scales scales = scales_of<Step>(w, first, last);
+            const Scales scales = scales_of(w, first, last, Step::step);
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 const int64_t width = std::min<int64_t>(TILE, tokens - tile * TILE);
-                const int64_t step_bytes = width * Step::step ;
+                const int64_t step_bytes = width * Step::step;
                 const int64_t at_once = std::max<int64_t>(TILE_BYTES / step_bytes, 1);
                 for (int64_t from = 0; from < steps; from += at_once)
                     of[width - 1](w, scales, a, tile, first, last, from, std::min(from + at_once, steps), y);
             }
+        }
+    });
+}
+
+// ---- Many tokens. Weights are unpacked into memory once, and multiplied with eight tokens in each register. ----
+
+constexpr int64_t MANY = 32;       // tokens from which this is faster
+constexpr int64_t LANES = 8;       // tokens of a register, with 4 columns of each in 32 bits
+constexpr int VECTORS = 2;         // registers of tokens in a tile
+constexpr int64_t WIDTH = VECTORS * LANES;
+constexpr int ROWS_AT_ONCE = 3;    // rows that share what is loaded of the activations
+constexpr int64_t UNIT = 32;       // columns whose products are added in 16 bits: 8 times 2 * 15 * 127 are below 2^15
+constexpr int64_t AT_ONCE = 1024;  // columns. Of a tile of tokens, they stay in the first cache
+constexpr int64_t TOKENS = 512;    // whose sums stay in the second cache
+
+template <int bits>
+constexpr int64_t planes = bits == 4 ? 1 : 2;  // bytes of an unpacked weight
+
+// Activations in 8 bits. Tokens are in tiles of WIDTH. Missing tokens of the last tile are zero.
+struct Tiles {
+    std::vector<__m256i> values;  // (tiles, columns / 4, VECTORS), each of LANES tokens and 4 columns
+    std::vector<__m256> scales;   // (tiles, steps, VECTORS), each of LANES tokens
+    std::vector<__m256> sums;     // as the scales: the sum of the values, with their scale
+};
+
+// Put the even columns before the odd ones, as the low and high halves of bytes are unpacked.
+inline __m256i evens_first(__m256i bytes) {
+    const __m256i order = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
+                                           0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, order), _MM_SHUFFLE(3, 1, 2, 0));
+}
+
+Tiles tiled(const float* x, int64_t tokens, const Weights& w, int64_t step) {
+    const int64_t tiles = (tokens + WIDTH - 1) / WIDTH, steps = w.columns / step;
+    Tiles t;
+    t.values.resize(tiles * w.columns / 4 * VECTORS);
+    t.scales.resize(tiles * steps * VECTORS);
+    t.sums.resize(tiles * steps * VECTORS);
+    for_each_token(tokens, [&](int64_t token) {
+        const int64_t tile = token / WIDTH, vector = token % WIDTH / LANES, lane = token % LANES;
+        alignas(32) int8_t rounded[128];
+        for (int64_t s = 0; s < steps; ++s) {
+            const int64_t at = ((tile * steps + s) * VECTORS + vector) * LANES + lane;
+            quantize(x + token * w.columns + s * step, step, rounded, reinterpret_cast<float*>(t.scales.data()) + at,
+                     reinterpret_cast<float*>(t.sums.data()) + at);
+            for (int64_t i = 0; i < step; i += UNIT) {
+                __m256i* unit = reinterpret_cast<__m256i*>(rounded + i);
+                if (w.bits == 4) *unit = evens_first(*unit);
+                __m256i* values = t.values.data() + (tile * w.columns + s * step + i) / 4 * VECTORS + vector;
+                for (int64_t j = 0; j < UNIT / 4; ++j)
+                    std::copy(rounded + i + 4 * j, rounded + i + 4 * j + 4,
+                              reinterpret_cast<int8_t*>(values + j * VECTORS) + 4 * lane);
+            }
+        }
+    });
+    return t;
+}
+
+// Unpack columns of a row. A unit of 4 bits becomes UNIT bytes from 0 to 15. A unit of 8 bits becomes UNIT absolute
+// values, and then UNIT signed values.
+template <int bits>
+void unpack(const Weights& w, int64_t row, int64_t from, int64_t to, uint8_t* unpacked) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const bool flips = (bits == 4) == !w.zero_points;  // to unsigned values in 4 bits, to signed ones in 8 bits
+    const __m256i flip = _mm256_set1_epi8(flips ? static_cast<char>(bits == 4 ? 0x88 : 0x80) : 0);
+    const uint8_t* values = w.values + (row * w.columns + from) * bits / 8;
+    const uint8_t* end = w.values + (row * w.columns + to) * bits / 8;
+    const auto store = [&](__m256i v) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(unpacked), v);
+        unpacked += UNIT;
+    };
+    for (; values + 32 <= end; values += 32) {
+        const __m256i packed = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), flip);
+        if (bits == 4) {
+            const __m256i low = _mm256_and_si256(packed, mask);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
+            store(_mm256_permute2x128_si256(low, high, 0x20));
+            store(_mm256_permute2x128_si256(low, high, 0x31));
+        } else {
+            store(_mm256_abs_epi8(packed));
+            store(packed);
+        }
+    }
+    if (values < end) {  // one unit of 4 bits
+        const __m128i packed = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)),
+                                             _mm256_castsi256_si128(flip));
+        store(_mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), mask));
+    }
+}
+
+inline __m256i broadcast_32_bits(const uint8_t* p) {
+    int32_t bits;
+    std::memcpy(&bits, p, 4);
+    return _mm256_set1_epi32(bits);
+}
+
+// Add the products of `rows` rows of unpacked weights with a tile to `sums` (rows, VECTORS).
+template <int bits, int rows, int vectors>
+void multiply_block(const uint8_t* w, int64_t w_stride, const float* scales, const float* shifts, int64_t scales_stride,
+                    const __m256i* x, const __m256* x_scales, const __m256* x_sums, int64_t steps, int64_t units,
+                    __m256* sums) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t s = 0; s < steps; ++s) {
+        __m256i products[rows][vectors] = {};
+        for (int64_t u = 0; u < units; ++u, x += UNIT / 4 * VECTORS, w += UNIT * planes<bits>) {
+            __m256i in_16_bits[rows][vectors];
+#pragma GCC unroll 8
+            for (int i = 0; i < UNIT / 4; ++i) {
+                __m256i values[vectors];
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; ++v) values[v] = x[i * VECTORS + v];
+#pragma GCC unroll 4
+                for (int row = 0; row < rows; ++row) {
+                    const __m256i weights = broadcast_32_bits(w + row * w_stride + 4 * i);
+                    const __m256i with_sign =
+                        bits == 4 ? weights : broadcast_32_bits(w + row * w_stride + UNIT + 4 * i);
+#pragma GCC unroll 2
+                    for (int v = 0; v < vectors; ++v) {
+                        if (bits == 4) {
+                            const __m256i pairs = _mm256_maddubs_epi16(weights, values[v]);
+                            in_16_bits[row][v] = i ? _mm256_add_epi16(in_16_bits[row][v], pairs) : pairs;
+                            keep_in_register(in_16_bits[row][v]);
+                        } else {
+                            const __m256i pairs = _mm256_maddubs_epi16(weights, _mm256_sign_epi8(values[v], with_sign));
+                            products[row][v] = _mm256_add_epi32(products[row][v], _mm256_madd_epi16(pairs, ones));
+                            keep_in_register(products[row][v]);
+                        }
+                    }
+                }
+            }
+            if (bits == 4)
+#pragma GCC unroll 4
+                for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 2
+                    for (int v = 0; v < vectors; ++v)
+                        products[row][v] =
+                            _mm256_add_epi32(products[row][v], _mm256_madd_epi16(in_16_bits[row][v], ones));
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; ++row) {
+            const __m256 scale = _mm256_broadcast_ss(scales + row * scales_stride + s);
+            const __m256 shift = _mm256_broadcast_ss(shifts + row * scales_stride + s);
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; ++v) {
+                __m256& to = sums[row * VECTORS + v];
+                const __m256 both = _mm256_mul_ps(scale, x_scales[s * VECTORS + v]);
+                to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[row][v]), both, to);
+                to = _mm256_fnmadd_ps(shift, x_sums[s * VECTORS + v], to);
+            }
+        }
+    }
+}
+
+// Multiply rows [first, first + rows) with tokens [start, end). `start` is the first token of a tile.
+template <int bits>
+void multiply_rows(const Weights& w, const Scales& scales, const Tiles& t, int64_t step, int64_t first, int64_t rows,
+                   int64_t tokens, int64_t start, int64_t end, std::vector<__m256i>& weights, std::vector<__m256>& sums,
+                   float* y) {
+    const int64_t steps = w.columns / step, tiles = (end - start + WIDTH - 1) / WIDTH;
+    uint8_t* unpacked = reinterpret_cast<uint8_t*>(weights.data());
+    sums.assign(tiles * rows * VECTORS, _mm256_setzero_ps());
+    for (int64_t from = 0; from < w.columns; from += AT_ONCE) {
+        const int64_t to = std::min(from + AT_ONCE, w.columns), stride = (to - from) * planes<bits>;
+        for (int64_t row = 0; row < rows; ++row) unpack<bits>(w, first + row, from, to, unpacked + row * stride);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t in_all = start / WIDTH + tile, at = (in_all * steps + from / step) * VECTORS;
+            const bool is_half = tokens - in_all * WIDTH <= LANES;
+            const auto block = [&](auto rows_at_once, int64_t row) {
+                constexpr int n = decltype(rows_at_once)::value;
+                const auto multiply = is_half ? multiply_block<bits, n, 1> : multiply_block<bits, n, VECTORS>;
+                const int64_t of_row = row * steps + from / step;
+                multiply(unpacked + row * stride, stride, &scales.scales[of_row], &scales.shifts[of_row], steps,
+                         &t.values[(in_all * w.columns + from) / 4 * VECTORS], &t.scales[at], &t.sums[at],
+                         (to - from) / step, step / UNIT, &sums[(tile * rows + row) * VECTORS]);
+            };
+            int64_t row = 0;
+            for (; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE)
+                block(std::integral_constant<int, ROWS_AT_ONCE>(), row);
+            for (; row < rows; ++row) block(std::integral_constant<int, 1>(), row);
+        }
+    }
+    const float* flat = reinterpret_cast<const float*>(sums.data());
+    for (int64_t token = start; token < end; ++token)
+        for (int64_t row = 0; row < rows; ++row)
+            y[token * w.rows + first + row] = flat[((token - start) / WIDTH * rows + row) * WIDTH + token % WIDTH];
+}
+
+template <int bits>
+void multiply_many(const Weights& w, const float* x, int64_t tokens, float* y) {
+    const int64_t step = w.group % 128 ? w.group % 64 ? 32 : 64 : 128;
+    const Tiles t = tiled(x, tokens, w, step);
+    tbb::parallel_for(tbb::blocked_range<int64_t>(0, (w.rows + ROWS - 1) / ROWS), [&](const auto& range) {
+        std::vector<__m256i> weights(ROWS * AT_ONCE * planes<bits> / UNIT);
+        std::vector<__m256> sums;
+        for (int64_t task = range.begin(); task < range.end(); ++task) {
+            const int64_t first = task * ROWS, rows = std::min(ROWS, w.rows - first);
+            const Scales scales = scales_of(w, first, first + rows, step);
+            for (int64_t start = 0; start < tokens; start += TOKENS)
+                multiply_rows<bits>(w, scales, t, step, first, rows, tokens, start, std::min(start + TOKENS, tokens),
+                                    weights, sums, y);
         }
     });
 }
@@ -360,15 +576,18 @@ public:
         w.zero_points = inputs.size() > 3 ? static_cast<const uint8_t*>(inputs[3].data()) : nullptr;
         w.rows = static_cast<int64_t>(inputs[1].get_shape()[0]);
         w.columns = static_cast<int64_t>(shape.back());
+        w.bits = m_bits;
         w.group = m_group;
         shape.back() = inputs[1].get_shape()[0];
         outputs[0].set_shape(shape);
         const float* x = inputs[0].data<float>();
         float* y = outputs[0].data<float>();
         const int64_t tokens = static_cast<int64_t>(inputs[0].get_size()) / w.columns;
+        const auto run = [&](auto step) { multiply_few<decltype(step)>(w, x, tokens, y); };
         if (!tokens) return true;
-        const auto run = [&](auto step) { multiply<decltype(step)>(w, x, tokens, y); };
-        if (m_bits == 8) {
+        if (tokens >= MANY) {
+            m_bits == 8 ? multiply_many<8>(w, x, tokens, y) : multiply_many<4>(w, x, tokens, y);
+        } else if (m_bits == 8) {
             m_group % 128 ? run(EightBits<1>{}) : run(EightBits<4>{});
         } else if (m_group % 64) {
             run(FourBitsNarrow{});
