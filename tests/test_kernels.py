@@ -184,12 +184,17 @@ class TestModel:
 
         def uses_kernel(**ov_config) -> bool:
             model = OVModelForLlava.from_pretrained(shapes_int4, ov_config=ov_config)
-            compiled = model.language_model.request.get_compiled_model()
-            return any(
-                "MatMul" in node.get_friendly_name() and node.get_rt_info()["layerType"].value == "Reference"
-                for node in compiled.get_runtime_model().get_ops()
-            )
+            of_part = [
+                any(
+                    "MatMul" in node.get_friendly_name() and node.get_rt_info()["layerType"].value == "Reference"
+                    for node in compiled.get_runtime_model().get_ops()
+                )
+                for compiled in (model.language_model.request.get_compiled_model(), model.vision_embeddings.request)
+            ]
+            assert len(set(of_part)) == 1
+            return of_part[0]
 
         assert uses_kernel() == is_faster()
+        assert uses_kernel(MATMUL_KERNEL="avx2")
         assert not uses_kernel(DYNAMIC_QUANTIZATION_GROUP_SIZE=0)
         assert not uses_kernel(EXECUTION_MODE_HINT="ACCURACY")

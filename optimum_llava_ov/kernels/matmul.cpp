@@ -26,7 +26,7 @@
 
 namespace {
 
-constexpr int64_t ROWS = 96;  // rows of weights of a task
+constexpr int64_t ROWS = 48;  // rows of weights of a task
 constexpr float LARGEST = 127;
 constexpr int64_t TILE_BYTES = 16 * 1024;  // of activations, so that they stay in the first cache
 
@@ -352,11 +352,12 @@ constexpr int64_t TOKENS = 512;    // whose sums stay in the second cache
 template <int bits>
 constexpr int64_t planes = bits == 4 ? 1 : 2;  // bytes of an unpacked weight
 
-// Activations in 8 bits. Tokens are in tiles of WIDTH. Missing tokens of the last tile are zero.
+// Activations in 8 bits. Tokens are in tiles of WIDTH. The last tile has more tokens than there are: what is in them has
+// no meaning, and is not used.
 struct Tiles {
-    std::vector<__m256i> values;  // (tiles, columns / 4, VECTORS), each of LANES tokens and 4 columns
-    std::vector<__m256> scales;   // (tiles, steps, VECTORS), each of LANES tokens
-    std::vector<__m256> sums;     // as the scales: the sum of the values, with their scale
+    std::unique_ptr<__m256i[]> values;  // (tiles, columns / 4, VECTORS), each of LANES tokens and 4 columns
+    std::unique_ptr<__m256[]> scales;   // (tiles, steps, VECTORS), each of LANES tokens
+    std::unique_ptr<__m256[]> sums;     // as the scales: the sum of the values, with their scale
 };
 
 // Put the even columns before the odd ones, as the low and high halves of bytes are unpacked.
@@ -368,26 +369,33 @@ inline __m256i evens_first(__m256i bytes) {
 
 Tiles tiled(const float* x, int64_t tokens, const Weights& w, int64_t step) {
     const int64_t tiles = (tokens + WIDTH - 1) / WIDTH, steps = w.columns / step;
-    Tiles t;
-    t.values.resize(tiles * w.columns / 4 * VECTORS);
-    t.scales.resize(tiles * steps * VECTORS);
-    t.sums.resize(tiles * steps * VECTORS);
-    for_each_token(tokens, [&](int64_t token) {
-        const int64_t tile = token / WIDTH, vector = token % WIDTH / LANES, lane = token % LANES;
-        alignas(32) int8_t rounded[128];
+    Tiles t;  // not set to zero, which would take as long as the rest
+    t.values.reset(new __m256i[tiles * w.columns / 4 * VECTORS]);
+    t.scales.reset(new __m256[tiles * steps * VECTORS]);
+    t.sums.reset(new __m256[tiles * steps * VECTORS]);
+    const auto one_vector = [&](int64_t first) {
+        const int64_t tile = first / WIDTH, vector = first % WIDTH / LANES, width = std::min(LANES, tokens - first);
+        alignas(32) int8_t rounded[LANES][128] = {};
         for (int64_t s = 0; s < steps; ++s) {
-            const int64_t at = ((tile * steps + s) * VECTORS + vector) * LANES + lane;
-            quantize(x + token * w.columns + s * step, step, rounded, reinterpret_cast<float*>(t.scales.data()) + at,
-                     reinterpret_cast<float*>(t.sums.data()) + at);
-            for (int64_t i = 0; i < step; i += UNIT) {
-                __m256i* unit = reinterpret_cast<__m256i*>(rounded + i);
-                if (w.bits == 4) *unit = evens_first(*unit);
-                __m256i* values = t.values.data() + (tile * w.columns + s * step + i) / 4 * VECTORS + vector;
-                for (int64_t j = 0; j < UNIT / 4; ++j)
-                    std::copy(rounded + i + 4 * j, rounded + i + 4 * j + 4,
-                              reinterpret_cast<int8_t*>(values + j * VECTORS) + 4 * lane);
+            const int64_t at = (tile * steps + s) * VECTORS + vector;
+            alignas(32) float scales[LANES] = {}, sums[LANES] = {};
+            for (int64_t lane = 0; lane < width; ++lane) {
+                quantize(x + (first + lane) * w.columns + s * step, step, rounded[lane], scales + lane, sums + lane);
+                for (int64_t i = 0; i < step && w.bits == 4; i += UNIT) {
+                    __m256i* unit = reinterpret_cast<__m256i*>(rounded[lane] + i);
+                    *unit = evens_first(*unit);
+                }
             }
+            t.scales[at] = _mm256_load_ps(scales);
+            t.sums[at] = _mm256_load_ps(sums);
+            __m256i* values = &t.values[(tile * w.columns + s * step) / 4 * VECTORS + vector];
+            for (int64_t i = 0; i < step; i += 4, values += VECTORS)
+                for (int64_t lane = 0; lane < LANES; ++lane)
+                    std::memcpy(reinterpret_cast<int8_t*>(values) + 4 * lane, rounded[lane] + i, 4);
         }
+    };
+    tbb::parallel_for(tbb::blocked_range<int64_t>(0, (tokens + LANES - 1) / LANES), [&](const auto& range) {
+        for (int64_t vector = range.begin(); vector < range.end(); ++vector) one_vector(vector * LANES);
     });
     return t;
 }

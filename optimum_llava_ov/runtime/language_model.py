@@ -13,7 +13,7 @@ from optimum.intel.openvino.modeling_visual_language import OVModelWithEmbedForC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.layout import PARTS, weights_file
-from optimum_llava_ov.kernels.extension import AUTO, uses_extension, with_compressed_matmuls
+from optimum_llava_ov.kernels.extension import with_compressed_matmuls
 from optimum_llava_ov.runtime.cache import DecoderCache
 from optimum_llava_ov.runtime.decoder import Decoder
 from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
@@ -36,19 +36,17 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
 
     Args:
         attention_backend: `"PA"` (paged attention) or `"SDPA"` (the attention of the bundle's graph).
-        matmul_kernel: What multiplies compressed weights. See [`uses_extension`].
+        uses_extension: Whether the kernel of this package multiplies compressed weights.
     """
 
     _cache: DecoderCache | None = None
     _embedding_table: EmbeddingTable | None = None
 
-    def __init__(self, *args, attention_backend: str = PA, matmul_kernel: str = AUTO, **kwargs):
+    def __init__(self, *args, attention_backend: str = PA, uses_extension: bool = False, **kwargs):
         if attention_backend not in (PA, SDPA):
             raise ValueError(f"ATTENTION_BACKEND is {attention_backend!r}. Expected {PA!r} or {SDPA!r}.")
         self._attention_backend = attention_backend
-        self._uses_extension = uses_extension(
-            matmul_kernel, kwargs.get("device", "CPU"), kwargs.get("ov_config") or {}
-        )
+        self._uses_extension = uses_extension
         self._compile_lock = threading.RLock()
         super().__init__(*args, **kwargs)
         if self._compile_only:  # Optimum has compiled the loaded graph, whose results are rounded differently

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import compress, islice
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.layout import weights_file
-from optimum_llava_ov.kernels.extension import AUTO, MATMUL_KERNEL
+from optimum_llava_ov.kernels.extension import AUTO, MATMUL_KERNEL, uses_extension
 from optimum_llava_ov.models.generation import ImageGenerationMixin
 from optimum_llava_ov.models.image_layout import ImageLayout, images_per_sequence, widths_and_heights
 from optimum_llava_ov.models.merge import check_token_ids, merge_image_features
@@ -34,6 +35,7 @@ from optimum_llava_ov.runtime.canonical import (
     equal_images,
     tiled_images,
 )
+from optimum_llava_ov.runtime.image_encoder import ImageEncoder
 from optimum_llava_ov.runtime.language_model import PA, LanguageModel
 from optimum_llava_ov.runtime.prefix import Key, digest_of, prompt_keys, reusable
 from optimum_llava_ov.samples.files import question_inputs
@@ -99,7 +101,10 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             ov_config=ov_config,
             **kwargs,
         )
-        # Replace Optimum's language model before anything is compiled
+        # Replace Optimum's parts before anything is compiled
+        uses_kernel = uses_extension(matmul_kernel, device, ov_config)
+        if not self._compile_only:
+            self.vision_embeddings = ImageEncoder(vision_embeddings, self, uses_kernel)
         self.language_model = LanguageModel(
             language_model,
             text_embeddings,
@@ -111,7 +116,7 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
             compile=self._compile_only,
             compile_only=self._compile_only,
             attention_backend=attention_backend,
-            matmul_kernel=matmul_kernel,
+            uses_extension=uses_kernel,
         )
         if compile and not self._compile_only:
             self.compile()
@@ -122,7 +127,8 @@ class OVLlavaModel(ImageGenerationMixin, OVModelForVisualCausalLM):
         super().compile()
         if is_new:
             size = self.config.vision_config.image_size
-            with read_once(weights_file(self.model_save_dir, "vision_embeddings_model")):
+            file = weights_file(self.model_save_dir, "vision_embeddings_model")
+            with read_once(file) if self.vision_embeddings.packs_weights else nullcontext():
                 self._encode(torch.zeros(1, 3, size, size))
 
     @_one_at_a_time
