@@ -1,11 +1,14 @@
 """Compare speed and quality of recipes and activation group sizes, for the language model alone.
 
-    python benchmarks/frontier.py WORKDIR [--size 1.3b] [--rounds 2]
+    python benchmarks/frontier.py WORKDIR [--size 1.3b] [--rounds 2] [--kernel]
 
 Exports a random checkpoint once for each recipe, and once in fp16. Then each pair of recipe and
 DYNAMIC_QUANTIZATION_GROUP_SIZE runs in a separate process, in turn: a prompt of 300 tokens, then single tokens.
 Quality is the divergence (KL, nats per token) from the fp16 model computed in float32. Prints a table in Markdown,
 fastest first.
+
+With `--kernel`, each recipe also runs with this package's kernel for AVX2, both in f32. To compare their speed on a
+processor that has more, hide it from OpenVINO's kernel: `ONEDNN_MAX_CPU_ISA=AVX2`.
 
 The weights are random, so they have no structure and no outliers. KL therefore tells how much noise a choice adds, not
 whether answers change. For that, use `recipes.py`, or `optimum-cli llava-ov eval` on your own model.
@@ -28,6 +31,8 @@ from export import export_command
 from random_checkpoint import is_complete, write_random_checkpoint
 from random_families import FAMILIES
 
+from optimum_llava_ov.kernels.extension import AVX2, MATMUL_KERNEL, with_compressed_matmuls
+
 
 PROMPT, NEW_TOKENS = 300, 32
 INT4 = ["--weight-format", "int4"]
@@ -40,6 +45,8 @@ RECIPES = {
     "int4 sym per channel r1.0": [*INT4, "--sym", "--group-size", "-1", "--ratio", "1.0"],
 }
 GROUPS = {"int4 (default: asym g128 r0.8)": [None, 64, 32, 0]}  # None: as exported
+KERNEL = "this package's kernel"
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 REFERENCE = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
@@ -49,6 +56,7 @@ def main() -> None:
     parser.add_argument("--size", choices=FAMILIES["mpt"].sizes, default="1.3b")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--kernel", action="store_true", help="also measure this package's kernel for AVX2")
     parser.add_argument("--one", nargs=3, metavar=("BUNDLE", "SETTINGS", "LOGITS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -65,10 +73,15 @@ def main() -> None:
     run_alone(reference, REFERENCE, args.workdir / "reference.npy")
     expected = np.load(args.workdir / "reference.npy")
     pairs = [(name, group) for name in args.recipes for group in GROUPS.get(name, [None])]
+    if args.kernel:
+        pairs = [(name, group) for name in args.recipes for group in (None, KERNEL)]
     results = {pair: [] for pair in pairs}
     for _ in range(args.rounds):
         for name, group in pairs:
-            settings = {} if group is None else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group)}
+            settings = F32 if args.kernel else {}
+            if group is not None:
+                name_of_group = MATMUL_KERNEL if group == KERNEL else "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+                settings = {**settings, name_of_group: AVX2 if group == KERNEL else str(group)}
             found = run_alone(bundles[name], settings, args.workdir / "logits.npy")
             found["kl"] = divergence(expected, np.load(args.workdir / "logits.npy"))
             results[name, group].append(found)
@@ -91,7 +104,10 @@ def run_alone(bundle: Path, settings: dict[str, str], logits: Path) -> dict[str,
 def run(bundle: Path, settings: dict[str, str], logits: Path) -> dict[str, float]:
     """Measure the seconds of a prompt and of a token after warm-up, and write the prompt's log-probabilities."""
     core = openvino.Core()
-    compiled = core.compile_model(bundle / "openvino_language_model.xml", "CPU", settings)
+    model = core.read_model(bundle / "openvino_language_model.xml")
+    if settings.pop(MATMUL_KERNEL, None):
+        model = with_compressed_matmuls(model)
+    compiled = core.compile_model(model, "CPU", settings)
     embed = core.compile_model(bundle / "openvino_text_embeddings_model.xml", "CPU")
     embeds = embed(np.random.default_rng(0).integers(0, 50_000, (1, PROMPT)))[0]
     request = compiled.create_infer_request()
@@ -127,7 +143,7 @@ def divergence(expected: np.ndarray, found: np.ndarray) -> float:
     return float((np.exp(expected) * (expected - found)).sum(axis=-1).mean())
 
 
-def table(results: dict[tuple[str, int | None], list[dict[str, float]]]) -> str:
+def table(results: dict[tuple[str, int | str | None], list[dict[str, float]]]) -> str:
     rows = []
     for (name, group), runs in results.items():
         prompt, token = (statistics.median(run[key] for run in runs) for key in ("prompt", "token"))
