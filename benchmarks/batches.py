@@ -1,7 +1,8 @@
-"""What the benchmarks of batches share: new images, prompts of a length, and GenAI's pipeline driven by hand."""
+"""What the benchmarks of batches share: options, new images, prompts of a length, and GenAI driven by hand."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from pathlib import Path
@@ -15,6 +16,20 @@ from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.chat.genai_engine import image_tensor
 from optimum_llava_ov.chat.messages import user_message
 from optimum_llava_ov.images import fit_to_model
+
+
+def parse(description: str | None, *more: tuple[str, int, str]) -> argparse.Namespace:
+    """Read the options that these benchmarks share, and `more`: name, default and help of numbers."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    shared = (
+        ("--prompt-tokens", 300, "with the image"),
+        ("--new-tokens", 64, "of each answer"),
+        ("--rounds", 3, "that are counted"),
+    )
+    for name, default, text in (*shared, *more):
+        parser.add_argument(name, type=int, default=default, help=f"{text} (default: %(default)s)")
+    return parser.parse_args()
 
 
 def new_image(number: int) -> Image.Image:
