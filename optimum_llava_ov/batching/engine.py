@@ -238,7 +238,6 @@ class BatchEngine(GenAIEngine):
                         request.handle.cancel()
                 if self._pipeline.has_non_finished_requests():
                     self._pipeline.step()
-                    time.sleep(_YIELD)
                 news = {number: _read(request.handle) for number, request in requests.items()}
             except Exception:
                 logger.exception("A step of the model failed. It is loaded again.")
@@ -252,6 +251,7 @@ class BatchEngine(GenAIEngine):
                     with self._changed:
                         del self._requests[number]
                     request.end(error)
+            time.sleep(_YIELD)  # here, so that what is new is used before the next step
 
     def _restart(self) -> None:
         """Load the bundle again. GenAI cannot go on after a step that failed."""
