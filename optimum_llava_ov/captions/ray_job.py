@@ -11,7 +11,7 @@ from typing import Any
 import ray.data
 from tqdm import tqdm
 
-from optimum_llava_ov.captions.job import Job, Summary, caption_parts
+from optimum_llava_ov.captions.job import Job, Summary, caption_parts, new_decoder
 from optimum_llava_ov.captions.output import open_output
 from optimum_llava_ov.system.cluster import connect, limit_threads
 
@@ -30,13 +30,13 @@ class CaptionParts:
 
     def __init__(self, job: Job):
         self.job = job
-        job.captioner.engine  # noqa: B018  loads the model
+        self._decoder = new_decoder(job)  # loads the model
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         counts: dict[str, list[float]] = {"images": [], "errors": [], "tokens": []}
         for number, items in zip(batch["number"], batch["items"]):
             parts = iter([(int(number), pickle.loads(items))])
-            rows = list(caption_parts(self.job, parts))
+            rows = list(caption_parts(self.job, parts, self._decoder))
             counts["images"].append(len(rows))
             counts["errors"].append(sum(row.error is not None for row in rows))
             counts["tokens"].append(sum(row.tokens for row in rows))
