@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,14 @@ from optimum_llava_ov.chat.messages import user_message
 from optimum_llava_ov.images import fit_to_model
 
 
-def parse(description: str | None, *more: tuple[str, int, str]) -> argparse.Namespace:
-    """Read the options that these benchmarks share, and `more`: name, default and help of numbers."""
+def parse(
+    description: str | None, *more: tuple[str, int, str], only: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Read the options that these benchmarks share, and `more`: name, default and help of numbers.
+
+    Args:
+        only: Values of the option `--only`, if there is one.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     shared = (
@@ -29,6 +36,8 @@ def parse(description: str | None, *more: tuple[str, int, str]) -> argparse.Name
     )
     for name, default, text in (*shared, *more):
         parser.add_argument(name, type=int, default=default, help=f"{text} (default: %(default)s)")
+    if only is not None:
+        parser.add_argument("--only", choices=only)
     return parser.parse_args()
 
 

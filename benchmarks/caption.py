@@ -128,8 +128,8 @@ def measure_memory(args: argparse.Namespace) -> None:
     tenths = [[size for rows, size in samples if rows * 10 // args.rows == tenth] for tenth in range(10)]
     for tenth, sizes in enumerate(tenths):
         print(f"  rows {tenth * args.rows // 10:9,} and after: {median(sizes):.0f} MB")
-    growth = median(tenths[-1]) / median(tenths[1])
-    line(f"memory of the last tenth of {args.rows:,} rows / of the second", growth, "at most 1.05", growth <= 1.05)
+    growth = median(tenths[-1]) / median(tenths[0])
+    line(f"memory of the last tenth of {args.rows:,} rows / of the first", growth, "at most 1.05", growth <= 1.05)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -353,20 +354,24 @@ class TestDecoder:
 
 
 def test_places_of_a_batch():
-    places = Places(8)
-    first, second = places.stream(), places.stream()
-    assert second.take(8, wait=False) == 0  # an earlier stream wants some
-    assert first.take(7, wait=False) == 7
-    assert first.take(8, wait=False) == 0  # a quarter is given at once
+    places, woken = Places(8), []
+    first, second = (places.stream(partial(woken.append, name)) for name in ("first", "second"))
+    assert second.take(8) == 0  # an earlier stream wants some
+    assert first.take(7) == 7
+    assert first.take(8) == 0  # a quarter is given at once
     first.give_back(1)
-    assert first.take(8, wait=False) == 2
+    assert first.take(8) == 2
     first.end()
-    first.give_back(3)
-    assert second.take(1, wait=True) == 1
-    assert second.take(8, wait=False) == 2
+    assert woken == []  # nothing is free
+    first.give_back(1)
+    first.give_back(2)
+    assert woken == ["second"]
+    assert second.take(1) == 1
+    assert second.take(8) == 2
     second.close()
     first.close()
-    assert places.stream().take(100, wait=True) == 8
+    assert places.stream(list).take(100) == 8
+    assert woken == ["second"]
 
 
 @pytest.mark.parametrize(

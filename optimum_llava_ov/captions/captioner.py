@@ -8,6 +8,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,32 +212,32 @@ class Captioner:
         Yields:
             The questions with their captions, in the same order.
         """
-        events: queue.SimpleQueue[tuple[_Running, Any]] = queue.SimpleQueue()
+        events: queue.SimpleQueue[tuple[_Running, Any] | None] = queue.SimpleQueue()
         order: deque[_Running] = deque()
-        remaining, more = iter(questions), True
-        engine, stream = self.engine, self._places.stream()  # type: ignore[union-attr]  # made with the engine
+        remaining, more, engine = iter(questions), True, self.engine
+        stream = self._places.stream(lambda: events.put(None))  # type: ignore[union-attr]  # made with the engine
         try:
             while True:
+                refused = False
                 # Captions that wait for a longer one before them are limited, too
-                while (
-                    more and (room := 4 * self.running - len(order)) and (places := stream.take(room, wait=not order))
-                ):
+                while more and not refused and (room := 4 * self.running - len(order)):
+                    places = stream.take(room)
+                    refused = not places
                     new = list(itertools.islice(remaining, places))
                     more = len(new) == places
                     stream.give_back(places - len(new))
-                    with engine.hold():
+                    if not more:
+                        stream.end()
+                    with engine.hold() if new else nullcontext():
                         for question in new:
                             order.append(self._begin(question, events))
                             stream.give_back(order[-1].caption is not None)
-                    if not more:
-                        stream.end()
                 while order and (caption := order[0].caption) is not None:
                     yield order.popleft().question, caption
                 if not order and not more:
                     return
-                if stream.taken:
-                    running, steps = events.get()
-                    stream.give_back(self._take(running, steps, events))
+                if (stream.taken or refused) and (event := events.get()) is not None:
+                    stream.give_back(self._take(*event, events))
         finally:
             for running in order:
                 if running.request is not None:

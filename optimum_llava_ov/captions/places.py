@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 
 _TOGETHER = 4  # A quarter of the places is given at once
@@ -23,36 +24,34 @@ class Places:
         self._free = number
         self._least = max(1, number // _TOGETHER)
         self._streams: list[Stream] = []  # that want places, in the order in which they began
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
-    def stream(self) -> Stream:
-        """Begin a stream of images."""
-        stream = Stream(self)
-        with self._changed:
+    def stream(self, wake: Callable[[], None]) -> Stream:
+        """Begin a stream of images.
+
+        Args:
+            wake: Called in another stream's thread when places are free for this one.
+        """
+        stream = Stream(self, wake)
+        with self._lock:
             self._streams.append(stream)
         return stream
 
-    def take(self, stream: Stream, most: int, wait: bool) -> int:
-        with self._changed:
-            if wait:
-                self._changed.wait_for(lambda: self._is_turn(stream))
-            number = min(most, self._free) if self._is_turn(stream) else 0
+    def take(self, stream: Stream, most: int) -> int:
+        with self._lock:
+            if self._free < self._least or self._streams[0] is not stream:
+                return 0
+            number = min(most, self._free)
             self._free -= number
             return number
 
-    def give_back(self, number: int) -> None:
-        with self._changed:
+    def give_back(self, stream: Stream, number: int, leaves: bool) -> None:
+        with self._lock:
             self._free += number
-            self._changed.notify_all()
-
-    def leave(self, stream: Stream) -> None:
-        with self._changed:
-            if stream in self._streams:
+            if leaves and stream in self._streams:
                 self._streams.remove(stream)
-                self._changed.notify_all()
-
-    def _is_turn(self, stream: Stream) -> bool:
-        return self._free >= self._least and self._streams[0] is stream
+            if self._streams and self._streams[0] is not stream and self._free >= self._least:
+                self._streams[0].wake()
 
 
 class Stream:
@@ -62,26 +61,28 @@ class Stream:
         taken (`int`): Number of places that it has.
     """
 
-    def __init__(self, places: Places):
-        self.taken = 0
+    def __init__(self, places: Places, wake: Callable[[], None]):
+        self.wake = wake
         self._places = places
+        self.taken = 0
 
-    def take(self, most: int, wait: bool) -> int:
-        """Return how many places it gets now, up to `most`: none, or several. Wait for some if `wait`."""
-        number = self._places.take(self, most, wait)
+    def take(self, most: int) -> int:
+        """Return how many places it gets now, up to `most`: none, or several."""
+        number = self._places.take(self, most)
         self.taken += number
         return number
 
     def give_back(self, number: int) -> None:
         """Free places."""
-        self.taken -= number
-        self._places.give_back(number)
+        if number:
+            self.taken -= number
+            self._places.give_back(self, number, leaves=False)
 
     def end(self) -> None:
         """Take no more places. The images that have one keep it."""
-        self._places.leave(self)
+        self._places.give_back(self, 0, leaves=True)
 
     def close(self) -> None:
         """End, and free all places."""
-        self.end()
-        self.give_back(self.taken)
+        number, self.taken = self.taken, 0
+        self._places.give_back(self, number, leaves=True)

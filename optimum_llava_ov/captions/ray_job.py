@@ -55,11 +55,13 @@ def run_ray_job(job: Job, address: str, models: int, cpus: float) -> Summary:
         `ValueError`: The source or the output does not fit the job.
     """
     open_output(job.output, job.description())
-    connect(address)
+    connect(address, dashboard=False)
     parts = [{"number": number, "items": pickle.dumps(items)} for number, items in job.parts()]
     summary, began = Summary(), time.monotonic()
     if not parts:
         return summary
+    # An actor that has all its parts is busy. Ray's own value asks for more of them, to add an actor
+    ray.data.DataContext.get_current().autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     data = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         CaptionParts,
         fn_constructor_args=(_in_actor(job, cpus),),
@@ -68,6 +70,9 @@ def run_ray_job(job: Job, address: str, models: int, cpus: float) -> Summary:
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
             max_size=min(models, len(parts)),
+            initial_size=min(models, len(parts)),
+            # More of them would wait for this actor at the end of the job, while others have nothing to do
+            max_tasks_in_flight_per_actor=PARTS,
             max_concurrent_calls_per_actor=PARTS,
             enable_true_multi_threading=True,
         ),
