@@ -113,7 +113,8 @@ def pin(pid: int, core: int) -> None:
     """Pin all threads of a process to one of the processors of this process."""
     with suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {sorted(os.sched_getaffinity(0))[core]})
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(int(thread.name), {cores[core % len(cores)]})  # actors of the last run may be ending
 
 
 def measure(args: argparse.Namespace, way: str, models: int, cores: int, question: str) -> float:
