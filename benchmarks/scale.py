@@ -68,7 +68,8 @@ class Watch(threading.Thread):
                         self._begins[name_of(file)] = time.time() - json.loads(line[0])["seconds"]
             if number % 10 == 0:  # seldom, because it takes a part of a processor
                 self._find_actors()
-            self._look_at_files()
+            if not self._begins.keys() <= self._processes.keys():  # likewise
+                self._look_at_files()
 
     def _find_actors(self) -> None:
         self._actors = [process for process in psutil.process_iter(["cmdline"]) if is_actor(process)]
