@@ -1,9 +1,11 @@
-"""What the benchmarks of batches share: new images, prompts of a length, and GenAI's pipeline driven by hand."""
+"""What the benchmarks of batches share: options, new images, prompts of a length, and GenAI driven by hand."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,28 @@ from optimum_llava_ov.bundle.check import load_processor
 from optimum_llava_ov.chat.genai_engine import image_tensor
 from optimum_llava_ov.chat.messages import user_message
 from optimum_llava_ov.images import fit_to_model
+
+
+def parse(
+    description: str | None, *more: tuple[str, int, str], only: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Read the options that these benchmarks share, and `more`: name, default and help of numbers.
+
+    Args:
+        only: Values of the option `--only`, if there is one.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    shared = (
+        ("--prompt-tokens", 300, "with the image"),
+        ("--new-tokens", 64, "of each answer"),
+        ("--rounds", 3, "that are counted"),
+    )
+    for name, default, text in (*shared, *more):
+        parser.add_argument(name, type=int, default=default, help=f"{text} (default: %(default)s)")
+    if only is not None:
+        parser.add_argument("--only", choices=only)
+    return parser.parse_args()
 
 
 def new_image(number: int) -> Image.Image:

@@ -21,10 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 from batches import line, new_image
-from serve import body, server
-
-
-PATH = "/v1/chat/completions"
+from serve import PATH, body, server
 
 
 async def slow(url: str) -> int:

@@ -11,9 +11,13 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,9 +25,13 @@ from conftest import EXACT, run
 from PIL import Image
 
 from optimum_llava_ov.captions.captioner import Captioner, Question
+from optimum_llava_ov.captions.decoding import Decoder
+from optimum_llava_ov.captions.items import Item
 from optimum_llava_ov.captions.job import Job, run_job
 from optimum_llava_ov.captions.output import read_rows
+from optimum_llava_ov.captions.places import Places
 from optimum_llava_ov.captions.sources import Source
+from optimum_llava_ov.images import ImageLimits
 from optimum_llava_ov.samples.files import question_inputs
 from optimum_llava_ov.samples.shapes import random_scene, render
 
@@ -184,6 +192,22 @@ class TestResume:
         assert not list(output.glob("*.incomplete"))
         assert run(*command).stderr.rstrip().splitlines()[-1].startswith("0 images")
 
+    def test_killed_with_the_processes_that_decode(self, images, shapes_bundle, tmp_path):
+        file = sorted(images.rglob("[0-9]*.png"))[0]
+        (tmp_path / "list.txt").write_text(f"{file}\n" * 5000)
+        output = tmp_path / "captions.jsonl"
+        program = str(Path(sys.executable).parent / "optimum-cli")
+        command = [program, "llava-ov", "caption", str(tmp_path / "list.txt"), "--model", str(shapes_bundle)]
+        process = subprocess.Popen([*command, "--output", str(output), "--workers", "2"], stderr=subprocess.DEVNULL)
+        while not (begun := list(output.glob("*.incomplete"))) or not begun[0].stat().st_size:
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2
+        process.kill()
+        process.wait()
+        assert psutil.wait_procs(children, timeout=30)[1] == []
+
     def test_torn_line(self, images, captioner, expected, tmp_path):
         job = Job(Source(str(images)), tmp_path / "out.jsonl", captioner, workers=0)
         run_job(job)
@@ -274,6 +298,26 @@ class TestCaptioner:
         assert len(set(texts("abcdef").values())) > 1
         sampling.close()
 
+    def test_streams_of_several_threads(self, captioner, images, expected):
+        """Each stream gets its own captions, in their order, and the batch holds no more than its places."""
+        files = sorted(images.rglob("[0-9]*.png"))
+        most = 0
+
+        def caption(order):
+            nonlocal most
+            questions = (Question(file.name, PROMPT, captioner.see(str(file))) for file in order)
+            texts = []
+            for question, answer in captioner.captions(questions):
+                most = max(most, captioner.engine.usage().requests)
+                texts.append((question.key, answer.text))
+            return texts
+
+        orders = [files, files[::-1], files[:1], []]
+        with ThreadPoolExecutor(len(orders)) as threads:
+            results = list(threads.map(caption, orders))
+        assert results == [[(file.name, expected[file.name]) for file in order] for order in orders]
+        assert 0 < most <= captioner.running
+
     def test_memory_of_a_long_source_is_bounded(self, captioner, images):
         """Images are taken only as they are needed."""
         image = captioner.see(str(sorted(images.rglob("[0-9]*.png"))[0]))
@@ -290,6 +334,44 @@ class TestCaptioner:
             next(captions)
         assert taken <= 20 + 4 * captioner.running
         captions.close()
+
+
+class TestDecoder:
+    def test_a_process_is_killed(self, images, captioner):
+        """The images that it decoded are decoded again, also those of other streams."""
+        files = sorted(images.rglob("[0-9]*.png"))
+        items = [Item(file.name, file) for file in files]
+        with closing(Decoder(captioner.engine.processor.image_processor, ImageLimits(), 1)) as decoder:
+            streams = [decoder.ahead(iter(items), 4) for _ in range(2)]
+            before = [next(stream) for stream in streams]
+            for child in psutil.Process().children():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+                    child.wait()
+            seen = [[first, *stream] for first, stream in zip(before, streams)]
+        assert [[item.key for item, _ in pairs] for pairs in seen] == [[file.name for file in files]] * 2
+        assert all(isinstance(image, Image.Image) for pairs in seen for _, image in pairs)
+
+
+def test_places_of_a_batch():
+    places, woken = Places(8), []
+    first, second = (places.stream(partial(woken.append, name)) for name in ("first", "second"))
+    assert second.take(8) == 0  # an earlier stream wants some
+    assert first.take(7) == 7
+    assert first.take(8) == 0  # a quarter is given at once
+    first.give_back(1)
+    assert first.take(8) == 2
+    first.end()
+    assert woken == []  # nothing is free
+    first.give_back(1)
+    first.give_back(2)
+    assert woken == ["second"]
+    assert second.take(1) == 1
+    assert second.take(8) == 2
+    second.close()
+    first.close()
+    assert places.stream(list).take(100) == 8
+    assert woken == ["second"]
 
 
 @pytest.mark.parametrize(

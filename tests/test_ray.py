@@ -78,6 +78,8 @@ def test_sigterm_completes_streams(shapes_bundle, tmp_path):
         streams = [Visitor(url, conversation(number, **LONG), http) for number in range(4)]
         for stream in streams:
             assert stream.begun.wait(60)
+        # Ray's own value would let every other process interrupt the model
+        assert all(psutil.Process(pid).nice() <= os.nice(0) for pid in actors("ServeReplica"))
         program.process.terminate()
         for stream in streams:
             stream.join()
@@ -162,10 +164,11 @@ def deploy(cluster, shapes_bundle):
     """Deploy the server with some options, in place of an earlier one. Gives its address."""
     port = free_port()
 
-    def deploy(replicas=2, bundle=shapes_bundle, **limits):
+    def deploy(replicas=2, most=None, bundle=shapes_bundle, **limits):
         options = {"ov_config": EXACT}
         settings = Settings(**limits)
-        application = build_deployment({"shapes": str(bundle)}, settings, options, (replicas, replicas), cpus=0.5)
+        numbers = (replicas, most or replicas)
+        application = build_deployment({"shapes": str(bundle)}, settings, options, numbers, cpus=0.5)
         run_on_ray(application, "auto", port=port)
         return f"http://127.0.0.1:{port}/v1/chat/completions"
 
@@ -230,6 +233,29 @@ class TestServer:
             if visitor.response.status_code != 200:
                 assert is_openai_error(visitor.response, 503)["code"] == "try_again"
                 assert visitor.response.headers["retry-after"]
+
+    def test_a_replica_is_added_under_load(self, deploy, http):
+        """Ray decides by the requests of half a minute."""
+        url = deploy(replicas=1, most=2, max_running=1)
+        ended, replies = threading.Event(), []
+
+        def visit(first):
+            for number in itertools.count(first, 4):
+                if ended.is_set():
+                    return
+                replies.append(http.post(url, json=conversation(number, max_tokens=100, ignore_eos=True)))
+
+        visitors = [threading.Thread(target=visit, args=(first,)) for first in range(4)]
+        for visitor in visitors:
+            visitor.start()
+        end = time.monotonic() + 120
+        while len(replicas := {reply.headers.get("x-replica") for reply in [*replies]}) < 2 and time.monotonic() < end:
+            time.sleep(0.5)
+        ended.set()
+        for visitor in visitors:
+            visitor.join()
+        assert {reply.status_code for reply in replies} == {200}
+        assert len(replicas) == 2
 
     def test_update_loses_no_request(self, deploy, http):
         url = deploy()

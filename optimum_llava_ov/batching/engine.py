@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCHED_TOKENS = 512  # in one step. GenAI holds the interpreter for a step, so long steps delay other threads
 _YIELD = 0.0002  # seconds after a step in which other threads run: those that receive requests and send tokens
+_HANDOVER = 0.003  # the same after a request has ended, so that another one takes its place before the next step
 _REASONS = {
     openvino_genai.GenerationFinishReason.STOP: "stop",
     openvino_genai.GenerationFinishReason.LENGTH: "length",
@@ -238,7 +239,6 @@ class BatchEngine(GenAIEngine):
                         request.handle.cancel()
                 if self._pipeline.has_non_finished_requests():
                     self._pipeline.step()
-                    time.sleep(_YIELD)
                 news = {number: _read(request.handle) for number, request in requests.items()}
             except Exception:
                 logger.exception("A step of the model failed. It is loaded again.")
@@ -252,6 +252,9 @@ class BatchEngine(GenAIEngine):
                     with self._changed:
                         del self._requests[number]
                     request.end(error)
+            # Here, so that what is new is used before the next step
+            has_ended = any(ended for _, ended, _ in news.values())
+            time.sleep(_HANDOVER if has_ended and self._requests else _YIELD)
 
     def _restart(self) -> None:
         """Load the bundle again. GenAI cannot go on after a step that failed."""

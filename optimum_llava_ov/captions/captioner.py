@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from optimum_llava_ov.batching.options import RequestOptions
 from optimum_llava_ov.batching.schema import SchemaChecker
 from optimum_llava_ov.batching.text import AnswerText
 from optimum_llava_ov.bundle.settings import context_length
+from optimum_llava_ov.captions.places import Places
 from optimum_llava_ov.chat.genai_engine import image_tensor
 from optimum_llava_ov.chat.messages import user_message
 from optimum_llava_ov.chat.prompt import build_prompt
@@ -28,6 +31,7 @@ from optimum_llava_ov.images import DEFAULT_LIMITS, ImageLimits, see_image
 
 PROMPT = "Describe the image in detail."
 RUNNING = 16
+STEP_TOKENS = 1024  # of prompts in one step. Nobody waits for the next token, and long steps are more efficient
 ATTEMPTS = 3  # at an image whose engine fails
 
 
@@ -139,9 +143,10 @@ class Captioner:
         self.key_column = key_column
         self.ignore_eos = ignore_eos
         self._engine: BatchEngine | None = None
+        self._places: Places | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_engine": None}
+        return {**self.__dict__, "_engine": None, "_places": None}
 
     @property
     def engine(self) -> BatchEngine:
@@ -153,11 +158,16 @@ class Captioner:
         if self._engine is None:
             # Every image is another one: a cache of prefixes would only take memory
             engine = load_batch_engine(
-                self.bundle, self.device, self.ov_config, prefix_caching=False, max_sequences=self.running
+                self.bundle,
+                self.device,
+                self.ov_config,
+                prefix_caching=False,
+                max_sequences=self.running,
+                max_batched_tokens=STEP_TOKENS,
             )
             if self.schema is not None:
                 SchemaChecker(engine.bundle).check(self.schema)
-            self._engine = engine
+            self._engine, self._places = engine, Places(self.running)
         return self._engine
 
     def close(self) -> None:
@@ -196,36 +206,43 @@ class Captioner:
     def captions(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Caption]]:
         """Caption a stream of images. The next images are taken while earlier ones are in the batch.
 
+        Several threads may call this. Their streams share the places of the batch, the one that began first before the
+        others.
+
         Yields:
             The questions with their captions, in the same order.
         """
-        events: queue.SimpleQueue[tuple[_Running, Any]] = queue.SimpleQueue()
+        events: queue.SimpleQueue[tuple[_Running, Any] | None] = queue.SimpleQueue()
         order: deque[_Running] = deque()
-        remaining = iter(questions)
-        in_batch, more = 0, True
+        remaining, more, engine = iter(questions), True, self.engine
+        stream = self._places.stream(lambda: events.put(None))  # type: ignore[union-attr]  # made with the engine
         try:
             while True:
+                refused = False
                 # Captions that wait for a longer one before them are limited, too
-                while more and in_batch < self.running and len(order) < 4 * self.running:
-                    question = next(remaining, None)
-                    if question is None:
-                        more = False
-                        break
-                    with self.engine.hold():
-                        running = self._begin(question, events)
-                    order.append(running)
-                    in_batch += running.caption is None
+                while more and not refused and (room := 4 * self.running - len(order)):
+                    places = stream.take(room)
+                    refused = not places
+                    new = list(itertools.islice(remaining, places))
+                    more = len(new) == places
+                    stream.give_back(places - len(new))
+                    if not more:
+                        stream.end()
+                    with engine.hold() if new else nullcontext():
+                        for question in new:
+                            order.append(self._begin(question, events))
+                            stream.give_back(order[-1].caption is not None)
                 while order and (caption := order[0].caption) is not None:
                     yield order.popleft().question, caption
                 if not order and not more:
                     return
-                if in_batch:
-                    running, steps = events.get()
-                    in_batch -= self._take(running, steps, events)
+                if (stream.taken or refused) and (event := events.get()) is not None:
+                    stream.give_back(self._take(*event, events))
         finally:
             for running in order:
                 if running.request is not None:
                     running.request.cancel()
+            stream.close()
 
     def _begin(self, question: Question, events: queue.SimpleQueue) -> _Running:
         running = _Running(question, AnswerText(self.engine.processor.tokenizer, self.engine.stop_strings or ()))
@@ -268,7 +285,10 @@ class Captioner:
         """Take new tokens, or the end. Return whether the image has left the batch."""
         if isinstance(event, list):
             for step in event:
-                running.text.add(step.tokens)
+                if self.engine.stop_strings:
+                    running.text.add(step.tokens)
+                else:  # the text is not needed before the end
+                    running.text.tokens += step.tokens
                 running.finish_reason = step.finish_reason or running.finish_reason
                 if running.text.stopped and running.request is not None:
                     running.finish_reason = "stop"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from optimum_llava_ov.captions.captioner import Captioner, Question
-from optimum_llava_ov.captions.decoding import decode_ahead
+from optimum_llava_ov.captions.decoding import Decoder
 from optimum_llava_ov.captions.items import Item
 from optimum_llava_ov.captions.output import FORMATS, Part, Row, open_output
 from optimum_llava_ov.captions.sources import Source
@@ -129,12 +130,21 @@ def run_job(job: Job) -> Summary:
         ) from None
 
 
+def new_decoder(job: Job) -> Decoder:
+    """Begin the processes that decode the images of a job. Close it."""
+    captioner = job.captioner
+    return Decoder(captioner.engine.processor.image_processor, captioner.image_limits, job.workers)
+
+
 def _run(job: Job) -> Summary:
     summary, began = Summary(), time.monotonic()
     # A data set on the Hub would be downloaded to count it
     total = None if job.source.is_on_hub else sum(len(items) for _, items in job.parts())
-    with tqdm(total=total, unit="image", desc="caption", dynamic_ncols=True) as bar:
-        for row in caption_parts(job, job.parts()):
+    with (
+        closing(new_decoder(job)) as decoder,
+        tqdm(total=total, unit="image", desc="caption", dynamic_ncols=True) as bar,
+    ):
+        for row in caption_parts(job, job.parts(), decoder):
             summary.images += 1
             summary.errors += row.error is not None
             summary.tokens += row.tokens
@@ -146,7 +156,7 @@ def _run(job: Job) -> Summary:
     return summary
 
 
-def caption_parts(job: Job, parts: Iterator[tuple[int, list[Item]]]) -> Iterator[Row]:
+def caption_parts(job: Job, parts: Iterator[tuple[int, list[Item]]], decoder: Decoder) -> Iterator[Row]:
     """Caption parts one after the other, without a gap between them. A part is in its place after its last row."""
     begun: dict[int, tuple[Part, int]] = {}  # with their numbers of images
 
@@ -160,13 +170,7 @@ def caption_parts(job: Job, parts: Iterator[tuple[int, list[Item]]]) -> Iterator
             yield from left
 
     captioner = job.captioner
-    seen = decode_ahead(
-        missing(),
-        captioner.engine.processor.image_processor,
-        captioner.image_limits,
-        job.workers,
-        AHEAD * captioner.running,
-    )
+    seen = decoder.ahead(missing(), AHEAD * captioner.running)
     questions = (Question(_text(item.key), item.prompt or captioner.prompt, image, item.place) for item, image in seen)
     try:
         for question, caption in captioner.captions(questions):

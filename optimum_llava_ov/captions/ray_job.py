@@ -11,7 +11,7 @@ from typing import Any
 import ray.data
 from tqdm import tqdm
 
-from optimum_llava_ov.captions.job import Job, Summary, caption_parts
+from optimum_llava_ov.captions.job import Job, Summary, caption_parts, new_decoder
 from optimum_llava_ov.captions.output import open_output
 from optimum_llava_ov.system.cluster import connect, limit_threads
 
@@ -30,13 +30,13 @@ class CaptionParts:
 
     def __init__(self, job: Job):
         self.job = job
-        job.captioner.engine  # noqa: B018  loads the model
+        self._decoder = new_decoder(job)  # loads the model
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         counts: dict[str, list[float]] = {"images": [], "errors": [], "tokens": []}
         for number, items in zip(batch["number"], batch["items"]):
             parts = iter([(int(number), pickle.loads(items))])
-            rows = list(caption_parts(self.job, parts))
+            rows = list(caption_parts(self.job, parts, self._decoder))
             counts["images"].append(len(rows))
             counts["errors"].append(sum(row.error is not None for row in rows))
             counts["tokens"].append(sum(row.tokens for row in rows))
@@ -55,11 +55,13 @@ def run_ray_job(job: Job, address: str, models: int, cpus: float) -> Summary:
         `ValueError`: The source or the output does not fit the job.
     """
     open_output(job.output, job.description())
-    connect(address)
+    connect(address, dashboard=False)
     parts = [{"number": number, "items": pickle.dumps(items)} for number, items in job.parts()]
     summary, began = Summary(), time.monotonic()
     if not parts:
         return summary
+    # An actor that has all its parts is busy. Ray's own value asks for more of them, to add an actor
+    ray.data.DataContext.get_current().autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     data = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         CaptionParts,
         fn_constructor_args=(_in_actor(job, cpus),),
@@ -68,6 +70,9 @@ def run_ray_job(job: Job, address: str, models: int, cpus: float) -> Summary:
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
             max_size=min(models, len(parts)),
+            initial_size=min(models, len(parts)),
+            # More of them would wait for this actor at the end of the job, while others have nothing to do
+            max_tasks_in_flight_per_actor=PARTS,
             max_concurrent_calls_per_actor=PARTS,
             enable_true_multi_threading=True,
         ),

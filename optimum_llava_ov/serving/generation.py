@@ -108,12 +108,7 @@ class Generation:
                 code="queue_full",
                 retry_after=self._retry_after(),
             ) from None
-        jobs = await self._loop.run_in_executor(self._model.threads, self._checked, read)
-        self.prompt_tokens = sum(job.num_tokens for job in jobs)
-        self._remaining = self._num_answers
-        tokenizer = self._model.engine.processor.tokenizer
-        self.texts = [AnswerText(tokenizer, job.options.stop_strings) for job in jobs for _ in range(job.num_answers)]
-        await self._loop.run_in_executor(self._model.threads, self._submit, jobs)
+        await self._loop.run_in_executor(self._model.threads, self._prepare, read)
         self._metrics.prompt_tokens.labels(self._model.name).inc(self.prompt_tokens)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
@@ -161,17 +156,24 @@ class Generation:
         except (ValueError, TemplateError) as error:
             raise ApiError(str(error)) from error
 
-    def _submit(self, jobs: list[Job]) -> None:
-        """Join the batch. Called in another thread, because images are encoded here."""
+    def _prepare(self, read: Callable[[], list[Job]]) -> None:
+        """Read the request, and join the batch. Called in another thread, because images are encoded here."""
+        jobs = self._checked(read)
+        self.prompt_tokens = sum(job.num_tokens for job in jobs)
+        self._remaining = self._num_answers
+        tokenizer = self._model.engine.processor.tokenizer
+        self.texts = [AnswerText(tokenizer, job.options.stop_strings) for job in jobs for _ in range(job.num_answers)]
         choice = 0
         for job in jobs:
             for number in range(job.num_answers):
+                if self._closed:  # the client went away meanwhile
+                    return
                 seed = job.options.seed
                 options = replace(job.options, seed=None if seed is None else (seed + number) % 2**63)
                 request = self._submit_one(job, options, choice)
                 with self._lock:
                     self._requests.append(request)
-                    if self._closed:  # the client went away meanwhile
+                    if self._closed:
                         request.cancel()
                 choice += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import ray
@@ -10,11 +11,12 @@ import ray
 AUTO = "auto"
 
 
-def connect(address: str) -> bool:
+def connect(address: str, dashboard: bool = True) -> bool:
     """Connect this process to a cluster, if it is not connected.
 
     Args:
         address: Address of the cluster; "auto" for the one of this machine, which is started if there is none.
+        dashboard: Whether a cluster that is started has Ray's dashboard, whose processes work all the time.
 
     Returns:
         Whether the cluster was started, and ends with this process.
@@ -29,7 +31,10 @@ def connect(address: str) -> bool:
     except ConnectionError:
         if address != AUTO:
             raise
-        ray.init(log_to_driver=False)
+        # Ray would give its actors the lowest priority but four. A model that computes on all processors waits for all
+        # its threads, so that each process that interrupts one of them stops the others, too.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        ray.init(log_to_driver=False, include_dashboard=dashboard)
         return True
     return False
 
