@@ -509,6 +509,26 @@ def test_requests_that_begin_together(engine):
     assert steps
 
 
+def test_requests_join_between_steps(engine):
+    """The next step waits for a request that is prepared, but not for one that takes long."""
+    prompt = build_prompt([user_message("Hello")], engine.processor, engine.config)
+    steps, ended = [], threading.Event()
+    config = RequestOptions(100_000, ignore_eos=True).generation_config(engine)
+    request = engine.submit(prompt.text, [], config, steps.append, lambda error: ended.set())
+    try:
+        for _ in range(2):
+            with engine.join():
+                time.sleep(0.1)  # the step that had begun
+                begun = len(steps)
+                time.sleep(0.5)
+                assert len(steps) == begun
+                time.sleep(1)
+                assert len(steps) > begun
+    finally:
+        request.cancel()
+    assert ended.wait(30)
+
+
 def test_model_that_fails_is_loaded_again(engine):
     """GenAI's pipeline cannot go on after a step that failed. Here a schema that nobody has checked makes it fail."""
     prompt = build_prompt([user_message("Hello")], engine.processor, engine.config)

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCHED_TOKENS = 512  # in one step. GenAI holds the interpreter for a step, so long steps delay other threads
 _YIELD = 0.0002  # seconds after a step in which other threads run: those that receive requests and send tokens
 _HANDOVER = 0.003  # the same after a request has ended, so that another one takes its place before the next step
+_LONGEST_JOIN = 1.0  # seconds for which the next step waits for a request that joins the batch
 _REASONS = {
     openvino_genai.GenerationFinishReason.STOP: "stop",
     openvino_genai.GenerationFinishReason.LENGTH: "length",
@@ -127,6 +128,8 @@ class BatchEngine(GenAIEngine):
         self._changed = threading.Condition()
         self._closing = False
         self._holds = 0
+        self._joining = False
+        self._steps = self._step_of_last_join = 0
         self._thread = threading.Thread(target=self._run, daemon=True, name="batch")
         self._thread.start()
 
@@ -162,7 +165,7 @@ class BatchEngine(GenAIEngine):
             if pipeline is not self._pipeline:
                 raise EngineFailureError("The model failed and is loaded again. Try again.")
             self._requests[number] = request
-            self._changed.notify()
+            self._changed.notify_all()
         return request
 
     @contextmanager
@@ -179,7 +182,27 @@ class BatchEngine(GenAIEngine):
         finally:
             with self._changed:
                 self._holds -= 1
-                self._changed.notify()
+                self._changed.notify_all()
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Let the next step wait for a request that is prepared and submitted in this context, as [`hold`] does.
+
+        Requests join one by one, with a step between them, so that answers in the batch go on. A step does not wait
+        long.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._joining and (not self._requests or self._steps != self._step_of_last_join)
+            )
+            self._joining = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._joining = False
+                self._step_of_last_join = self._steps
+                self._changed.notify_all()
 
     def new_conversation(self) -> BatchConversation:
         return BatchConversation(self)
@@ -223,13 +246,14 @@ class BatchEngine(GenAIEngine):
         """End when the requests in the batch are complete."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: not self._holds and (self._requests or self._closing))
+                self._changed.wait_for(lambda: not self._joining, timeout=_LONGEST_JOIN)
                 requests = dict(self._requests)
             if not requests:
                 return
@@ -252,6 +276,9 @@ class BatchEngine(GenAIEngine):
                     with self._changed:
                         del self._requests[number]
                     request.end(error)
+            with self._changed:
+                self._steps += 1
+                self._changed.notify_all()
             # Here, so that what is new is used before the next step
             has_ended = any(ended for _, ended, _ in news.values())
             time.sleep(_HANDOVER if has_ended and self._requests else _YIELD)
@@ -261,6 +288,7 @@ class BatchEngine(GenAIEngine):
         with self._changed:
             failed, self._requests = self._requests, {}
             self._pipeline = None  # free its memory first
+            self._changed.notify_all()
         for request in failed.values():
             request.handle = None
         try:

@@ -158,6 +158,10 @@ class Generation:
 
     def _prepare(self, read: Callable[[], list[Job]]) -> None:
         """Read the request, and join the batch. Called in another thread, because images are encoded here."""
+        with self._model.engine.join():
+            self._read_and_submit(read)
+
+    def _read_and_submit(self, read: Callable[[], list[Job]]) -> None:
         jobs = self._checked(read)
         self.prompt_tokens = sum(job.num_tokens for job in jobs)
         self._remaining = self._num_answers
