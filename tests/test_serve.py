@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import http.client
 import io
 import json
 import os
@@ -494,6 +495,20 @@ class TestPlaces:
             lines = httpx.post(endpoint, json=long()).text.splitlines()
             assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "timeout"
             assert metric(url, "requests_running") == 0
+
+
+def test_replies_leave_at_once(program):
+    """The second part of a reply does not wait for the client's acknowledgement of the first, which takes 40 ms."""
+    connection = http.client.HTTPConnection(program.url.removeprefix("http://"))
+    body = json.dumps({"model": "mpt", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1})
+    times = []
+    for _ in range(40):
+        began = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        assert b"choices" in connection.getresponse().read()
+        times.append(time.perf_counter() - began)
+    connection.close()
+    assert sorted(times)[10] < 0.035
 
 
 def test_requests_that_begin_together(engine):
