@@ -76,18 +76,6 @@ void quantize(const float* x, int64_t columns, int8_t* values, float* scale, flo
     *scaled_sum = *scale * sum(_mm256_cvtepi32_ps(total));
 }
 
-// Do something for each token, in parallel.
-template <class Function>
-void for_each_token(int64_t tokens, const Function& function) {
-    if (tokens == 1) {
-        function(0);
-    } else {
-        tbb::parallel_for(tbb::blocked_range<int64_t>(0, tokens), [&](const tbb::blocked_range<int64_t>& range) {
-            for (int64_t token = range.begin(); token < range.end(); ++token) function(token);
-        });
-    }
-}
-
 // Scale, and scale times zero point, of each step of the rows of a task.
 struct Scales {
     std::vector<float> scales, shifts;
@@ -162,7 +150,7 @@ Activations quantized(const float* x, int64_t tokens, const Weights& weights) {
     a.values.resize(tokens * weights.columns);
     a.scales.resize(tiles * steps * TILE);
     a.sums.resize(tiles * steps * TILE);
-    for_each_token(tokens, [&](int64_t token) {
+    const auto one_token = [&](int64_t token) {
         const int64_t tile = token / TILE, in_tile = token % TILE, width = std::min(TILE, tokens - tile * TILE);
         int8_t rounded[Step::step];
         for (int64_t s = 0; s < steps; ++s) {
@@ -171,7 +159,14 @@ Activations quantized(const float* x, int64_t tokens, const Weights& weights) {
             int8_t* values = a.values.data() + tile * TILE * weights.columns + (s * width + in_tile) * Step::step;
             for (int64_t i = 0; i < Step::step; ++i) values[Step::place(i)] = rounded[i];
         }
-    });
+    };
+    if (tokens == 1) {
+        one_token(0);
+    } else {
+        tbb::parallel_for(tbb::blocked_range<int64_t>(0, tokens), [&](const auto& range) {
+            for (int64_t token = range.begin(); token < range.end(); ++token) one_token(token);
+        });
+    }
     return a;
 }
 
