@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import openvino
 from optimum.intel.openvino.modeling_visual_language import OVVisionEmbedding
 
 from optimum_llava_ov.kernels.extension import with_compressed_matmuls
-
-
-logger = logging.getLogger(__name__)
 
 
 class ImageEncoder(OVVisionEmbedding):
@@ -24,16 +19,15 @@ class ImageEncoder(OVVisionEmbedding):
 
     request: openvino.CompiledModel | None
 
-    def __init__(self, model: openvino.Model, parent_model, uses_extension: bool = False):
+    def __init__(self, model: openvino.Model, parent_model, uses_extension: bool):
         super().__init__(model, parent_model)
         self._uses_extension = uses_extension
         self.packs_weights = True
 
     def compile(self) -> None:
         if self.request is None and self._uses_extension:
-            logger.info("Compiling the image encoder to %s ...", self._device)
             executed = with_compressed_matmuls(self.model)
             self.packs_weights = executed is self.model  # copies them when the graph first runs
-            self.request = openvino.Core().compile_model(executed, self._device, self.ov_config)
+            self.request = self.parent_model._compile_model(executed, self._device, self.ov_config, self._model_dir)
         else:
             super().compile()
