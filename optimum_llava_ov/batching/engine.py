@@ -129,7 +129,7 @@ class BatchEngine(GenAIEngine):
         self._closing = False
         self._holds = 0
         self._joining = False
-        self._steps = self._step_of_last_join = 0
+        self._has_stepped = True  # since a request joined
         self._thread = threading.Thread(target=self._run, daemon=True, name="batch")
         self._thread.start()
 
@@ -192,16 +192,14 @@ class BatchEngine(GenAIEngine):
         long.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: not self._joining and (not self._requests or self._steps != self._step_of_last_join)
-            )
+            self._changed.wait_for(lambda: not self._joining and (self._has_stepped or not self._requests))
             self._joining = True
         try:
             yield
         finally:
             with self._changed:
                 self._joining = False
-                self._step_of_last_join = self._steps
+                self._has_stepped = False
                 self._changed.notify_all()
 
     def new_conversation(self) -> BatchConversation:
@@ -277,7 +275,7 @@ class BatchEngine(GenAIEngine):
                         del self._requests[number]
                     request.end(error)
             with self._changed:
-                self._steps += 1
+                self._has_stepped = True
                 self._changed.notify_all()
             # Here, so that what is new is used before the next step
             has_ended = any(ended for _, ended, _ in news.values())
