@@ -47,7 +47,7 @@ RECIPES = {
 GROUPS = {"int4 (default: asym g128 r0.8)": [None, 64, 32, 0]}  # None: as exported
 KERNEL = "this package's kernel"
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
-REFERENCE = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+REFERENCE = {**F32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 def main() -> None:
@@ -78,10 +78,11 @@ def main() -> None:
     results = {pair: [] for pair in pairs}
     for _ in range(args.rounds):
         for name, group in pairs:
-            settings = F32 if args.kernel else {}
-            if group is not None:
-                name_of_group = MATMUL_KERNEL if group == KERNEL else "DYNAMIC_QUANTIZATION_GROUP_SIZE"
-                settings = {**settings, name_of_group: AVX2 if group == KERNEL else str(group)}
+            settings = {**F32} if args.kernel else {}
+            if group == KERNEL:
+                settings[MATMUL_KERNEL] = AVX2
+            elif group is not None:
+                settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(group)
             found = run_alone(bundles[name], settings, args.workdir / "logits.npy")
             found["kl"] = divergence(expected, np.load(args.workdir / "logits.npy"))
             results[name, group].append(found)

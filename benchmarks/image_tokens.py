@@ -22,8 +22,9 @@ import sys
 import time
 from pathlib import Path
 
+from contenders.__main__ import random_image
+from engines import SQUARE
 from machine import machine
-from PIL import Image
 from transformers import AutoProcessor
 
 
@@ -46,7 +47,7 @@ def print_times(bundles: list[Path], repeats: int) -> None:
     times: dict[Path, list[float]] = {bundle: [] for bundle in bundles}
     content = [{"type": "image"}, {"type": "text", "text": "What is in this picture, and which colours has it?"}]
     for number in range(repeats + 1):
-        image = Image.effect_noise((640, 640), 20 + number).convert("RGB")
+        image = random_image(number, SQUARE)
         for bundle, (model, processor) in models.items():
             started = time.perf_counter()
             prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

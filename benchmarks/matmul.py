@@ -19,6 +19,7 @@ import time
 import nncf
 import numpy as np
 import openvino
+from engines import AVX2_CONFIG, AVX2_ENV
 from machine import machine
 from openvino import opset8 as ops
 
@@ -30,7 +31,6 @@ MODES = {
     "int4, groups of 128": {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": 128, "all_layers": True},
     "int8, a scale for each row": {"mode": nncf.CompressWeightsMode.INT8_ASYM},
 }
-FLOAT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 
 
 def compressed(weights: np.ndarray, options: dict) -> openvino.Model:
@@ -46,7 +46,7 @@ def measure(options: dict, tokens: list[int], repeats: int, openvino_config: dic
     models = [
         compressed(generator.standard_normal((ROWS, COLUMNS)).astype(np.float32), options) for _ in range(COPIES)
     ]
-    exact = core.compile_model(models[0], "CPU", FLOAT).create_infer_request()
+    exact = core.compile_model(models[0], "CPU", AVX2_CONFIG).create_infer_request()
     requests = {
         "kernel": [
             core.compile_model(with_compressed_matmuls(model), "CPU").create_infer_request() for model in models
@@ -82,12 +82,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--avx2", action="store_true", help="hide newer instructions from OpenVINO's kernel")
     arguments = parser.parse_args()
-    if arguments.avx2:  # oneDNN reads the variable when it first multiplies. OpenVINO's plugin does not obey it
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+    if arguments.avx2:  # oneDNN reads the variable when it first multiplies
+        os.environ |= AVX2_ENV
     print(machine())
     for name, options in MODES.items():
         print(name)
-        for line in measure(options, arguments.tokens, arguments.repeats, FLOAT if arguments.avx2 else {}):
+        for line in measure(options, arguments.tokens, arguments.repeats, AVX2_CONFIG if arguments.avx2 else {}):
             print(line, flush=True)
 
 

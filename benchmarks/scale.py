@@ -63,9 +63,9 @@ class Watch(threading.Thread):
                 return
             for file in self._job.output.glob("_part-*"):
                 with suppress(FileNotFoundError):
-                    line = file.read_text().partition("\n")
-                    if line[1] and name_of(file) not in self._begins:
-                        self._begins[name_of(file)] = time.time() - json.loads(line[0])["seconds"]
+                    row, end, _ = file.read_text().partition("\n")
+                    if end and name_of(file) not in self._begins:
+                        self._begins[name_of(file)] = time.time() - json.loads(row)["seconds"]
             if number % 10 == 0:  # seldom, because it takes a part of a processor
                 self._find_actors()
             if not self._begins.keys() <= self._processes.keys():  # likewise
