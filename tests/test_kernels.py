@@ -37,9 +37,10 @@ MODES = [
 TOKENS = [1, 2, 7, 8, 9, 40, 270]  # of each of two sequences
 
 
-def compressed(mode, group_size: int, rows: int = 150, columns: int = 384, seed: int = 0) -> openvino.Model:
-    """Return `x (batch, tokens, columns) @ weights (rows, columns).T`, compressed."""
-    weights = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+def compressed(mode, group_size: int, rows: int = 150, columns: int = 384, weights=None) -> openvino.Model:
+    """Return `x (batch, tokens, columns) @ weights (rows, columns).T`, compressed. The weights are random by default."""
+    if weights is None:
+        weights = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
     x = ops.parameter([-1, -1, columns], np.float32, name="x")
     model = openvino.Model([ops.matmul(x, ops.constant(weights), False, True)], [x])
     options = {} if "INT8" in mode.name else {"group_size": group_size, "ratio": 1.0, "all_layers": True}
@@ -64,7 +65,8 @@ class TestProduct:
     def test_integers_are_exact(self, mode, group_size, is_large):
         """Whole numbers up to 127 are not rounded. So the result is that of OpenVINO's kernel, in float.
 
-        The kernel takes 1,024 columns at once. The larger matrices have one group more.
+        The kernel takes 1,024 columns at once. The larger matrices have one group more. With many tokens and 8 bits,
+        two columns have 126 together. With many tokens and 4 bits, half of the columns are small.
         """
         columns = 1024 + (group_size if group_size > 0 else 32) if is_large else 384
         model = compressed(mode, group_size, columns=columns)
@@ -76,10 +78,27 @@ class TestProduct:
         for tokens in TOKENS:
             x = generator.integers(-127, 128, (2, tokens, columns)).astype(np.float32)
             x[..., ::32] = 127
+            if tokens >= 16 and "INT8" in mode.name:
+                x = x.clip(-126, 126)
+                x[..., 1::2] = np.trunc(x[..., 1::2] / 126 * (126 - np.abs(x[..., ::2])))
+            elif tokens >= 16:
+                x[..., 1::2] = np.trunc(x[..., 1::2] / 8)
             expected = theirs([x])[0]
             np.testing.assert_allclose(ours([x])[0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
-    @pytest.mark.parametrize("tokens", [1, 13])
+    def test_largest_sums(self, mode, group_size):
+        """Each weight and each activation is the largest there is, and all products of a row with itself have one sign.
+
+        So sums in 16 bits are as large as they get.
+        """
+        signs = np.sign(np.random.default_rng(3).standard_normal((64, 384))).astype(np.float32)
+        model = compressed(mode, group_size, weights=signs)
+        x = np.stack([signs, -signs])
+        ours, expected = run(with_compressed_matmuls(model), x), run(model, x)
+        assert (np.abs(expected[0].diagonal()) > 350).all()
+        np.testing.assert_allclose(ours, expected, atol=384 * 0.01)
+
+    @pytest.mark.parametrize("tokens", [1, 13, 40])
     def test_others_are_rounded(self, mode, group_size, tokens):
         model = compressed(mode, group_size)
         kernel = with_compressed_matmuls(model)

@@ -48,19 +48,40 @@ inline float sum(__m256 v) {
 // Otherwise GCC multiplies first and adds later, which needs more registers than there are.
 inline void keep_in_register(__m256i& v) { asm volatile("" : "+x"(v)); }
 
-// Round `columns` activations of one token, a multiple of 32, to [-LARGEST, LARGEST].
-void quantize(const float* x, int64_t columns, int8_t* values, float* scale, float* scaled_sum) {
+// What is at most LARGEST after rounding: the absolute value of each activation, or those of an even column and the next
+// one together. SUM limits each, and the absolute values of half of the columns together, which are columns 0 to 3 of
+// each 8 columns, and the others.
+enum class Limit { EACH, PAIR, SUM };
+
+constexpr int LARGEST_SUM = 32767 / 8;  // times a weight from -8 to 7, it fits into 16 bits
+
+// Return the smallest scale of `columns` activations of one token, a multiple of 32. Rounding may add a half to each.
+template <Limit limit>
+float smallest_scale(const float* x, int64_t columns) {
     const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    __m256 largest = _mm256_setzero_ps(), not_finite = _mm256_setzero_ps();
+    __m256 largest = _mm256_setzero_ps(), total = _mm256_setzero_ps(), not_finite = _mm256_setzero_ps();
     for (int64_t i = 0; i < columns; i += 8) {
-        const __m256 v = _mm256_loadu_ps(x + i);
-        largest = _mm256_max_ps(largest, _mm256_and_ps(v, no_sign));
+        const __m256 v = _mm256_loadu_ps(x + i), absolute = _mm256_and_ps(v, no_sign);
+        largest = _mm256_max_ps(largest, limit == Limit::PAIR ? _mm256_hadd_ps(absolute, absolute) : absolute);
+        total = _mm256_add_ps(total, absolute);
         not_finite = _mm256_fmadd_ps(v, _mm256_setzero_ps(), not_finite);  // NaN if one is not finite
     }
     alignas(32) float lanes[8];
     _mm256_store_ps(lanes, largest);
-    const float maximum = *std::max_element(lanes, lanes + 8);
-    const __m256 inverse = _mm256_set1_ps(maximum > 0 ? LARGEST / maximum : 0.0f);
+    float scale = *std::max_element(lanes, lanes + 8) / (limit == Limit::PAIR ? LARGEST - 1 : LARGEST);
+    if (limit == Limit::SUM) {
+        _mm256_store_ps(lanes, total);
+        const float low = lanes[0] + lanes[1] + lanes[2] + lanes[3], high = lanes[4] + lanes[5] + lanes[6] + lanes[7];
+        scale = std::max(scale, std::max(low, high) / (LARGEST_SUM - columns / 4));
+    }
+    return scale + sum(not_finite);
+}
+
+// Round `columns` activations of one token, a multiple of 32.
+template <Limit limit>
+void quantize(const float* x, int64_t columns, int8_t* values, float* scale, float* scaled_sum) {
+    *scale = smallest_scale<limit>(x, columns);
+    const __m256 inverse = _mm256_set1_ps(*scale > 0 ? 1 / *scale : 0.0f);
     __m256i total = _mm256_setzero_si256();
     for (int64_t i = 0; i < columns; i += 32) {
         __m256i v[4];
@@ -72,7 +93,6 @@ void quantize(const float* x, int64_t columns, int8_t* values, float* scale, flo
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + i), _mm256_permutevar8x32_epi32(bytes, order));
     }
-    *scale = maximum / LARGEST + sum(not_finite);
     *scaled_sum = *scale * sum(_mm256_cvtepi32_ps(total));
 }
 
@@ -96,10 +116,9 @@ __m256 eight_zero_points(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
 }
 
-// The kernel multiplies unsigned values of 4 bits, and signed values of 8 bits. The others become these: 8 more, or 128
-// less.
-Scales scales_of(const Weights& w, int64_t first, int64_t last, int64_t step) {
-    const float offset = w.bits == 4 ? 0 : 128, zero = w.bits == 4 ? 8 : 0;
+// `less` is what unsigned values have less when they are multiplied. Signed values become unsigned ones before.
+Scales scales_of(const Weights& w, int64_t first, int64_t last, int64_t step, float less) {
+    const float zero = (w.bits == 4 ? 8 : 128) - less;
     const int64_t steps = w.columns / step, groups = w.columns / w.group, repeats = w.group / step;
     Scales result;
     result.scales.resize((last - first) * steps);
@@ -112,7 +131,9 @@ Scales scales_of(const Weights& w, int64_t first, int64_t last, int64_t step) {
                 const int64_t at = row * groups + group;
                 const __m256 scale =
                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + 2 * at)));
-                const __m256 zeros = w.zero_points ? eight_zero_points(w.zero_points + at / 2) : _mm256_set1_ps(zero);
+                __m256 zeros = _mm256_set1_ps(zero);
+                if (w.zero_points)
+                    zeros = _mm256_sub_ps(eight_zero_points(w.zero_points + at / 2), _mm256_set1_ps(less));
                 _mm256_storeu_ps(scales, scale);
                 _mm256_storeu_ps(shifts, _mm256_mul_ps(scale, zeros));
             }
@@ -121,7 +142,7 @@ Scales scales_of(const Weights& w, int64_t first, int64_t last, int64_t step) {
             const int64_t at = row * groups + group;
             float of_group = zero;
             if (w.zero_points)
-                of_group = w.bits == 4 ? w.zero_points[at / 2] >> (at % 2 * 4) & 15 : w.zero_points[at] - offset;
+                of_group = (w.bits == 4 ? w.zero_points[at / 2] >> (at % 2 * 4) & 15 : w.zero_points[at]) - less;
             const float scale = half(w.scales + 2 * at);
             for (int64_t i = 0; i < repeats; ++i) {
                 *scales++ = scale;
@@ -155,7 +176,8 @@ Activations quantized(const float* x, int64_t tokens, const Weights& weights) {
         int8_t rounded[Step::step];
         for (int64_t s = 0; s < steps; ++s) {
             const int64_t at = (tile * steps + s) * TILE + in_tile;
-            quantize(x + token * weights.columns + s * Step::step, Step::step, rounded, &a.scales[at], &a.sums[at]);
+            quantize<Limit::EACH>(x + token * weights.columns + s * Step::step, Step::step, rounded, &a.scales[at],
+                                  &a.sums[at]);
             int8_t* values = a.values.data() + tile * TILE * weights.columns + (s * width + in_tile) * Step::step;
             for (int64_t i = 0; i < Step::step; ++i) values[Step::place(i)] = rounded[i];
         }
@@ -321,7 +343,7 @@ void multiply_few(const Weights& w, const float* x, int64_t tokens, float* y) {
     tbb::parallel_for(tbb::blocked_range<int64_t>(0, tasks), [&](const tbb::blocked_range<int64_t>& range) {
         for (int64_t task = range.begin(); task < range.end(); ++task) {
             const int64_t first = task * ROWS, last = std::min(first + ROWS, w.rows);
-            const Scales scales = scales_of(w, first, last, Step::step);
+            const Scales scales = scales_of(w, first, last, Step::step, Step::bits == 4 ? 0 : 128);
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 const int64_t width = std::min<int64_t>(TILE, tokens - tile * TILE);
                 const int64_t step_bytes = width * Step::step;
@@ -339,20 +361,31 @@ constexpr int64_t MANY = 32;       // tokens from which this is faster
 constexpr int64_t LANES = 8;       // tokens of a register, with 4 columns of each in 32 bits
 constexpr int VECTORS = 2;         // registers of tokens in a tile
 constexpr int64_t WIDTH = VECTORS * LANES;
-constexpr int ROWS_AT_ONCE = 3;    // rows that share what is loaded of the activations
-constexpr int64_t UNIT = 32;       // columns whose products are added in 16 bits: 8 times 2 * 15 * 127 are below 2^15
+constexpr int ROWS_AT_ONCE = 4;    // rows that share what is loaded of the activations
+constexpr int64_t UNIT = 32;       // columns that are unpacked at once
 constexpr int64_t AT_ONCE = 1024;  // columns. Of a tile of tokens, they stay in the first cache
 constexpr int64_t TOKENS = 512;    // whose sums stay in the second cache
 
+// Weights are signed here, from -8 or -128, and products are added in 16 bits as far as the sum fits. But the instruction
+// needs unsigned weights, with MORE added. What these add to a sum is taken away from it before: sums may overflow on the
+// way, as long as the result fits.
 template <int bits>
-constexpr int64_t planes = bits == 4 ? 1 : 2;  // bytes of an unpacked weight
+constexpr int MORE = bits == 4 ? 8 : 128;
+
+// Of 4 bits, with Limit::SUM, the 64 products of a step fit. Of 8 bits, with Limit::PAIR, four products fit, and two with
+// unsigned weights, which the instruction adds by itself.
+template <int bits>
+int64_t columns_of_sum(int64_t step) {
+    return bits == 4 ? step : 8;
+}
 
 // Activations in 8 bits. Tokens are in tiles of WIDTH. The last tile has more tokens than there are: what is in them has
 // no meaning, and is not used.
 struct Tiles {
-    std::unique_ptr<__m256i[]> values;  // (tiles, columns / 4, VECTORS), each of LANES tokens and 4 columns
-    std::unique_ptr<__m256[]> scales;   // (tiles, steps, VECTORS), each of LANES tokens
-    std::unique_ptr<__m256[]> sums;     // as the scales: the sum of the values, with their scale
+    std::unique_ptr<__m256i[]> values;   // (tiles, columns / 4, VECTORS), each of LANES tokens and 4 columns
+    std::unique_ptr<__m256i[]> offsets;  // (tiles, columns / columns_of_sum, VECTORS), each of LANES tokens and 2 sums
+    std::unique_ptr<__m256[]> scales;    // (tiles, steps, VECTORS), each of LANES tokens
+    std::unique_ptr<__m256[]> sums;      // as the scales: the sum of the values, with their scale
 };
 
 // Put the even columns before the odd ones, as the low and high halves of bytes are unpacked.
@@ -362,10 +395,12 @@ inline __m256i evens_first(__m256i bytes) {
     return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, order), _MM_SHUFFLE(3, 1, 2, 0));
 }
 
+template <int bits>
 Tiles tiled(const float* x, int64_t tokens, const Weights& w, int64_t step) {
-    const int64_t tiles = (tokens + WIDTH - 1) / WIDTH, steps = w.columns / step;
+    const int64_t tiles = (tokens + WIDTH - 1) / WIDTH, steps = w.columns / step, of_sum = columns_of_sum<bits>(step);
     Tiles t;  // not set to zero, which would take as long as the rest
     t.values.reset(new __m256i[tiles * w.columns / 4 * VECTORS]);
+    t.offsets.reset(new __m256i[tiles * w.columns / of_sum * VECTORS]);
     t.scales.reset(new __m256[tiles * steps * VECTORS]);
     t.sums.reset(new __m256[tiles * steps * VECTORS]);
     const auto one_vector = [&](int64_t first) {
@@ -375,8 +410,9 @@ Tiles tiled(const float* x, int64_t tokens, const Weights& w, int64_t step) {
             const int64_t at = (tile * steps + s) * VECTORS + vector;
             alignas(32) float scales[LANES] = {}, sums[LANES] = {};
             for (int64_t lane = 0; lane < width; ++lane) {
-                quantize(x + (first + lane) * w.columns + s * step, step, rounded[lane], scales + lane, sums + lane);
-                for (int64_t i = 0; i < step && w.bits == 4; i += UNIT) {
+                quantize<bits == 4 ? Limit::SUM : Limit::PAIR>(x + (first + lane) * w.columns + s * step, step,
+                                                               rounded[lane], scales + lane, sums + lane);
+                for (int64_t i = 0; i < step && bits == 4; i += UNIT) {
                     __m256i* unit = reinterpret_cast<__m256i*>(rounded[lane] + i);
                     *unit = evens_first(*unit);
                 }
@@ -384,9 +420,16 @@ Tiles tiled(const float* x, int64_t tokens, const Weights& w, int64_t step) {
             t.scales[at] = _mm256_load_ps(scales);
             t.sums[at] = _mm256_load_ps(sums);
             __m256i* values = &t.values[(tile * w.columns + s * step) / 4 * VECTORS + vector];
-            for (int64_t i = 0; i < step; i += 4, values += VECTORS)
-                for (int64_t lane = 0; lane < LANES; ++lane)
-                    std::memcpy(reinterpret_cast<int8_t*>(values) + 4 * lane, rounded[lane] + i, 4);
+            __m256i* offsets = &t.offsets[(tile * w.columns + s * step) / of_sum * VECTORS + vector];
+            for (int64_t from = 0; from < step; from += of_sum, offsets += VECTORS) {
+                __m256i offset = _mm256_setzero_si256();
+                for (int64_t i = from; i < from + of_sum; i += 4, values += VECTORS) {
+                    for (int64_t lane = 0; lane < LANES; ++lane)
+                        std::memcpy(reinterpret_cast<int8_t*>(values) + 4 * lane, rounded[lane] + i, 4);
+                    offset = _mm256_sub_epi16(offset, _mm256_maddubs_epi16(_mm256_set1_epi8(1), *values));
+                }
+                *offsets = _mm256_mullo_epi16(offset, _mm256_set1_epi16(MORE<bits>));
+            }
         }
     };
     tbb::parallel_for(tbb::blocked_range<int64_t>(0, (tokens + LANES - 1) / LANES), [&](const auto& range) {
@@ -395,13 +438,11 @@ Tiles tiled(const float* x, int64_t tokens, const Weights& w, int64_t step) {
     return t;
 }
 
-// Unpack columns of a row. A unit of 4 bits becomes UNIT bytes from 0 to 15. A unit of 8 bits becomes UNIT absolute
-// values, and then UNIT signed values.
+// Unpack columns of a row to unsigned bytes.
 template <int bits>
 void unpack(const Weights& w, int64_t row, int64_t from, int64_t to, uint8_t* unpacked) {
     const __m256i mask = _mm256_set1_epi8(15);
-    const bool flips = (bits == 4) == !w.zero_points;  // to unsigned values in 4 bits, to signed ones in 8 bits
-    const __m256i flip = _mm256_set1_epi8(flips ? static_cast<char>(bits == 4 ? 0x88 : 0x80) : 0);
+    const __m256i flip = _mm256_set1_epi8(w.zero_points ? 0 : static_cast<char>(bits == 4 ? 0x88 : 0x80));
     const uint8_t* values = w.values + (row * w.columns + from) * bits / 8;
     const uint8_t* end = w.values + (row * w.columns + to) * bits / 8;
     const auto store = [&](__m256i v) {
@@ -416,7 +457,6 @@ void unpack(const Weights& w, int64_t row, int64_t from, int64_t to, uint8_t* un
             store(_mm256_permute2x128_si256(low, high, 0x20));
             store(_mm256_permute2x128_si256(low, high, 0x31));
         } else {
-            store(_mm256_abs_epi8(packed));
             store(packed);
         }
     }
@@ -433,48 +473,69 @@ inline __m256i broadcast_32_bits(const uint8_t* p) {
     return _mm256_set1_epi32(bits);
 }
 
+// Multiply a step of `rows` rows of unpacked weights with the tokens of `vectors` registers.
+template <int rows, int vectors>
+inline void multiply_four_bits(const uint8_t* w, int64_t w_stride, const __m256i* x, const __m256i* offsets,
+                               int64_t step, __m256i (&products)[rows][vectors]) {
+    for (int row = 0; row < rows; ++row)
+        for (int v = 0; v < vectors; ++v) products[row][v] = offsets[v];
+    for (const uint8_t* end = w + step; w < end;) {
+#pragma GCC unroll 8
+        for (int i = 0; i < UNIT / 4; ++i, w += 4, x += VECTORS) {
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; ++row) {
+                const __m256i weights = broadcast_32_bits(w + row * w_stride);
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; ++v) {
+                    products[row][v] = _mm256_add_epi16(products[row][v], _mm256_maddubs_epi16(weights, x[v]));
+                    keep_in_register(products[row][v]);
+                }
+            }
+        }
+    }
+    for (int row = 0; row < rows; ++row)
+        for (int v = 0; v < vectors; ++v)
+            products[row][v] = _mm256_madd_epi16(products[row][v], _mm256_set1_epi16(1));
+}
+
+template <int rows, int vectors>
+inline void multiply_eight_bits(const uint8_t* w, int64_t w_stride, const __m256i* x, const __m256i* offsets,
+                                int64_t step, __m256i (&products)[rows][vectors]) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int row = 0; row < rows; ++row)
+        for (int v = 0; v < vectors; ++v) products[row][v] = _mm256_setzero_si256();
+    for (const uint8_t* end = w + step; w < end;) {
+#pragma GCC unroll 4
+        for (int i = 0; i < UNIT / 8; ++i, w += 8, x += 2 * VECTORS, offsets += VECTORS) {
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; ++row) {
+                const __m256i first = broadcast_32_bits(w + row * w_stride);
+                const __m256i second = broadcast_32_bits(w + row * w_stride + 4);
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; ++v) {
+                    __m256i sum = _mm256_add_epi16(offsets[v], _mm256_maddubs_epi16(first, x[v]));
+                    keep_in_register(sum);
+                    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(second, x[VECTORS + v]));
+                    products[row][v] = _mm256_add_epi32(products[row][v], _mm256_madd_epi16(sum, ones));
+                    keep_in_register(products[row][v]);
+                }
+            }
+        }
+    }
+}
+
 // Add the products of `rows` rows of unpacked weights with a tile to `sums` (rows, VECTORS).
 template <int bits, int rows, int vectors>
 void multiply_block(const uint8_t* w, int64_t w_stride, const float* scales, const float* shifts, int64_t scales_stride,
-                    const __m256i* x, const __m256* x_scales, const __m256* x_sums, int64_t steps, int64_t units,
-                    __m256* sums) {
-    const __m256i ones = _mm256_set1_epi16(1);
+                    const __m256i* x, const __m256i* offsets, const __m256* x_scales, const __m256* x_sums,
+                    int64_t steps, int64_t step, __m256* sums) {
+    const auto multiply = bits == 4 ? multiply_four_bits<rows, vectors> : multiply_eight_bits<rows, vectors>;
     for (int64_t s = 0; s < steps; ++s) {
-        __m256i products[rows][vectors] = {};
-        for (int64_t u = 0; u < units; ++u, x += UNIT / 4 * VECTORS, w += UNIT * planes<bits>) {
-            __m256i in_16_bits[rows][vectors];
-#pragma GCC unroll 8
-            for (int i = 0; i < UNIT / 4; ++i) {
-                __m256i values[vectors];
-#pragma GCC unroll 2
-                for (int v = 0; v < vectors; ++v) values[v] = x[i * VECTORS + v];
-#pragma GCC unroll 4
-                for (int row = 0; row < rows; ++row) {
-                    const __m256i weights = broadcast_32_bits(w + row * w_stride + 4 * i);
-                    const __m256i with_sign =
-                        bits == 4 ? weights : broadcast_32_bits(w + row * w_stride + UNIT + 4 * i);
-#pragma GCC unroll 2
-                    for (int v = 0; v < vectors; ++v) {
-                        if (bits == 4) {
-                            const __m256i pairs = _mm256_maddubs_epi16(weights, values[v]);
-                            in_16_bits[row][v] = i ? _mm256_add_epi16(in_16_bits[row][v], pairs) : pairs;
-                            keep_in_register(in_16_bits[row][v]);
-                        } else {
-                            const __m256i pairs = _mm256_maddubs_epi16(weights, _mm256_sign_epi8(values[v], with_sign));
-                            products[row][v] = _mm256_add_epi32(products[row][v], _mm256_madd_epi16(pairs, ones));
-                            keep_in_register(products[row][v]);
-                        }
-                    }
-                }
-            }
-            if (bits == 4)
-#pragma GCC unroll 4
-                for (int row = 0; row < rows; ++row)
-#pragma GCC unroll 2
-                    for (int v = 0; v < vectors; ++v)
-                        products[row][v] =
-                            _mm256_add_epi32(products[row][v], _mm256_madd_epi16(in_16_bits[row][v], ones));
-        }
+        __m256i products[rows][vectors];
+        multiply(w, w_stride, x, offsets, step, products);
+        w += step;
+        x += step / 4 * VECTORS;
+        offsets += step / columns_of_sum<bits>(step) * VECTORS;
 #pragma GCC unroll 4
         for (int row = 0; row < rows; ++row) {
             const __m256 scale = _mm256_broadcast_ss(scales + row * scales_stride + s);
@@ -499,7 +560,7 @@ void multiply_rows(const Weights& w, const Scales& scales, const Tiles& t, int64
     uint8_t* unpacked = reinterpret_cast<uint8_t*>(weights.data());
     sums.assign(tiles * rows * VECTORS, _mm256_setzero_ps());
     for (int64_t from = 0; from < w.columns; from += AT_ONCE) {
-        const int64_t to = std::min(from + AT_ONCE, w.columns), stride = (to - from) * planes<bits>;
+        const int64_t to = std::min(from + AT_ONCE, w.columns), stride = to - from;
         for (int64_t row = 0; row < rows; ++row) unpack<bits>(w, first + row, from, to, unpacked + row * stride);
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t in_all = start / WIDTH + tile, at = (in_all * steps + from / step) * VECTORS;
@@ -509,8 +570,9 @@ void multiply_rows(const Weights& w, const Scales& scales, const Tiles& t, int64
                 const auto multiply = is_half ? multiply_block<bits, n, 1> : multiply_block<bits, n, VECTORS>;
                 const int64_t of_row = row * steps + from / step;
                 multiply(unpacked + row * stride, stride, &scales.scales[of_row], &scales.shifts[of_row], steps,
-                         &t.values[(in_all * w.columns + from) / 4 * VECTORS], &t.scales[at], &t.sums[at],
-                         (to - from) / step, step / UNIT, &sums[(tile * rows + row) * VECTORS]);
+                         &t.values[(in_all * w.columns + from) / 4 * VECTORS],
+                         &t.offsets[(in_all * w.columns + from) / columns_of_sum<bits>(step) * VECTORS], &t.scales[at],
+                         &t.sums[at], (to - from) / step, step, &sums[(tile * rows + row) * VECTORS]);
             };
             int64_t row = 0;
             for (; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE)
@@ -527,13 +589,13 @@ void multiply_rows(const Weights& w, const Scales& scales, const Tiles& t, int64
 template <int bits>
 void multiply_many(const Weights& w, const float* x, int64_t tokens, float* y) {
     const int64_t step = w.group % 128 ? w.group % 64 ? 32 : 64 : 128;
-    const Tiles t = tiled(x, tokens, w, step);
+    const Tiles t = tiled<bits>(x, tokens, w, step);
     tbb::parallel_for(tbb::blocked_range<int64_t>(0, (w.rows + ROWS - 1) / ROWS), [&](const auto& range) {
-        std::vector<__m256i> weights(ROWS * AT_ONCE * planes<bits> / UNIT);
+        std::vector<__m256i> weights(ROWS * AT_ONCE / UNIT);
         std::vector<__m256> sums;
         for (int64_t task = range.begin(); task < range.end(); ++task) {
             const int64_t first = task * ROWS, rows = std::min(ROWS, w.rows - first);
-            const Scales scales = scales_of(w, first, first + rows, step);
+            const Scales scales = scales_of(w, first, first + rows, step, MORE<bits>);
             for (int64_t start = 0; start < tokens; start += TOKENS)
                 multiply_rows<bits>(w, scales, t, step, first, rows, tokens, start, std::min(start + TOKENS, tokens),
                                     weights, sums, y);
