@@ -78,6 +78,6 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) shapes-ov shapes-int4-ov shapes-awq-ov shapes-mixed-ov shapes-llama-ov shapes-5-ov shapes-9-ov base-ov ring-ov \
+	rm -rf $(VENV) shapes-ov shapes-int4-ov shapes-awq-ov shapes-mixed-ov shapes-llama-ov shapes-16-ov shapes-64-ov base-ov ring-ov \
 		captions.parquet labels.jsonl schema.json tokens.png build dist site *.egg-info optimum_llava_ov/kernels/*.so .coverage* \
 		.mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache lowest.txt

@@ -1,9 +1,13 @@
 """Measure what fewer tokens for an image cost: exact answers of a shapes model, by number of tokens and method.
 
-    python benchmarks/image_tokens.py [--family llama|mpt] [--num 100] [--merge 9 8 7 6 5 4 3] [--pool 4 1]
+    python benchmarks/image_tokens.py [--num 100] [--merge 64 48 32 24 20 16 12 9] [--pool 36 16 9]
+    python benchmarks/image_tokens.py --images small [--merge 64 16] [--pool 16]
+    python benchmarks/image_tokens.py --family llama --merge 9 8 6 5 4 --pool 4
 
-Each setting is the torch model with that reduction in its image encoder, asked in the same held-out conversations. The
-images of these models have 9 patches. The result is printed as a table, by kind of question.
+Each setting is the torch model with that reduction in its image encoder, asked in the same held-out conversations.
+Images of the family `patches` have 64 patches, those of the others 9. They are wide or tall (3:4 to 4:3), but square
+for `mpt` or with `--images square`. With `--images small` or `large`, all objects have the smallest or the largest
+radius that there is. The result is printed as a table, by kind of question.
 
     python benchmarks/image_tokens.py --bundles BUNDLE FEWER_TOKENS [--repeats 5]
 
@@ -17,9 +21,11 @@ asks bundles about new images, in turns, and prints the times to the first token
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from contenders.__main__ import random_image
@@ -36,7 +42,38 @@ from families import FAMILIES  # noqa: E402
 
 from optimum_llava_ov import OVModelForLlava  # noqa: E402
 from optimum_llava_ov.checkpoint.image_tokens import METHODS  # noqa: E402
-from optimum_llava_ov.samples.shapes import KINDS, held_out  # noqa: E402
+from optimum_llava_ov.samples.shapes import KINDS, Scene, held_out, random_scene, wide_or_tall_scene  # noqa: E402
+
+
+def small_objects(rng: random.Random, like: Scene | None) -> Scene:
+    """Make a scene whose objects have the smallest radius."""
+    return _with_radius(wide_or_tall_scene(rng, like), 0.29 / 3)
+
+
+def large_objects(rng: random.Random, like: Scene | None) -> Scene:
+    """Make a scene whose objects have the largest radius."""
+    return _with_radius(wide_or_tall_scene(rng, like), 0.43 / 3)
+
+
+def square_image(rng: random.Random, like: Scene | None) -> Scene:
+    """Make a scene with a square canvas."""
+    scene = random_scene(rng, like)
+    return replace(scene, width=scene.height, height=scene.height)
+
+
+def _with_radius(scene: Scene, radius: float) -> Scene:
+    """Change the radius of all objects. An object moves if it would not be inside its cell."""
+    slack = (1 / 6 - radius) * 0.95
+    objects = []
+    for item in scene.objects:
+        column, row = (item.cell % 3 + 0.5) / 3, (item.cell // 3 + 0.5) / 3
+        x = min(column + slack, max(column - slack, item.x))
+        y = min(row + slack, max(row - slack, item.y))
+        objects.append(replace(item, x=x, y=y, radius=radius))
+    return replace(scene, objects=tuple(objects))
+
+
+IMAGES = {"square": square_image, "small": small_objects, "large": large_objects}
 
 
 def print_times(bundles: list[Path], repeats: int) -> None:
@@ -64,9 +101,11 @@ def print_times(bundles: list[Path], repeats: int) -> None:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, default="llama")
+    parser.add_argument("--family", choices=FAMILIES, default="patches")
+    parser.add_argument("--folder", type=Path, default=SHAPES, help="where train.py wrote the model (default: there)")
+    parser.add_argument("--images", choices=IMAGES, help="which images (default: as held out for the family)")
     parser.add_argument("--num", type=int, default=100, help="number of conversations")
-    for method, default in zip(METHODS, ([9, 8, 7, 6, 5, 4, 3], [4, 1])):
+    for method, default in zip(METHODS, ([64, 48, 32, 24, 20, 16, 12, 9], [36, 16, 9])):
         parser.add_argument(f"--{method}", nargs="*", type=int, default=default, help="numbers of tokens")
     parser.add_argument("--bundles", nargs="+", type=Path, help="measure the time to the first token instead")
     parser.add_argument("--repeats", type=int, default=5, help="number of images after the first")
@@ -80,8 +119,8 @@ def main() -> None:
     print(f"| method | tokens | {' | '.join(KINDS)} | **all** |\n|{' --- |' * (len(KINDS) + 3)}", flush=True)
     for method in METHODS:
         for count in getattr(arguments, method):
-            chat = TorchChat(SHAPES / family.checkpoint, image_tokens=count, image_token_method=method)
-            conversations = held_out(arguments.num, 0, family.held_out_scene)
+            chat = TorchChat(arguments.folder / family.checkpoint, image_tokens=count, image_token_method=method)
+            conversations = held_out(arguments.num, 0, IMAGES.get(arguments.images, family.held_out_scene))
             asked, right, _ = evaluate(chat, conversations, arguments.num)
             cells = [f"{right[kind] / max(1, asked[kind]):.1%}" for kind in KINDS]
             cells.append(f"{right.total() / asked.total():.1%} of {asked.total()}")

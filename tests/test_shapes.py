@@ -27,7 +27,11 @@ pytestmark = pytest.mark.slow
 
 
 SHAPES = EXAMPLES / "shapes"
-FOLDERS = {"mpt": ("checkpoint", "clip"), "llama": ("checkpoint-llama", "clip-llama")}
+FOLDERS = {
+    "mpt": ("checkpoint", "clip"),
+    "llama": ("checkpoint-llama", "clip-llama"),
+    "patches": ("checkpoint-patches", "clip-patches"),
+}
 NUM_CONVERSATIONS = 80
 
 
@@ -113,6 +117,23 @@ class TestLlama:
         assert self.exact_answers(bundle, quantization_config={"bits": bits}) >= accuracy - loss
 
 
+class TestPatches:
+    """The LLaMA's sibling whose images have 64 patches, so that patches can be merged."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def accuracy(cls, export_once):
+        return TestLlama.exact_answers(export_once("shapes-patches-ov", SHAPES / "checkpoint-patches"))
+
+    def test_exact_answers_with_all_patches(self, accuracy):
+        assert accuracy >= 0.95
+
+    @pytest.mark.parametrize(("tokens", "loss"), [("32", 0.013), ("16", 0.026)])  # one and two answers
+    def test_few_answers_are_lost_with_fewer_tokens(self, accuracy, export_once, tokens, loss):
+        bundle = export_once(f"shapes-patches-{tokens}-ov", SHAPES / "checkpoint-patches", "--image-tokens", tokens)
+        assert TestLlama.exact_answers(bundle) >= accuracy - loss
+
+
 class TestTiles:
     """The LLaMA's sibling in the format of LLaVA-1.6, asked about images whose shapes are small."""
 
@@ -170,7 +191,7 @@ def test_quickstart(shapes_bundle):
     assert "What colour is the circle?  ->  The circle is red." in result.stdout
 
 
-@pytest.mark.parametrize("family", ["mpt", "llama"])
+@pytest.mark.parametrize("family", FOLDERS)
 def test_training_script(tmp_path, family):
     """A few steps; what it writes can be trained further, and is a checkpoint like the one that ships."""
     command = [
@@ -188,7 +209,7 @@ def test_training_script(tmp_path, family):
         tmp_path,
     ]
     run(*command, "--minutes", "0.05")
-    run(*command, "--minutes", "0.02", "--resume")
+    run(*command, "--minutes", "0.02", "--resume", *(["--fewest-patches", "12"] if family == "patches" else []))
     for folder in FOLDERS[family]:
         assert files(tmp_path / folder) >= files(SHAPES / folder)
     OriginalLlavaForConditionalGeneration.from_pretrained(tmp_path / FOLDERS[family][0])  # all tensors are there

@@ -1,11 +1,12 @@
-"""Say what the two families of the example model have of their own. Sizes and options are in their JSON files."""
+"""Say what the families of the example model have of their own. Sizes and options are in their JSON files."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from data import Contents, NewScene, cells, patches
 
 from optimum_llava_ov.samples.shapes import Scene, random_scene, wide_or_tall_scene
 
@@ -23,6 +24,8 @@ class Family:
         begins_with_codes: whether the language model learns from `data.Codes` before it learns from images.
         new_scene: makes a scene of the training data. Its second argument is a scene to have something in common with.
         held_out_scene: makes a scene of the evaluation.
+        contents: returns what each patch of a scene's image sees.
+        first_checkpoint: folder of the language model that training begins with; a random one if `None`.
     """
 
     checkpoint: str
@@ -30,8 +33,10 @@ class Family:
     first_clip: Path | None
     num_words: int
     begins_with_codes: bool
-    new_scene: Callable[[random.Random, Scene | None], Scene]
-    held_out_scene: Callable[[random.Random, Scene | None], Scene]
+    new_scene: NewScene
+    held_out_scene: NewScene
+    contents: Contents = cells
+    first_checkpoint: Path | None = None
 
 
 def _square_or_not(rng: random.Random, like: Scene | None = None) -> Scene:
@@ -41,4 +46,15 @@ def _square_or_not(rng: random.Random, like: Scene | None = None) -> Scene:
 FAMILIES = {
     "mpt": Family("checkpoint", "clip", None, 2, False, random_scene, random_scene),
     "llama": Family("checkpoint-llama", "clip-llama", HERE / "clip", 4, True, _square_or_not, wide_or_tall_scene),
+    "patches": Family(
+        "checkpoint-patches",
+        "clip-patches",
+        None,
+        4,
+        False,
+        _square_or_not,
+        wide_or_tall_scene,
+        patches,
+        HERE / "checkpoint-llama",
+    ),
 }

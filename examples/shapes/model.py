@@ -81,18 +81,27 @@ def _copy_tower(features: nn.Module, folder: Path) -> None:
 
 
 def begin_with_words(model: OriginalLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Make the projector turn the code of a cell (`data.code`) into the sum of the embeddings of its words.
+    """Make projector and language model ready for codes.
 
     All embeddings get a part in common. By it, two heads of the first layer attend to the token before and to the one
     before that, so that a token knows which word it follows.
     """
+    project_words(model, tokenizer)
+    common = F.normalize(torch.randn(model.embed_tokens.weight.shape[1]), dim=0)
+    with torch.no_grad():
+        model.image_encoder.projector[2].bias.copy_(0.5 * common)
+        model.embed_tokens.weight += 0.5 * common
+        _attend_to_previous(model.language_model.model.layers[0].self_attn, common)
+
+
+def project_words(model: OriginalLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Make the projector turn the code of a patch (`data.code`) into the sum of the embeddings of its words."""
     first, second = model.image_encoder.projector[0], model.image_encoder.projector[2]
     words, table = Words(tokenizer), model.embed_tokens.weight.detach()
     empty = torch.zeros(table.shape[1])
     shapes, colours = ([empty, *table[ids[1:]]] for ids in (words.shapes, words.colours))
     embeddings = torch.stack([*shapes, *colours, *(table[ids].sum(0) / len(ids) ** 0.5 for ids in words.places)])
     num_codes = len(embeddings)
-    common = F.normalize(torch.randn(table.shape[1]), dim=0)
     with torch.no_grad():
         # gelu(x) - gelu(-x) = x
         first.weight.zero_()
@@ -102,9 +111,6 @@ def begin_with_words(model: OriginalLlavaForConditionalGeneration, tokenizer: Pr
         nn.init.normal_(second.weight, std=0.01)
         second.weight[:, :num_codes] = embeddings.T / 2
         second.weight[:, num_codes : 2 * num_codes] = -embeddings.T / 2
-        second.bias.copy_(0.5 * common)
-        model.embed_tokens.weight += 0.5 * common
-        _attend_to_previous(model.language_model.model.layers[0].self_attn, common)
 
 
 def _attend_to_previous(attention: nn.Module, common: torch.Tensor) -> None:
@@ -124,8 +130,8 @@ def read_codes(model: OriginalLlavaForConditionalGeneration, features: torch.Ten
     """Make a projector that learned from codes read a tower's features: put the best linear map to codes before it.
 
     Args:
-        features: `(images, 9, vision_size)`.
-        codes: `(images, 9, 22)`, what they should be read as.
+        features: `(images, patches, vision_size)`.
+        codes: `(images, patches, 22)`, what they should be read as.
 
     Returns:
         The root of the mean squared error of the codes.
@@ -151,8 +157,8 @@ def forward(
     """Compute the logits of a batch whose first `num_shared` tokens are the same in all sequences, and computed once.
 
     Returns:
-        Logits `(batch, tokens - num_shared, vocab_size)`, and those of the image features as words `(images, 9,
-        vocab_size)`.
+        Logits `(batch, tokens - num_shared, vocab_size)`, and those of the image features as words `(images,
+        patches, vocab_size)`.
     """
     table, config = model.embed_tokens.weight, model.config
     patches = images = model.image_encoder.projector(features)
