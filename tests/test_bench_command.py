@@ -114,6 +114,7 @@ def test_json(hub):
         "inference_precision",
         "kv_cache_precision",
         "dynamic_quantization_group_size",
+        "matmul_kernel",
         "threads",
     }
     assert values["settings"]["threads"] >= 1

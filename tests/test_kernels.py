@@ -16,6 +16,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from optimum_llava_ov import OVModelForLlava
+from optimum_llava_ov.benchmark.result import report
+from optimum_llava_ov.benchmark.run import benchmark
 from optimum_llava_ov.kernels.extension import is_faster, why_not, with_compressed_matmuls
 from optimum_llava_ov.loading import choose_engine, located
 
@@ -185,6 +187,13 @@ class TestModel:
     def test_engine(self, shapes_int4):
         """The commands take the engine that is faster."""
         assert choose_engine(located(shapes_int4)) == ("openvino" if is_faster() else "genai")
+
+    @pytest.mark.parametrize("kernel", ["avx2", "openvino"])
+    def test_bench_tells(self, shapes_int4, kernel):
+        result = benchmark(shapes_int4, [60], 4, 1, engine="openvino", ov_config={"MATMUL_KERNEL": kernel})
+        assert result.settings["matmul_kernel"] == kernel
+        head = report(result).splitlines()[0]
+        assert head.endswith("compressed weights with the avx2 kernel") == (kernel == "avx2")
 
     def test_unknown_kernel(self, shapes_int4):
         with pytest.raises(ValueError, match="MATMUL_KERNEL is 'fast'. Expected one of 'auto', 'openvino', 'avx2'"):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from optimum_llava_ov.kernels.extension import AVX2
 from optimum_llava_ov.table import table_lines
 from optimum_llava_ov.units import readable_rate, readable_size
 
@@ -73,7 +74,8 @@ class Benchmark:
         peak_rss (`int`): Maximum resident memory in bytes, mapped files included.
         peak_anonymous (`int` or `None`): Maximum memory in bytes without mapped files. `None` if the system does not
             tell.
-        settings (`dict`): Settings of the device: precision, threads.
+        settings (`dict`): Settings of the device: precision, threads, and which kernel multiplies compressed weights,
+            if the engine tells.
         cpu, versions (`dict`): The processor, and versions of the packages.
     """
 
@@ -133,9 +135,11 @@ def _table(benchmark: Benchmark) -> str:
 
 
 def _precision(settings: dict[str, str | int | None]) -> str:
-    cache = settings["kv_cache_precision"]
-    return f"computes in {settings['inference_precision'] or 'unknown precision'}" + (
-        f", cache in {cache}" if cache else ""
+    cache, kernel = settings["kv_cache_precision"], settings["matmul_kernel"]
+    return (
+        f"computes in {settings['inference_precision'] or 'unknown precision'}"
+        + (f", cache in {cache}" if cache else "")
+        + (f", compressed weights with the {kernel} kernel" if kernel == AVX2 else "")
     )
 
 

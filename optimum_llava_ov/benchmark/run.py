@@ -14,6 +14,7 @@ from optimum_llava_ov.benchmark.prompt import PromptMaker
 from optimum_llava_ov.benchmark.result import Benchmark, Run, Speed
 from optimum_llava_ov.chat.engine import Engine
 from optimum_llava_ov.chat.prompt import Prompt
+from optimum_llava_ov.kernels.extension import MATMUL_KERNEL
 from optimum_llava_ov.loading import AUTO, bundle_folder, load_engine, resolve_engine
 from optimum_llava_ov.system.machine import describe_cpu, versions
 from optimum_llava_ov.system.peak_memory import AnonymousPeak, peak_rss
@@ -25,6 +26,7 @@ SETTINGS = {
     "inference_precision": "INFERENCE_PRECISION_HINT",
     "kv_cache_precision": "KV_CACHE_PRECISION",
     "dynamic_quantization_group_size": "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "matmul_kernel": MATMUL_KERNEL,
     "threads": "INFERENCE_NUM_THREADS",
 }
 

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from optimum_llava_ov.chat.prompt import Prompt, model_inputs
 from optimum_llava_ov.chat.streaming import Answer, AnswerStreamer, Cancelled
+from optimum_llava_ov.kernels.extension import MATMUL_KERNEL
 from optimum_llava_ov.runtime.prefix import end_of_image, reusable
 from optimum_llava_ov.system.memory import return_freed
 
@@ -55,6 +56,8 @@ class OpenVINOEngine:
         self.model.generate(**model_inputs(prompts, self.processor), streamer=streamer, **options)
 
     def get_property(self, name: str) -> str | int | None:
+        if name == MATMUL_KERNEL:
+            return self.model.language_model.matmul_kernel
         compiled = self.model.language_model.request.get_compiled_model()
         try:
             value = compiled.get_property(name)

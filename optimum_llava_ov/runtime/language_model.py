@@ -13,7 +13,7 @@ from optimum.intel.openvino.modeling_visual_language import OVModelWithEmbedForC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_llava_ov.bundle.layout import PARTS, weights_file
-from optimum_llava_ov.kernels.extension import with_compressed_matmuls
+from optimum_llava_ov.kernels.extension import AVX2, OPENVINO, with_compressed_matmuls
 from optimum_llava_ov.runtime.cache import DecoderCache
 from optimum_llava_ov.runtime.decoder import Decoder
 from optimum_llava_ov.runtime.embedding_table import EmbeddingTable
@@ -37,8 +37,13 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
     Args:
         attention_backend: `"PA"` (paged attention) or `"SDPA"` (the attention of the bundle's graph).
         uses_extension: Whether the kernel of this package multiplies compressed weights.
+
+    Attributes:
+        matmul_kernel (`str`): What multiplies compressed weights: "avx2" (the kernel of this package) or "openvino".
+            It is known when the graph is compiled.
     """
 
+    matmul_kernel: str
     _cache: DecoderCache | None = None
     _embedding_table: EmbeddingTable | None = None
 
@@ -72,7 +77,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
                 )
             logger.info("Packing the weights of the language model ...")
             file = weights_file(self.model_save_dir, "language_model")
-            with read_once(file) if self._packs_weights else nullcontext():
+            with read_once(file) if self.matmul_kernel == OPENVINO else nullcontext():
                 self.forward(torch.zeros(1, 1, self.config.text_config.hidden_size), logits_to_keep=1)
             self.cache.reset()
 
@@ -99,7 +104,7 @@ class LanguageModel(OVModelWithEmbedForCausalLM):
 
     def _compiled(self, graph: openvino.Model) -> openvino.CompiledModel:
         executed = with_compressed_matmuls(graph) if self._uses_extension else graph
-        self._packs_weights = executed is graph  # copies them when the graph first runs
+        self.matmul_kernel = OPENVINO if executed is graph else AVX2
         return self._compile_model(executed, self._device, {**self.ov_config}, self.model_save_dir)
 
     def new_cache(self) -> DecoderCache:
