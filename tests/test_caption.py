@@ -336,18 +336,33 @@ class TestCaptioner:
         captions.close()
 
 
+class Waits(dict):
+    """An image of the library `datasets` that cannot be read before a file exists."""
+
+    def get(self, name):
+        while not self["until"].exists():
+            time.sleep(0.01)
+        return self[name]
+
+
 class TestDecoder:
-    def test_a_process_is_killed(self, images, captioner):
-        """The images that it decoded are decoded again, also those of other streams."""
+    def test_a_process_is_killed(self, images, captioner, tmp_path):
+        """The images that it had to decode are decoded again, and other streams go on.
+
+        It is killed while it waits for the second image of the second stream.
+        """
         files = sorted(images.rglob("[0-9]*.png"))
-        items = [Item(file.name, file) for file in files]
+        items, until = [Item(file.name, file) for file in files], tmp_path / "until"
         with closing(Decoder(captioner.engine.processor.image_processor, ImageLimits(), 1)) as decoder:
-            streams = [decoder.ahead(iter(items), 4) for _ in range(2)]
+            second = Waits(bytes=None, path=str(files[1]), until=until)
+            waits = [items[0], Item(files[1].name, second), *items[2:]]
+            streams = [decoder.ahead(iter(each), 4) for each in (items, waits)]
             before = [next(stream) for stream in streams]
             for child in psutil.Process().children():
                 if "spawn_main" in " ".join(child.cmdline()):
                     child.kill()
                     child.wait()
+            until.touch()
             seen = [[first, *stream] for first, stream in zip(before, streams)]
         assert [[item.key for item, _ in pairs] for pairs in seen] == [[file.name for file in files]] * 2
         assert all(isinstance(image, Image.Image) for pairs in seen for _, image in pairs)
