@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -100,6 +102,15 @@ def test_there_is_no_circle_even_inside_functions():
     }
     assert sum(map(len, graph.values())) > 200
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_commands_begin_without_heavy_modules():
+    """A command shows its help at once."""
+    program = (
+        "import optimum_llava_ov.cli.commands, sys; print({'openvino', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
 
 
 def test_only_what_is_heavy_is_imported_inside_functions():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from optimum.commands.base import CommandInfo
 
-from optimum_llava_ov.benchmark.result import report
 from optimum_llava_ov.cli.engine import EngineCommand, add_engine_arguments
 
 
@@ -62,6 +61,7 @@ class BenchCommand(EngineCommand):
                 f"{args.bundle} is not a folder, so it has no card to write into (--card). Download it first."
             )
         with redirect_stdout(sys.stderr):  # messages of libraries are not part of the result
+            from optimum_llava_ov.benchmark.result import report
             from optimum_llava_ov.benchmark.run import benchmark
             from optimum_llava_ov.bundle.card import update_card
             from optimum_llava_ov.bundle.settings import write_json
