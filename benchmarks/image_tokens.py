@@ -42,17 +42,25 @@ from families import FAMILIES  # noqa: E402
 
 from optimum_llava_ov import OVModelForLlava  # noqa: E402
 from optimum_llava_ov.checkpoint.image_tokens import METHODS  # noqa: E402
-from optimum_llava_ov.samples.shapes import KINDS, Scene, held_out, random_scene, wide_or_tall_scene  # noqa: E402
+from optimum_llava_ov.samples.shapes import (  # noqa: E402
+    KINDS,
+    RADII,
+    Scene,
+    held_out,
+    random_scene,
+    slack_of,
+    wide_or_tall_scene,
+)
 
 
 def small_objects(rng: random.Random, like: Scene | None) -> Scene:
     """Make a scene whose objects have the smallest radius."""
-    return _with_radius(wide_or_tall_scene(rng, like), 0.29 / 3)
+    return _with_radius(wide_or_tall_scene(rng, like), RADII[0] / 3)
 
 
 def large_objects(rng: random.Random, like: Scene | None) -> Scene:
     """Make a scene whose objects have the largest radius."""
-    return _with_radius(wide_or_tall_scene(rng, like), 0.43 / 3)
+    return _with_radius(wide_or_tall_scene(rng, like), RADII[1] / 3)
 
 
 def square_image(rng: random.Random, like: Scene | None) -> Scene:
@@ -63,7 +71,7 @@ def square_image(rng: random.Random, like: Scene | None) -> Scene:
 
 def _with_radius(scene: Scene, radius: float) -> Scene:
     """Change the radius of all objects. An object moves if it would not be inside its cell."""
-    slack = (1 / 6 - radius) * 0.95
+    slack = slack_of(radius)
     objects = []
     for item in scene.objects:
         column, row = (item.cell % 3 + 0.5) / 3, (item.cell // 3 + 0.5) / 3

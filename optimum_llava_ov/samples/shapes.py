@@ -38,6 +38,7 @@ PLACES = (
     "on the left", "in the middle", "on the right",
     "at the bottom left", "at the bottom", "at the bottom right",
 )  # fmt: skip
+RADII = (0.29, 0.43)  # the smallest and the largest, as a fraction of a cell
 NUMBERS = ("no", "one", "two", "three", "four")
 ORDINALS = ("first", "second")
 Target: TypeAlias = "tuple[str | None, str | None]"  # shape and colour
@@ -101,6 +102,11 @@ class Turn:
     kind: str
 
 
+def slack_of(radius: float) -> float:
+    """Return how far from the middle of its cell an object may be. With 0.95, neighbours never touch."""
+    return (1 / 6 - radius) * 0.95
+
+
 def random_scene(rng: random.Random, like: Scene | None = None) -> Scene:
     """Make a scene of one to four objects.
 
@@ -116,9 +122,8 @@ def random_scene(rng: random.Random, like: Scene | None = None) -> Scene:
 
     objects = []
     for cell, (shape, colour) in zip(cells, kinds, strict=True):
-        radius = rng.uniform(0.29, 0.43) / 3
-        # With 0.95, neighbours never touch
-        slack = (1 / 6 - radius) * 0.95
+        radius = rng.uniform(*RADII) / 3
+        slack = slack_of(radius)
         x = (cell % 3 + 0.5) / 3 + rng.uniform(-slack, slack)
         y = (cell // 3 + 0.5) / 3 + rng.uniform(-slack, slack)
         red, green, blue = (min(255, max(0, channel + rng.randint(-14, 14))) for channel in COLOURS[colour])
@@ -156,8 +161,8 @@ def small_scene(rng: random.Random, grid: tuple[int, int], tile: int) -> Scene:
     objects = []
     for column, row in rng.sample(places, rng.randint(1, 4)):
         shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
-        radius = rng.uniform(0.29, 0.43) / 3  # of a tile
-        slack = (1 / 6 - radius) * 0.95
+        radius = rng.uniform(*RADII) / 3  # of a tile
+        slack = slack_of(radius)
         x = ((column + 0.5) / 3 + rng.uniform(-slack, slack)) / columns
         y = ((row + 0.5) / 3 + rng.uniform(-slack, slack)) / rows
         red, green, blue = (min(255, max(0, channel + rng.randint(-14, 14))) for channel in COLOURS[colour])
